@@ -1,0 +1,40 @@
+# `make serve` and `make test` each do the set-up they need; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?= models/chorus-tiny
+SERVE_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint types unit format clean
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/installed  ## a .venv in this folder with `chorus` in it
+
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard server/native/*.cpp server/native/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+serve: setup  ## start the server on the bundled model and adapters
+	$(BIN)/chorus serve --model $(MODEL) --adapters adapters $(SERVE_FLAGS)
+
+test: lint types unit  ## all checks
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/pytest
+
+format: setup  ## format and sort imports
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what set-up and builds made
+	rm -rf .venv build *.egg-info server/native/*.so

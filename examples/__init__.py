@@ -1,0 +1,1 @@
+"""How the bundled model and adapters were made, and how to make your own adapter."""

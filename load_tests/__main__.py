@@ -1,0 +1,241 @@
+"""`python -m load_tests trace | adapters | run | report`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from load_tests.adapters import write_adapters
+from load_tests.trace import Lengths, TraceSpec, adapter_names, generate, read_trace, write_trace
+
+# `run` and `report` import aiohttp and matplotlib themselves: the other two commands work without the
+# load-tests extra.
+
+app = typer.Typer(
+    help="Load tests for OpenAI-style completion servers.", no_args_is_help=True, add_completion=False
+)
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class DTypeOption(StrEnum):
+    """Types that adapters can be written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def _parsed(parse: Callable[[S], T], source: S) -> T:
+    """`parse(source)`, with a ValueError shown as a wrong option."""
+    try:
+        return parse(source)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _token_range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    return int(low), int(high)
+
+
+def _ranks(text: str) -> list[int]:
+    ranks = [int(rank) for rank in text.split(",")]
+    if min(ranks) < 1:
+        raise ValueError("ranks must be at least 1")
+    return ranks
+
+
+@app.command()
+def trace(
+    out: Annotated[Path, typer.Option(help="JSONL file to write, one request a line.")],
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 200,
+    adapters: Annotated[
+        int, typer.Option(min=0, help="Number of adapters, named as `adapters` names them.")
+    ] = 100,
+    adapters_dir: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Take the names from the folders here instead."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0, help="Zipf exponent of adapter popularity; 0: all alike.")
+    ] = 1.0,
+    base_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests that name no adapter.")
+    ] = 0.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Mean arrivals, requests/s. Without it: for closed-loop runs.")
+    ] = None,
+    burstiness: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Coefficient of variation of (gamma) inter-arrival times. 0: even, 1: Poisson."
+        ),
+    ] = 1.0,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt length, tokens: N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:CAP.")
+    ] = "uniform:32:128",
+    output_tokens: Annotated[
+        str, typer.Option(help="Output length, tokens, written in the same way.")
+    ] = "uniform:16:64",
+    token_ids: Annotated[
+        str, typer.Option(help="Prompts are random token ids in LOW:HIGH (both included).")
+    ] = "100:1000",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Draw text prompts from the lines of this file instead."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds and options give equal traces.")] = 0,
+) -> None:
+    """Write a trace: which adapter is asked what, when, for how many tokens."""
+    names = adapter_names(adapters)
+    if adapters_dir is not None:
+        names = tuple(sorted(path.parent.name for path in adapters_dir.glob("*/adapter_config.json")))
+    try:
+        spec = TraceSpec(
+            requests=requests,
+            adapters=names,
+            alpha=alpha,
+            base_share=base_share if names else 1.0,
+            rate=rate,
+            burstiness=burstiness,
+            prompt_tokens=_parsed(Lengths.parse, prompt_tokens),
+            output_tokens=_parsed(Lengths.parse, output_tokens),
+            token_ids=_parsed(_token_range, token_ids),
+            prompts=tuple(line for line in prompts.read_text().splitlines() if line) if prompts else (),
+            seed=seed,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    write_trace(out, generate(spec))
+
+
+@app.command()
+def adapters(
+    model: Annotated[
+        Path,
+        typer.Option(exists=True, file_okay=False, help="Base model folder; only its config.json is read."),
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write the adapter folders into.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of adapters.")] = 100,
+    ranks: Annotated[str, typer.Option(help="Ranks, taken in turns.")] = "8,16,32",
+    dtype: Annotated[DTypeOption, typer.Option(help="Type of the weights.")] = DTypeOption.BFLOAT16,
+    strength: Annotated[
+        float, typer.Option(min=0, help="Size of an adapter's delta relative to its module's input (RMS).")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal adapters.")] = 0,
+) -> None:
+    """Write random adapters in PEFT layout, all seven projections of a llama-like model."""
+    written = write_adapters(
+        model,
+        out,
+        adapter_names(count),
+        _parsed(_ranks, ranks),
+        dtype=dtype.value,
+        strength=strength,
+        seed=seed,
+    )
+    for _ in track(written, "adapters", total=count, console=Console(stderr=True)):
+        pass
+
+
+@app.command()
+def run(
+    trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Trace to replay.")],
+    out: Annotated[Path, typer.Option(help="Result file to write (JSON).")],
+    url: Annotated[str, typer.Option(help="Server, with or without /v1.")] = "http://127.0.0.1:8000",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Closed loop with this many workers. Without it: by the trace's arrival times."
+        ),
+    ] = None,
+    base_model: Annotated[str, typer.Option(help="`model` of requests that name no adapter.")] = "base",
+    label: Annotated[
+        str | None, typer.Option(help="Name of the run in reports. Default: OUT's stem.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Ask for exactly max_tokens tokens.")] = True,
+    return_token_ids: Annotated[
+        bool, typer.Option(help="Ask for token ids (exact counts and checks).")
+    ] = True,
+    usage: Annotated[bool, typer.Option(help="Ask for a usage chunk.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Then ask every request again, alone, and count answers that differ."),
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(help="Write the answers here for --expect; runs one request at a time.")
+    ] = None,
+    expect: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Count answers that differ from these.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Limit of a whole request, seconds.")] = 600.0,
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+) -> None:
+    """Replay a trace against a server.
+
+    ^C stops sending and keeps what came so far. Exit status: 130 after ^C; with --check, --expect or
+    --record, 1 unless every request was answered and no answer was wrong.
+    """
+    from load_tests import report as reports
+    from load_tests import runner
+    from load_tests.client import Target
+
+    requests = _parsed(read_trace, trace)
+    if record is not None:
+        if concurrency not in (None, 1) or check or expect:
+            raise typer.BadParameter("--record runs one request at a time and checks nothing")
+        concurrency = 1
+    if concurrency is None and not any(request.arrival_s for request in requests[1:]):
+        raise typer.BadParameter("this trace has no arrival times; give --concurrency")
+    target = Target(url, base_model, ignore_eos, return_token_ids, usage, timeout, api_key)
+    console = Console(stderr=True)
+    result = asyncio.run(
+        runner.run_load(
+            requests,
+            target,
+            label=label or out.stem,
+            concurrency=concurrency,
+            check=check,
+            expected=_parsed(runner.read_answers, expect) if expect else None,
+            console=console,
+        )
+    )
+    runner.write_result(out, result)
+    if record is not None:
+        runner.write_answers(record, runner.answers_of(requests, result.records))
+    console.print(reports.rich_table([reports.summarise(result)]))
+    if result.interrupted:
+        raise typer.Exit(130)
+    if (check or expect or record) and not result.flawless:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="Result files; several are compared.")
+    ],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for report.json, report.md and PNG plots.")
+    ],
+) -> None:
+    """Figures, a table and plots of one run, or of several side by side."""
+    from load_tests.report import rich_table, write_report
+    from load_tests.runner import read_result
+
+    loaded = [_parsed(read_result, path) for path in results]
+    Console().print(rich_table(write_report(out, loaded)))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,186 @@
+"""What Triton's compiler makes of every kernel for Hopper (sm_90), read without a GPU.
+
+    python -m load_tests.gpu.compiled
+
+The host code runs as it would in the server, on tensors that are never touched; launches compile and stop.
+For each kernel: warps, registers a thread, stack bytes (spills), shared memory, and how many instructions
+of the kinds that matter its SASS holds: tensor core (HGMMA, HMMA), 16-byte loads, local memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.triton import TritonKernels
+from server.lora.segments import Segments
+from server.model.attention.interface import AttentionPlan, LayerCache
+from server.model.attention.paged_triton import PagedTritonAttention
+
+MULTIPROCESSORS = 132
+
+
+class NoDevice:
+    """A Triton driver that names a target and has no device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    warps: int
+    registers: int
+    stack: int  # bytes a thread; spills go here
+    shared: int  # bytes a program
+    instructions: dict[str, int]  # in the SASS, by kind
+
+
+KINDS = {
+    "HGMMA": r"\bHGMMA",
+    "HMMA": r"\bHMMA",
+    "LD.128": r"\b(?:LDG|LDGSTS)\.[\w.]*128",
+    "local": r"\b(?:LDL|STL)\b",
+}
+
+
+def launch_lora(
+    lengths: list[int], dtype: torch.dtype, in_features: int = 4096, out_features: int = 14336
+) -> None:
+    segments = Segments.build([(((slot, 1.0),), length) for slot, length in enumerate(lengths)])
+    assert segments is not None
+    slots = len(lengths)
+    arena = ArenaView(
+        torch.empty(2**20, dtype=dtype),
+        torch.empty(slots, 7, 2, dtype=torch.int64),
+        torch.empty(slots, 7, dtype=torch.int32),
+    )
+    x = torch.empty(sum(lengths), in_features, dtype=dtype)
+    out = torch.empty(sum(lengths), out_features, dtype=dtype)
+    TritonKernels(programs=4 * MULTIPROCESSORS).apply(out, x, 2, segments, arena)
+
+
+def launch_attention(
+    queries: list[int], dtype: torch.dtype, dim: int = 128, context: int = 4096, **options: Any
+) -> None:
+    kv_heads, ratio, tokens = 8, 4, sum(queries)
+    cache = LayerCache(*(torch.empty(64, kv_heads, 16, dim, dtype=dtype) for _ in "kv"))
+    plan = AttentionPlan(
+        torch.empty(len(queries) + 1, dtype=torch.int32),
+        torch.empty(len(queries), dtype=torch.int32),
+        torch.empty(len(queries), context // 16, dtype=torch.int32),
+        torch.empty(tokens, dtype=torch.int64),
+        num_seqs=len(queries),
+        max_query_len=max(queries),
+        max_context_len=context,
+    )
+    query = torch.empty(tokens, kv_heads * ratio, dim, dtype=dtype)
+    key, value = (torch.empty(tokens, kv_heads, dim, dtype=dtype) for _ in "kv")
+    if options.pop("sinks", False):
+        options["sinks"] = torch.empty(kv_heads * ratio, dtype=dtype)
+    PagedTritonAttention(2 * MULTIPROCESSORS).forward(query, key, value, cache, plan, scale=0.1, **options)
+
+
+MIXED = [1] * 63 + [2000]
+CASES: dict[str, Callable[[], None]] = {
+    "lora rows bf16": lambda: launch_lora([1] * 64, torch.bfloat16),
+    "lora rows bf16, one": lambda: launch_lora([1], torch.bfloat16),
+    "lora small tiles bf16": lambda: launch_lora([1, 4, 8], torch.bfloat16),
+    "lora tiles bf16": lambda: launch_lora(MIXED, torch.bfloat16),
+    "lora tiles fp16": lambda: launch_lora(MIXED, torch.float16),
+    "lora small tiles fp32": lambda: launch_lora([1, 4, 8], torch.float32),
+    "lora tiles fp32": lambda: launch_lora(MIXED, torch.float32),
+    "decode bf16, split": lambda: launch_attention([1] * 4, torch.bfloat16),
+    "decode bf16": lambda: launch_attention([1] * 64, torch.bfloat16),
+    "mixed bf16": lambda: launch_attention(MIXED, torch.bfloat16),
+    "mixed bf16, dim 96": lambda: launch_attention(MIXED, torch.bfloat16, dim=96),
+    "mixed bf16, dim 256": lambda: launch_attention(MIXED, torch.bfloat16, dim=256),
+    "mixed bf16, all options": lambda: launch_attention(
+        MIXED, torch.bfloat16, dim=64, sliding_window=128, softcap=30.0, sinks=True
+    ),
+    "mixed bf16, dim 512": lambda: launch_attention(MIXED, torch.bfloat16, dim=512),
+    "mixed fp32": lambda: launch_attention(MIXED, torch.float32),
+    "mixed fp32, dim 256": lambda: launch_attention(MIXED, torch.float32, dim=256),
+    "decode fp32, dim 256": lambda: launch_attention([1] * 64, torch.float32, dim=256),
+}
+
+
+def compile_only(launch: Callable[[], None]) -> Iterator[Any]:
+    """The kernels that `launch` would start, compiled."""
+    found: list[Any] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(NoDevice())
+    JITFunction.run = record
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    yield from found
+
+
+def read(kernel: Any) -> Compiled:
+    """Registers and instructions, from the disassembler that Triton carries."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage, sass = (
+            subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    number = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return Compiled(
+        kernel.metadata.name,
+        kernel.metadata.num_warps,
+        number["REG"],
+        number["STACK"],
+        kernel.metadata.shared,
+        {kind: len(re.findall(pattern, sass)) for kind, pattern in KINDS.items()},
+    )
+
+
+def main(names: list[str]) -> None:
+    print(f"triton {triton.__version__}, sm_90")
+    print(
+        f"{'case':26}{'kernel':16}{'warps':>6}{'regs':>6}{'stack':>6}{'shared':>8}",
+        *(f"{k:>8}" for k in KINDS),
+    )
+    for name in names or CASES:
+        for kernel in compile_only(CASES[name]):
+            c = read(kernel)
+            counts = (f"{count:8}" for count in c.instructions.values())
+            print(
+                f"{name:26}{c.kernel:16}{c.warps:6}{c.registers:6}{c.stack:6}{c.shared:8}",
+                *counts,
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,305 @@
+"""Adapters over HTTP: upload, replace, inspect, bring in, take out, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import pydantic
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.adapter_upload import in_thread, receive, register_folder
+from server.api.adapter_views import adapter_view, version_view
+from server.api.body import read_body
+from server.api.schemas import from_validation
+from server.config import Settings
+from server.engine.client import EngineClient
+from server.engine.messages import AdapterRef, AdapterResult, ErrorCode
+from server.errors import (
+    ChorusError,
+    Conflict,
+    InvalidRequest,
+    OutOfMemory,
+    Unavailable,
+)
+from server.registry.records import AdapterVersion, Published, Retired
+from server.registry.registry import Registry
+
+router = APIRouter(tags=["adapters"])
+
+_MAX_JSON_BYTES = 64 * 2**10
+_DELETE_WAIT_S = 1.0
+_UNLOAD_WAIT_S = 5.0
+_UNLOAD_POLL_S = 0.05
+
+_log = logging.getLogger(__name__)
+_background: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
+
+Body = TypeVar("Body", bound=pydantic.BaseModel)
+
+
+class SourceBody(pydantic.BaseModel):
+    """Register a folder that lies on the server."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    source: str
+    description: str | None = None
+
+
+class LoadBody(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    pin: bool = False
+
+
+class LoadLoraBody(pydantic.BaseModel):
+    """As operators' tools send it, with whatever fields besides."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadLoraBody(pydantic.BaseModel):
+    lora_name: str
+
+
+@router.post("/v1/adapters", status_code=201)
+async def create_adapter(request: Request) -> Response:
+    """Upload a new adapter (multipart: `name`, two files or an archive), or register a folder (JSON)."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        published = await receive(request, _registry(request), _settings(request), name=None, replace=False)
+        return _published(request, published)
+    body = await _json(request, SourceBody)
+    register = partial(register_folder, _registry(request), _settings(request), body.name, body.source)
+    published = await in_thread(partial(register, replace=False, description=body.description))
+    return _published(request, published)
+
+
+@router.put("/v1/adapters/{name:path}")
+async def replace_adapter(request: Request, name: str) -> Response:
+    """Upload a new version; running requests finish on the old one. 201 when the name is new."""
+    published = await receive(request, _registry(request), _settings(request), name=name, replace=True)
+    return _published(request, published)
+
+
+@router.get("/v1/adapters")
+async def list_adapters(request: Request) -> Response:
+    registry, engine = _registry(request), _engine(request)
+    resident = frozenset(engine.stats.resident) if engine.stats else frozenset[str]()
+    data = [adapter_view(record, registry.base_parameters, resident) for record in registry.records()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@router.get("/v1/adapters/{name:path}")
+async def get_adapter(request: Request, name: str) -> Response:
+    registry, engine = _registry(request), _engine(request)
+    resident = frozenset(engine.stats.resident) if engine.stats else frozenset[str]()
+    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, resident))
+
+
+@router.delete("/v1/adapters/{name:path}")
+async def delete_adapter(request: Request, name: str) -> Response:
+    """New requests do not find it from now on. 200: it is gone; 202: running requests still use it."""
+    gone = await _delete(request, name)
+    return JSONResponse(
+        {"object": "adapter", "name": name, "state": "deleted" if gone else "draining"}, 200 if gone else 202
+    )
+
+
+@router.post("/v1/adapters/{name:path}/load")
+async def load_adapter(request: Request, name: str) -> Response:
+    """Bring it (or `name@version`) into accelerator memory; `{"pin": true}` keeps it there."""
+    registry, engine = _registry(request), _engine(request)
+    raw = await read_body(request, _MAX_JSON_BYTES)
+    body = _parse(raw, LoadBody) if raw else LoadBody()
+    with registry.acquire(name) as lease:
+        result = await _load(registry, engine, lease.version, body.pin)
+        if body.pin:
+            await in_thread(lambda: registry.set_pinned(lease.version.name, True))
+    return JSONResponse(_residency(lease.version, result))
+
+
+@router.post("/v1/adapters/{name:path}/unload")
+async def unload_adapter(request: Request, name: str) -> Response:
+    """Take it out of accelerator memory and undo a pin. 409 when it is still in use after a few seconds."""
+    registry, engine = _registry(request), _engine(request)
+    with registry.acquire(name) as lease:
+        version = lease.version
+    await in_thread(lambda: registry.set_pinned(version.name, False))
+    result = await engine.unload_adapter(version.digest)
+    if result.residency == "arena":
+        await _until_out(engine, version.digest)
+        result = await engine.unload_adapter(version.digest)
+    registry.loaded(version.digest, result.residency)
+    return JSONResponse(_residency(version, result))
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: Request) -> Response:
+    """As operators' tools call it: register the folder `lora_path` under `lora_name`."""
+    body = await _json(request, LoadLoraBody)
+    register = partial(
+        register_folder, _registry(request), _settings(request), body.lora_name, body.lora_path
+    )
+    try:
+        published = await in_thread(partial(register, replace=body.load_inplace, description=None))
+    except ChorusError as error:
+        raise _as_compatible(error) from error
+    _follow_up(request, published)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is loaded.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: Request) -> Response:
+    """As operators' tools call it: the same as DELETE, without waiting for running requests."""
+    body = await _json(request, UnloadLoraBody)
+    try:
+        await _delete(request, body.lora_name, wait_s=0.0)
+    except ChorusError as error:
+        raise _as_compatible(error) from error
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is unloaded.")
+
+
+# after a change
+
+
+def _published(request: Request, published: Published) -> Response:
+    _follow_up(request, published)
+    view = version_view(published.version) | {"object": "adapter.version", "state": "ready"}
+    return JSONResponse(view, 201 if published.outcome == "created" else 200)
+
+
+def _follow_up(request: Request, published: Published) -> None:
+    registry, engine = _registry(request), _engine(request)
+    if published.retired:
+        _start(_forget(registry, engine, published.retired))
+    if published.outcome == "replaced" and registry.get(published.version.name).pinned:
+        _start(_move_pin(registry, engine, published.version))
+
+
+async def _delete(request: Request, name: str, wait_s: float = _DELETE_WAIT_S) -> bool:
+    """Whether all of it was gone after `wait_s` seconds."""
+    registry, engine = _registry(request), _engine(request)
+    retired = await in_thread(lambda: registry.delete(name))
+    forgetting = _start(_forget(registry, engine, retired))
+    done, _ = await asyncio.wait({forgetting}, timeout=wait_s)
+    return bool(done)
+
+
+async def _forget(registry: Registry, engine: EngineClient, retired: tuple[Retired, ...]) -> None:
+    """When the last user of each version has left, have the engine drop what no other name needs."""
+    for each in retired:
+        await asyncio.wrap_future(each.gone)
+        if not registry.holds(each.version.digest):
+            with suppress(ChorusError):  # an engine that is not there remembers nothing
+                await engine.unload_adapter(each.version.digest, forget=True)
+
+
+async def _move_pin(registry: Registry, engine: EngineClient, version: AdapterVersion) -> None:
+    """A pinned name got a new version: that one stays in memory now, the one before it need not."""
+    try:
+        with registry.acquire(f"{version.name}@{version.number}"):
+            await _load(registry, engine, version, pin=True)
+        for record in registry.get(version.name).versions:
+            if record.version.number == version.number - 1:
+                await engine.unload_adapter(record.version.digest)
+    except ChorusError as error:
+        _log.warning("the pin of %s could not be moved to its new version: %s", version.name, error.message)
+
+
+async def _load(
+    registry: Registry, engine: EngineClient, version: AdapterVersion, pin: bool
+) -> AdapterResult:
+    """Raises OutOfMemory when there is no room now, InvalidRequest when there never is."""
+    result = await engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=pin)
+    if result.error is ErrorCode.OUT_OF_MEMORY:
+        raise OutOfMemory("There is no room for this adapter in accelerator memory now.")
+    if result.error is ErrorCode.NEVER_FITS:
+        raise InvalidRequest(
+            "This adapter is larger than all accelerator memory for adapters.",
+            param="name",
+            code="never_fits",
+        )
+    if result.error is not None:
+        raise ChorusError("The engine could not load this adapter.", code=str(result.error))
+    registry.loaded(version.digest, result.residency, result.milliseconds)
+    return result
+
+
+async def _until_out(engine: EngineClient, digest: str) -> None:
+    """The engine lets go when its last running sequence has; raises Conflict when that takes too long."""
+    try:
+        async with asyncio.timeout(_UNLOAD_WAIT_S):
+            while engine.stats is not None and digest in engine.stats.resident:  # noqa: ASYNC110  # no event tells
+                await asyncio.sleep(_UNLOAD_POLL_S)
+    except TimeoutError:
+        raise Conflict(
+            "This adapter is in use; it leaves accelerator memory when its last request ends.", param="name"
+        ) from None
+
+
+# small things
+
+
+def _registry(request: Request) -> Registry:
+    registry: Registry | None = request.app.state.registry
+    if registry is None:
+        raise Unavailable("The server is starting.")
+    return registry
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _engine(request: Request) -> EngineClient:
+    engine: EngineClient = request.app.state.engine
+    return engine
+
+
+async def _json(request: Request, kind: type[Body]) -> Body:
+    return _parse(await read_body(request, _MAX_JSON_BYTES), kind)
+
+
+def _parse(raw: bytes, kind: type[Body]) -> Body:
+    try:
+        return kind.model_validate_json(raw)
+    except pydantic.ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_context=False)) from None
+
+
+def _residency(version: AdapterVersion, result: AdapterResult) -> dict[str, Any]:
+    return {
+        "object": "adapter",
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "residency": result.residency,
+        "milliseconds": result.milliseconds,
+    }
+
+
+def _as_compatible(error: ChorusError) -> ChorusError:
+    """The same error in the words of the compatible routes, which answer 400 where ours say 409."""
+    if isinstance(error, Conflict):
+        error = InvalidRequest(error.message, param=error.param, code="already_loaded")
+    error.param = {"name": "lora_name", "source": "lora_path"}.get(error.param or "", error.param)
+    return error
+
+
+def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.create_task(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task

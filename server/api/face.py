@@ -1,0 +1,89 @@
+"""What the routes work with: one object, made at start, found at `request.app.state.face`."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from server.api.drain import Drain
+from server.base_model import BaseModel
+from server.config import Settings
+from server.engine.client import EngineClient
+from server.engine.messages import EngineInfo
+from server.errors import InvalidRequest, Unavailable
+from server.registry.registry import Registry
+from server.telemetry.metrics import Metrics
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+_REMEMBERED_NAMES = 4096
+
+
+class AdapterNames:
+    """Digest -> the name it was last asked for by. Bounded: figures name what is in use, not all there was."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, str] = OrderedDict()
+
+    def remember(self, digest: str, name: str) -> None:
+        self._names[digest] = name
+        self._names.move_to_end(digest)
+        if len(self._names) > _REMEMBERED_NAMES:
+            self._names.popitem(last=False)
+
+    def name_of(self, digest: str) -> str:
+        return self._names.get(digest, digest[:12])
+
+
+@dataclass
+class Face:
+    settings: Settings
+    base: BaseModel
+    engine: EngineClient
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    metrics: Metrics
+    drain: Drain = field(default_factory=Drain)
+    names: AdapterNames = field(default_factory=AdapterNames)
+    registry: Registry | None = None  # open when the engine was ready for the first time
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ready(self) -> bool:
+        """Takes inference requests: the engine runs and shows life, and the server stays."""
+        fresh = time.monotonic() - self.engine.last_heartbeat <= self.settings.watchdog_s
+        return self.engine.state == "ready" and self.registry is not None and fresh and not self.drain.draining
+
+    def require_engine(self) -> EngineInfo:
+        """What the engine is. Raises Unavailable when requests cannot be taken now."""
+        self.drain.check()
+        if self.engine.state != "ready" or self.engine.info is None or self.registry is None:
+            raise Unavailable(f"The engine is not ready ({self.engine.state}).", code="engine_not_ready")
+        return self.engine.info
+
+    def require_registry(self) -> Registry:
+        """Raises Unavailable before the registry is open."""
+        if self.registry is None:
+            raise Unavailable(f"The engine is not ready ({self.engine.state}).", code="engine_not_ready")
+        return self.registry
+
+    def require_tokenizer(self, param: str) -> Tokenizer:
+        """Raises InvalidRequest naming `param`, the field that needs a tokenizer."""
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                f"{param}: this server's model has no tokenizer; send token ids", param=param
+            )
+        return self.tokenizer
+
+
+def face_of(request: Request) -> Face:
+    face: Face = request.app.state.face
+    return face
+
+
+def require_ready(request: Request) -> None:
+    """For routes that need the registry, as a dependency. Raises Unavailable."""
+    face_of(request).require_registry()

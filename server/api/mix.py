@@ -1,0 +1,80 @@
+"""Which adapters a request runs with: names as asked, then versions that are held while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from server.api.face import Face
+from server.api.schemas import GenerationRequest
+from server.engine.messages import AdapterRef
+from server.errors import InvalidRequest, ModelNotFound
+
+
+@dataclass(frozen=True)
+class HeldMix:
+    """Versions whose files stay while the request runs; no refs for the base model."""
+
+    refs: tuple[AdapterRef, ...] = ()
+
+    @property
+    def version(self) -> str | None:
+        """What answers carry as `adapter_version`: the digest; of a composition, digests joined by `+`."""
+        return "+".join(ref.digest for ref in self.refs) or None
+
+
+class AdapterMix:
+    """The adapters that one request names."""
+
+    def __init__(self, members: list[tuple[str, float, str]]) -> None:
+        self._members = members  # name, weight, the field that named it
+
+    @classmethod
+    def of(cls, request: GenerationRequest, base: str) -> AdapterMix:
+        """Raises InvalidRequest where the fields contradict each other."""
+        members = _members(request, base)
+        if request.adapter_scale is not None and not members:
+            raise InvalidRequest("adapter_scale: the request names no adapter", param="adapter_scale")
+        scale = 1.0 if request.adapter_scale is None else request.adapter_scale
+        return cls([(name, weight * scale, param) for name, weight, param in members])
+
+    @contextmanager
+    def hold(self, face: Face) -> Iterator[HeldMix]:
+        """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound."""
+        if not self._members:
+            yield HeldMix()
+            return
+        registry = face.require_registry()
+        with ExitStack() as leases:
+            refs = []
+            for name, weight, param in self._members:
+                try:
+                    lease = leases.enter_context(registry.acquire(name))
+                except ModelNotFound as error:
+                    error.param = param
+                    raise
+                version = lease.version
+                face.names.remember(version.digest, version.name)
+                refs.append(AdapterRef(version.digest, str(version.path), weight))
+            yield HeldMix(tuple(refs))
+
+
+def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:
+    model = None if request.model == base else request.model
+    if request.adapters is not None:
+        if model is not None or request.adapter is not None:
+            raise InvalidRequest("adapters: another adapter is named as well", param="adapters")
+        names = [member.name for member in request.adapters]
+        if len(set(names)) != len(names):
+            raise InvalidRequest("adapters: an adapter is named twice", param="adapters")
+        return [
+            (member.name, member.weight, f"adapters[{i}].name") for i, member in enumerate(request.adapters)
+        ]
+    if request.adapter is not None:
+        if model not in (None, request.adapter):
+            raise InvalidRequest("adapter: `model` names another adapter", param="adapter")
+        return [(request.adapter, 1.0, "adapter")]
+    if request.model is None:
+        raise InvalidRequest("Missing field: model", param="model")
+    return [] if model is None else [(model, 1.0, "model")]

@@ -1,0 +1,108 @@
+"""`GET /v1/models`, `/tokenize`, `/detokenize`: what can be asked for, and how text becomes tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.body import beside_loop, read_body
+from server.api.chat import chat_prompt
+from server.api.face import Face, face_of
+from server.api.replies import Model, ModelList
+from server.api.schemas import DetokenizeRequest, TokenizeRequest, parse
+from server.engine.messages import EngineInfo
+from server.errors import InvalidRequest, ModelNotFound
+
+router = APIRouter()
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _base(face: Face, info: EngineInfo) -> Model:
+    name = face.base.name
+    return Model(name, face.created, "chorus", name, None, info.max_model_len)
+
+
+def _adapter(face: Face, info: EngineInfo, version: Any) -> Model:
+    return Model(
+        id=version.name,
+        created=int(version.created_at),
+        owned_by="chorus",
+        root=version.source,
+        parent=face.base.name,
+        max_model_len=info.max_model_len,
+        adapter_version=version.digest,
+    )
+
+
+def _known(face: Face) -> EngineInfo:
+    """What was said when the engine was ready first; still true while it restarts. Raises Unavailable."""
+    return face.engine.info or face.require_engine()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    face = face_of(request)
+    info = _known(face)
+    adapters = face.require_registry().list()
+    return _json(ModelList([_base(face, info), *(_adapter(face, info, version) for version in adapters)]))
+
+
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(request: Request, model_id: str) -> Response:
+    face = face_of(request)
+    info = _known(face)
+    if model_id == face.base.name:
+        return _json(_base(face, info))
+    for version in face.require_registry().list():
+        if version.name == model_id:
+            return _json(_adapter(face, info, version))
+    raise ModelNotFound(model_id)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    face = face_of(request)
+    info = _known(face)
+    body = await read_body(request, face.settings.max_request_bytes)
+
+    def work() -> dict[str, Any]:
+        asked = parse(TokenizeRequest, body, info.max_model_len)
+        tokenizer = face.require_tokenizer("prompt")
+        if (asked.prompt is None) == (asked.messages is None):
+            raise InvalidRequest("prompt: give either `prompt` or `messages`", param="prompt")
+        if asked.messages is not None:
+            ids = chat_prompt(face, asked.messages)
+        else:
+            encode = tokenizer.encode if asked.add_special_tokens else tokenizer.encode_chat
+            ids = encode(asked.prompt or "")
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids}
+        if asked.return_token_strs:
+            answer["token_strs"] = [tokenizer.token(token_id) for token_id in ids]
+        return answer
+
+    return _json(await beside_loop(len(body), work))
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    face = face_of(request)
+    info = _known(face)
+    body = await read_body(request, face.settings.max_request_bytes)
+
+    def work() -> dict[str, str]:
+        asked = parse(DetokenizeRequest, body, info.max_model_len)
+        tokenizer = face.require_tokenizer("tokens")
+        if asked.tokens and max(asked.tokens) >= info.vocab_size:
+            raise InvalidRequest(
+                f"tokens: {max(asked.tokens)} is not in the vocabulary of {info.vocab_size}", param="tokens"
+            )
+        return {"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)}
+
+    return _json(await beside_loop(len(body), work))

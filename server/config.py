@@ -1,0 +1,111 @@
+"""The one settings tree. Every option can be a flag of `chorus serve` or `CHORUS_<NAME>` in the environment.
+
+The environment is read nowhere else in the package. `tests/test_config.py` pins the list of options, so
+that a new one is a decision.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """`"512MiB"`, `"2GB"`, `"1.5g"` or a number -> bytes. Raises ValueError on anything else."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value.lower())
+    if match is None or match[2] == "i":
+        raise ValueError(f"{value!r} is not a size; write it like 512MiB or 2GB")
+    return int(float(match[1]) * (_UNITS | _BINARY_UNITS)[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Sizes accept `512MiB` or `2GB`."""
+
+    model_config = SettingsConfigDict(env_prefix="CHORUS_", extra="forbid", frozen=True)
+
+    # base model
+    model: str = Field(description="Base model: a local folder, or a Hugging Face hub id.")
+    revision: str | None = Field(None, description="Hub revision of the base model.")
+    served_model_name: str | None = Field(
+        None, description="Name that clients put in `model` for the base model. Default: the folder's name."
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder with tokenizer.json, if it is not the model's own."
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto: read the weights; dummy: random weights from config.json alone."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and activations. auto: the checkpoint's own."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine. 0: one for each core.")
+    seed: int = Field(0, description="Seed of dummy weights.")
+
+    # adapters
+    adapters: Path | None = Field(
+        None, description="Folder whose sub-folders (PEFT layout) are registered at start. Read, never written."
+    )
+    data_dir: Path | None = Field(
+        None, description="Registry and uploaded adapters. Default: the user's data folder, by base model."
+    )
+    allowed_lora_roots: tuple[Path, ...] = Field(
+        (), description="Folders that `lora_path` may point into, besides --adapters."
+    )
+    max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
+    max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
+    max_header_bytes: Bytes = Field(
+        16 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
+    )
+    max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
+
+    # engine
+    max_model_len: int | None = Field(
+        None, gt=0, description="Longest prompt and output together, tokens. Default: what the model allows."
+    )
+    max_num_seqs: int = Field(64, gt=0, description="Most sequences that run at once.")
+    max_num_batched_tokens: int | None = Field(
+        None, gt=0, description="Token budget of one step. Default: 8192 on CUDA, 512 on CPU."
+    )
+    block_size: int = Field(16, gt=0, description="Tokens in one block of the KV cache.")
+    kv_cache_bytes: Bytes | None = Field(
+        None, gt=0, description="Size of the KV cache, bytes. Default: from free memory."
+    )
+    arena_bytes: Bytes | None = Field(
+        None, gt=0, description="Size of the adapter arena, bytes. Default: from free memory."
+    )
+    host_cache_bytes: Bytes | None = Field(
+        None, ge=0, description="Packed adapters kept in host memory, bytes. Default: from free memory."
+    )
+    prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
+
+    # HTTP face
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: a free one.")
+    max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
+    shutdown_grace_s: float = Field(
+        30.0, ge=0, description="On SIGTERM, how long running requests may go on, seconds."
+    )
+    watchdog_s: float = Field(
+        60.0, gt=0, description="A step that takes longer makes the server not ready, seconds."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
+
+
+def user_data_dir() -> Path:
+    """The user's data folder by the XDG convention: $XDG_DATA_HOME, or ~/.local/share."""
+    configured = os.environ.get("XDG_DATA_HOME", "")
+    return Path(configured) if Path(configured).is_absolute() else Path.home() / ".local" / "share"

@@ -1,0 +1,208 @@
+"""The engine: takes requests, plans a step, runs it, says what came out.
+
+A plain class with `add`, `abort` and `step`; `worker.py` drives it behind a socket, tests drive it directly.
+It is the only place that sees both the scheduler and the runner.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+
+from server.config import Settings
+from server.engine.adapter_gate import AcquireStatus
+from server.engine.block_pool import BlockPool
+from server.engine.messages import (
+    AdapterResult,
+    EngineInfo,
+    EngineStats,
+    ErrorCode,
+    LoadAdapter,
+    Request,
+    TokenOutput,
+    UnloadAdapter,
+)
+from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.sequence import Sequence
+from server.lora.arena import Arena
+from server.lora.residency import Residency
+from server.model.batch import build_batch
+from server.model.loader import LoadedModel, load
+from server.model.memory import MemoryPlan, default_token_budget, plan_memory
+from server.model.runner import Runner
+
+log = logging.getLogger(__name__)
+
+_NON_FINITE = "The model's output overflowed: the adapter's weights do not suit this prompt."
+_COPY_POLL_MS = 2  # how soon to look again when all that waits, waits for an adapter
+
+
+class Engine:
+    """One base model, its adapters and its sequences. One thread calls it."""
+
+    def __init__(self, settings: Settings, loaded: LoadedModel, memory: MemoryPlan) -> None:
+        self._eos_token_ids = loaded.eos_token_ids
+        self._device = loaded.device
+        self._block_size = settings.block_size
+        self._runner = Runner(loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size)
+        self._arena = Arena(memory.arena_bytes, len(self._runner.targets), loaded.dtype, loaded.device)
+        self._residency = Residency(self._arena, self._runner.targets, memory.host_cache_bytes)
+        self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
+        self._scheduler = Scheduler(
+            self._pool,
+            self._residency,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens or default_token_budget(loaded.device),
+            max_model_len=loaded.max_model_len,
+            eos_token_ids=loaded.eos_token_ids,
+        )
+        self._arrivals = 0
+        self._steps = 0
+        self._refused: list[TokenOutput] = []
+        self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
+        self.info = EngineInfo(
+            pid=os.getpid(),
+            model_type=loaded.model_type,
+            device=str(loaded.device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            vocab_size=loaded.vocab_size,
+            max_model_len=loaded.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            eos_token_ids=loaded.eos_token_ids,
+            parameters=loaded.parameters,
+            weights_bytes=loaded.weights_bytes,
+            block_size=settings.block_size,
+            kv_blocks=memory.kv_blocks,
+            kv_bytes=memory.kv_bytes,
+            arena_bytes=self._arena.bytes_total,
+            lora_targets=self._runner.targets,
+            load_seconds=loaded.load_seconds,
+        )
+
+    # -- what the worker calls
+
+    def add(self, request: Request) -> None:
+        """Put a request in line. If it can never run here, the next step says so."""
+        seq = Sequence(request, time.monotonic(), self._arrivals)
+        self._arrivals += 1
+        refusal = self._scheduler.add(seq)
+        if refusal is not None:
+            self._refused.append(refusal)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these now, with no output; ids that are not here (any more) are passed over."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    def load_adapter(self, call: LoadAdapter) -> None:
+        """Bring an adapter into the arena; a later step answers."""
+        self._calls.append(call)
+
+    def unload_adapter(self, call: UnloadAdapter) -> None:
+        """Take an adapter out of the arena once nobody uses it; a later step answers."""
+        self._residency.unload(call.digest, call.forget)
+        self._calls.append(call)
+
+    def step(self) -> tuple[list[TokenOutput], list[AdapterResult]]:
+        """Plan and run one step. Returns the new tokens and the answers to adapter calls."""
+        self._residency.poll()
+        results = self._answer_calls()
+        outputs, self._refused = self._refused, []
+        plan = self._scheduler.plan()
+        outputs += plan.failed
+        if plan.runs:
+            outputs += self._run(plan)
+            self._steps += 1
+        return outputs, results
+
+    def idle_ms(self) -> int | None:
+        """0: call `step` now; n: look again after n ms, adapters are on their way; None: nothing to do."""
+        if self._refused or self._scheduler.runnable:
+            return 0
+        waits = self._calls or self._residency.pending or self._scheduler.has_work
+        return _COPY_POLL_MS if waits else None
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now."""
+        scheduler, residency = self._scheduler, self._residency
+        return EngineStats(
+            steps=self._steps,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            waiting_for_adapter=scheduler.waiting_for_adapter,
+            kv_blocks_total=self._pool.num_blocks,
+            kv_blocks_free=self._pool.free,
+            kv_blocks_cached=self._pool.cached,
+            arena_bytes_total=self._arena.bytes_total,
+            arena_bytes_used=self._arena.bytes_used,
+            host_bytes_used=residency.host_bytes_used,
+            resident=residency.resident,
+            preemptions=scheduler.preemptions,
+            adapter_loads=residency.loads,
+            adapter_evictions=residency.evictions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            waiting_digests=scheduler.waiting_digests,
+        )
+
+    def close(self) -> None:
+        """Stop the threads that load adapters."""
+        self._residency.close()
+
+    # -- one step
+
+    def _run(self, plan: StepPlan) -> list[TokenOutput]:
+        batch = build_batch(
+            plan.runs, self._residency.slot, self._block_size, self._eos_token_ids, self._device
+        )
+        sampled = self._runner.run(batch, self._arena.view())
+        outputs = []
+        if not all(sampled.finite):
+            sampling = [run.seq for run in plan.runs if run.samples]
+            # Ended before `update`, so that none of their blocks is offered for reuse.
+            outputs = [
+                self._scheduler.fail(seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
+                for seq, finite in zip(sampling, sampled.finite, strict=True)
+                if not finite
+            ]
+        return outputs + self._scheduler.update(plan, sampled.token_ids, sampled.logprobs)
+
+    def _answer_calls(self) -> list[AdapterResult]:
+        """Answers to those adapter calls that have come to an end; the others are asked again next step."""
+        answers = [(call, self._answer(call)) for call in self._calls]
+        self._calls = [call for call, answer in answers if answer is None]
+        return [answer for _, answer in answers if answer is not None]
+
+    def _answer(self, call: LoadAdapter | UnloadAdapter) -> AdapterResult | None:
+        if isinstance(call, UnloadAdapter):
+            place = self._residency.where(call.digest)
+            return None if place == "arena" else AdapterResult(call.call_id, place)
+        digest = call.adapter.digest
+        answer = self._residency.load(call.adapter, call.pin)
+        match answer.status:
+            case AcquireStatus.PENDING:
+                return None
+            case AcquireStatus.READY:
+                return AdapterResult(call.call_id, "arena", self._residency.load_ms(digest))
+            case AcquireStatus.FULL:
+                error, message = ErrorCode.OUT_OF_MEMORY, "every adapter in the arena is in use or pinned"
+            case AcquireStatus.FAILED:
+                error, message = answer.error or ErrorCode.ADAPTER_LOAD_FAILED, answer.message
+        return AdapterResult(call.call_id, self._residency.where(digest), error=error, message=message)
+
+
+def create_engine(settings: Settings) -> Engine:
+    """Load the base model and build an engine around it.
+
+    Raises UnsupportedModel when the model would be served wrongly, ValueError when memory is too small.
+    """
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    loaded = load(settings)
+    engine = Engine(settings, loaded, plan_memory(settings, loaded))
+    log.info("%s on %s, ready after %.1f s", loaded.model_type, loaded.device, loaded.load_seconds)
+    return engine

@@ -1,0 +1,114 @@
+"""Every error a client can be shown, with its HTTP status.
+
+Any room raises these; `api/errors.py` maps them to the OpenAI error shape once. A message names the field
+or tensor at fault and never holds a file path or an address.
+"""
+
+from __future__ import annotations
+
+
+class ChorusError(Exception):
+    """An error with a status, shown to the client as `{"error": {message, type, param, code}}`."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(ChorusError):
+    """400: a field of the request cannot be served as asked."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidAdapter(InvalidRequest):
+    """400: the adapter's config or a tensor is wrong; `param` names the field or tensor."""
+
+    code = "invalid_adapter"
+
+
+class Forbidden(ChorusError):
+    """403: outside what this server may read."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(ChorusError):
+    """404."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """404: `model` names neither the base model nor an adapter."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model `{name[:200]}` does not exist.", param="model")
+
+
+class Conflict(ChorusError):
+    """409: another call on this name is in progress, or the name is taken."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLarge(ChorusError):
+    """413: over a size limit of this server."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class UnsupportedMedia(ChorusError):
+    """415: a file type this server never reads (pickles)."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class Unavailable(ChorusError):
+    """503: not now; the engine is starting, restarting, draining or full."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    retry_after_s = 1
+
+
+class EngineDied(Unavailable):
+    """503: the engine process ended while it held this request."""
+
+    code = "engine_restarted"
+
+
+class OutOfMemory(Unavailable):
+    """503: accelerator memory for this adapter could not be had now."""
+
+    code = "out_of_accelerator_memory"
+
+
+class InsufficientStorage(ChorusError):
+    """507: the disk is full; what was there still serves."""
+
+    status = 507
+    type = "server_error"
+    code = "insufficient_storage"

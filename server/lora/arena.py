@@ -1,0 +1,225 @@
+"""The arena: one flat buffer that holds every resident adapter, and the tables that say where each lies."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+
+from server.lora.kernels.interface import ArenaView
+from server.lora.pack import ALIGN_BYTES, PackedAdapter
+
+_STAGING_BYTES = 8 << 20  # for moves whose source and destination overlap
+
+
+class ExtentAllocator:
+    """Best-fit over free extents of one address range; pure arithmetic, units are the caller's.
+
+    Always: `free` + sum of held sizes = `size`, no two extents overlap, no two free extents touch.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.free = size
+        self._holes = [(0, size)] if size else []  # (start, size), by start
+        self._held: dict[int, int] = {}  # start -> size
+
+    @property
+    def largest_hole(self) -> int:
+        return max((size for _, size in self._holes), default=0)
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """(start, size) of every held extent, by start."""
+        return sorted(self._held.items())
+
+    def take(self, size: int) -> int | None:
+        """The start of a new extent in the tightest hole that fits, or None."""
+        if size <= 0:
+            raise ValueError(f"an extent of {size} cannot be taken")
+        hole = min((h for h in self._holes if h[1] >= size), key=lambda h: h[1], default=None)
+        if hole is None:
+            return None
+        self._cut(hole, size)
+        return hole[0]
+
+    def give(self, start: int) -> None:
+        """Give an extent back. Raises KeyError when none is held at `start`."""
+        size = self._held.pop(start)
+        self.free += size
+        at = bisect_left(self._holes, (start, 0))
+        if at < len(self._holes) and self._holes[at][0] == start + size:
+            size += self._holes.pop(at)[1]
+        if at and sum(self._holes[at - 1]) == start:
+            start, before = self._holes.pop(at - 1)
+            size += before
+        insort(self._holes, (start, size))
+
+    def compact(self, fixed: Container[int] = ()) -> list[tuple[int, int, int]]:
+        """Slide extents towards 0; those whose start is in `fixed` stay where they are.
+
+        Returns the moves (from, to, size) to be made in this order: to < from, and no move writes over an
+        extent that has not moved yet.
+        """
+        moves, held, end, holes = [], {}, 0, []
+        for start, size in self.held:
+            to = start if start in fixed else end
+            if to != start:
+                moves.append((start, to, size))
+            if to > end:
+                holes.append((end, to - end))
+            held[to] = size
+            end = to + size
+        if end < self.size:
+            holes.append((end, self.size - end))
+        self._held, self._holes = held, holes
+        return moves
+
+    def _cut(self, hole: tuple[int, int], size: int) -> None:
+        at = bisect_left(self._holes, hole)
+        if hole[1] == size:
+            del self._holes[at]
+        else:
+            self._holes[at] = (hole[0] + size, hole[1] - size)
+        self._held[hole[0]] = size
+        self.free -= size
+
+
+@dataclass(eq=False)
+class Extent:
+    """Room in the arena. Without a slot it is being written into, and is not moved."""
+
+    start: int  # bytes; a multiple of 64
+    nbytes: int
+    slot: int | None = None
+
+
+class Arena:
+    """Where resident adapters lie. Owned by the engine's thread.
+
+    `nbytes` is rounded down to whole cache lines; `slots` (at least 1) is how many rows the tables have at
+    first. On a CPU the buffer is only reserved: pages are touched
+    when adapters are written. Moves and table updates go to the current stream of the device.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        num_modules: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        slots: int = 64,
+    ) -> None:
+        self._extents = ExtentAllocator(nbytes // ALIGN_BYTES * ALIGN_BYTES)
+        self._by_start: dict[int, Extent] = {}
+        self._by_slot: dict[int, Extent] = {}
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._view = ArenaView(
+            data=torch.empty(self._extents.size // dtype.itemsize, dtype=dtype, device=device),
+            offsets=torch.zeros(slots, num_modules, 2, dtype=torch.int64, device=device),
+            ranks=torch.zeros(slots, num_modules, dtype=torch.int32, device=device),
+        )
+
+    def view(self) -> ArenaView:
+        """What kernels read. The same object, with the same tensors, until the tables have to grow."""
+        return self._view
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._view.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._view.data.device
+
+    @property
+    def bytes_total(self) -> int:
+        return self._extents.size
+
+    @property
+    def bytes_free(self) -> int:
+        return self._extents.free
+
+    @property
+    def bytes_used(self) -> int:
+        """Of resident adapters and of those being copied in."""
+        return self._extents.size - self._extents.free
+
+    @property
+    def largest_hole(self) -> int:
+        return self._extents.largest_hole
+
+    def reserve(self, nbytes: int) -> Extent | None:
+        """Room for `nbytes` in one piece, or None when there is no such piece (see `compact`)."""
+        start = self._extents.take(-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES)
+        if start is None:
+            return None
+        extent = self._by_start[start] = Extent(start, nbytes)
+        return extent
+
+    def room(self, extent: Extent) -> torch.Tensor:
+        """The extent's memory, [elements], to be written before `commit`."""
+        width = self.dtype.itemsize
+        return self._view.data[extent.start // width : (extent.start + extent.nbytes) // width]
+
+    def commit(self, extent: Extent, packed: PackedAdapter) -> int:
+        """The packed data lies in the extent's room: enter it into the tables. Returns its slot."""
+        if not self._free_slots:
+            self._grow()
+        slot = extent.slot = self._free_slots.pop()
+        self._by_slot[slot] = extent
+        self._view.offsets[slot].copy_(packed.offsets + extent.start // self.dtype.itemsize)
+        self._view.ranks[slot].copy_(packed.ranks)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Free a committed extent and its slot. Raises KeyError when the slot is free."""
+        extent = self._by_slot.pop(slot)
+        self._view.ranks[slot].zero_()
+        self._free_slots.append(slot)
+        extent.slot = None
+        self.abandon(extent)
+
+    def abandon(self, extent: Extent) -> None:
+        """Free an extent that was reserved and never committed."""
+        del self._by_start[extent.start]
+        self._extents.give(extent.start)
+
+    def compact(self) -> int:
+        """Slide committed extents together, so that free room becomes one piece; returns how many moved.
+
+        Extents being written into stay, so the room may still be in several pieces.
+        """
+        fixed = {start for start, extent in self._by_start.items() if extent.slot is None}
+        width = self.dtype.itemsize
+        moves = self._extents.compact(fixed)
+        for start, to, nbytes in moves:
+            extent = self._by_start[to] = self._by_start.pop(start)
+            extent.start = to
+            self._move(start // width, to // width, nbytes // width)
+            self._view.offsets[extent.slot] -= (start - to) // width
+        return len(moves)
+
+    def _move(self, start: int, to: int, count: int) -> None:
+        """Copy `count` elements towards the front. Overlapping ones go through a small copy, front first."""
+        data = self._view.data
+        if start - to >= count:
+            data[to : to + count].copy_(data[start : start + count])
+            return
+        step = _STAGING_BYTES // self.dtype.itemsize
+        for done in range(0, count, step):
+            n = min(step, count - done)
+            data[to + done : to + done + n].copy_(data[start + done : start + done + n].clone())
+
+    def _grow(self) -> None:
+        """Twice the slots. The tables are new tensors: whoever captured the old ones must look again."""
+        old = self._view
+        slots = old.ranks.shape[0]
+        self._view = ArenaView(
+            data=old.data,
+            offsets=torch.cat([old.offsets, torch.zeros_like(old.offsets)]),
+            ranks=torch.cat([old.ranks, torch.zeros_like(old.ranks)]),
+        )
+        self._free_slots.extend(range(2 * slots - 1, slots - 1, -1))

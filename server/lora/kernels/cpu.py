@@ -1,0 +1,96 @@
+"""LoRA on the CPU through the compiled kernels: one call for each module, no Python loop over adapters."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from server.lora.kernels.interface import ArenaView, LoraKernels
+from server.lora.kernels.reference import ReferenceKernels
+from server.lora.segments import Segments
+from server.native import library
+
+
+class _Segments(ctypes.Structure):
+    """`ChorusSegments` of native/lora.cpp."""
+
+    _fields_ = (
+        ("token_starts", ctypes.c_void_p),
+        ("entry_starts", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int64),
+        ("modules", ctypes.c_int64),
+        ("arena", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class CpuKernels:
+    """`LoraKernels` in native/lora.cpp. What is the same for all modules of a step is passed once a step."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self._functions = {torch.float32: lib.chorus_lora_f32, torch.bfloat16: lib.chorus_lora_bf16}
+        for function in self._functions.values():
+            function.restype = None
+            function.argtypes = [
+                ctypes.POINTER(_Segments),
+                ctypes.c_int64,
+                *[ctypes.c_void_p, ctypes.c_int64] * 2,
+                ctypes.c_int64,
+                ctypes.c_int64,
+            ]
+        self._prepared: tuple[Segments, ArenaView] | None = None
+        self._step = _Segments()
+        self._scratch = torch.empty(0)
+
+    def apply(
+        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
+    ) -> None:
+        if self._prepared is None or self._prepared[0] is not segments or self._prepared[1] is not arena:
+            self._prepare(segments, arena)
+        self._functions[out.dtype](
+            self._step,
+            module,
+            out.data_ptr(),
+            out.stride(0),
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[1],
+            out.shape[1],
+        )
+
+    def _prepare(self, segments: Segments, arena: ArenaView) -> None:
+        # An upper bound of x A^T over all modules: each entry's tokens times its adapter's largest rank.
+        tokens_G = segments.token_starts.diff()
+        tokens_E = tokens_G.repeat_interleave(segments.entry_starts.diff())
+        ranks_E = arena.ranks[segments.slots.long()].amax(dim=1)
+        needed = int((tokens_E * ranks_E).sum())
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        self._step = _Segments(
+            segments.token_starts.data_ptr(),
+            segments.entry_starts.data_ptr(),
+            segments.slots.data_ptr(),
+            segments.weights.data_ptr(),
+            segments.num_segments,
+            arena.ranks.shape[1],
+            arena.data.data_ptr(),
+            arena.offsets.data_ptr(),
+            arena.ranks.data_ptr(),
+            self._scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self._prepared = (segments, arena)  # keeps the tensors behind the pointers alive
+
+
+def cpu_kernels(dtype: torch.dtype) -> LoraKernels:
+    """The compiled kernels where they are there and know `dtype`, the reference elsewhere."""
+    lib = library()
+    if lib is None or dtype not in (torch.float32, torch.bfloat16):
+        return ReferenceKernels()
+    return CpuKernels(lib)

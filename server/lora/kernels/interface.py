@@ -1,0 +1,39 @@
+"""The seam between the LoRA layers and the kernels that apply adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from server.lora.segments import Segments
+
+
+@dataclass(frozen=True)
+class ArenaView:
+    """What kernels read of the arena.
+
+    For slot s and module m, A lies at `data[offsets[s, m, 0]:]` as [rank, in_features] and B at
+    `data[offsets[s, m, 1]:]` as [rank, out_features] with the scaling folded in, both row-major;
+    `ranks[s, m]` is 0 where the adapter leaves the module alone. Every offset is a multiple of 64 bytes.
+    """
+
+    data: torch.Tensor  # [elements], dtype of the base model
+    offsets: torch.Tensor  # [slots, modules, 2] int64, in elements
+    ranks: torch.Tensor  # [slots, modules] int32
+
+
+class LoraKernels(Protocol):
+    """y += sum over entries of weight * (x A^T) B, for every segment of a step (Chen et al. 2023, SGMV)."""
+
+    def apply(
+        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
+    ) -> None:
+        """Add the adapters' deltas to `out` in place.
+
+        out: [T, out_features], x: [T, in_features], rows contiguous (the last dimension has stride 1); only
+        the first `segments.num_tokens` rows are touched. `module` is the column of the arena's tables.
+        The intermediate x A^T is kept in float32, B's product is accumulated in float32.
+        """
+        ...

@@ -1,0 +1,66 @@
+"""Which tokens of a step's batch use which resident adapters.
+
+The batch orders its tokens so that sequences with the same adapter mix are neighbours: each run of such
+tokens is one segment. Segments come first, tokens of the base model last, so LoRA kernels work on the
+first `num_tokens` rows only and a base-only step has no segments at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The adapter mixes of one step, built once on the host for all modules.
+
+    Segment g covers the tokens [token_starts[g], token_starts[g + 1]) and adds the entries
+    [entry_starts[g], entry_starts[g + 1]): pairs of an arena slot and a weight. A plain request has one
+    entry of weight 1; a composition has several. Index tensors lie on the device of the arena.
+    """
+
+    token_starts: torch.Tensor  # [G + 1] int32
+    entry_starts: torch.Tensor  # [G + 1] int32
+    slots: torch.Tensor  # [E] int32
+    weights: torch.Tensor  # [E] float32
+    num_tokens: int  # tokens covered by segments = token_starts[G]
+    max_tokens: int  # longest segment
+
+    @property
+    def num_segments(self) -> int:
+        return self.token_starts.numel() - 1
+
+    @property
+    def num_entries(self) -> int:
+        return self.slots.numel()
+
+    @classmethod
+    def build(
+        cls, mixes: list[tuple[tuple[tuple[int, float], ...], int]], device: torch.device | str = "cpu"
+    ) -> Segments | None:
+        """`mixes`: for each segment in batch order, ((slot, weight), ...) and its number of tokens.
+
+        Returns None when there is no segment: a base-only step runs no LoRA kernel.
+        """
+        if not mixes:
+            return None
+        token_starts, entry_starts, slots, weights = [0], [0], [], []
+        for entries, tokens in mixes:
+            token_starts.append(token_starts[-1] + tokens)
+            entry_starts.append(entry_starts[-1] + len(entries))
+            slots.extend(slot for slot, _ in entries)
+            weights.extend(weight for _, weight in entries)
+
+        def on_device(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            token_starts=on_device(token_starts, torch.int32),
+            entry_starts=on_device(entry_starts, torch.int32),
+            slots=on_device(slots, torch.int32),
+            weights=on_device(weights, torch.float32),
+            num_tokens=token_starts[-1],
+            max_tokens=max(tokens for _, tokens in mixes),
+        )

@@ -1,0 +1,139 @@
+"""The attention function that transformers' models call, registered through `AttentionInterface`.
+
+A model is built with `attn_implementation=NAME`; its forward is given `attention_step=`, an object that
+attends for one step and that transformers hands down to every attention layer among the keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from server.model.attention.interface import (
+    AttentionBackend,
+    AttentionPlan,
+    LayerCache,
+    LayerCacheSpec,
+)
+from server.model.attention.paged_reference import PagedReferenceAttention
+
+# transformers looks for "flash", "sdpa", "flex", "paged|" and "/" in the name; this one has none of them.
+NAME = "chorus"
+
+# Keyword arguments that say nothing about the attention's mathematics of a causal decoder.
+_IRRELEVANT = frozenset(
+    {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "output_attentions"}
+    | {"output_hidden_states", "output_router_logits", "return_dict", "cache_position", "layer_idx"}
+)
+
+
+class UnsupportedModel(ValueError):
+    """The base model needs something that this server does not do; the message says what."""
+
+
+class AttentionStep(Protocol):
+    """Attends for all layers of one forward."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """query [T, heads, k_dim], key [T, kv_heads, k_dim], value [T, kv_heads, v_dim] -> [T, heads, v_dim].
+
+        `options` are the keyword arguments of `AttentionBackend.forward`.
+        """
+        ...
+
+
+class PagedStep:
+    """The serving path: every layer's own paged cache, one plan for the step."""
+
+    def __init__(self, backend: AttentionBackend, caches: Mapping[int, LayerCache]) -> None:
+        self._backend = backend
+        self._caches = caches
+        self.plan: AttentionPlan | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        assert self.plan is not None
+        return self._backend.forward(query, key, value, self._caches[layer], self.plan, **options)
+
+
+class ProbeStep:
+    """Attends over packed sequences without a cache, and records each layer's KV shape."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self.specs: dict[int, LayerCacheSpec] = {}
+        self.calls = 0
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        self.calls += 1
+        self.specs[layer] = LayerCacheSpec(key.shape[1], key.shape[2], value.shape[2])
+        longest, device = max(self._lengths), query.device
+        tables = torch.arange(len(self._lengths), device=device, dtype=torch.int32)[:, None]  # a block each
+        starts = torch.tensor([0, *self._lengths], device=device).cumsum(0)
+        offsets = [b * longest + t for b, n in enumerate(self._lengths) for t in range(n)]
+        plan = AttentionPlan(
+            query_starts=starts.to(torch.int32),
+            context_lens=torch.tensor(self._lengths, device=device, dtype=torch.int32),
+            block_tables=tables,
+            slot_mapping=torch.tensor(offsets, device=device),
+            num_seqs=len(self._lengths),
+            max_query_len=longest,
+            max_context_len=longest,
+        )
+        cache = LayerCache(
+            key.new_zeros(len(self._lengths), key.shape[1], longest, key.shape[2]),
+            value.new_zeros(len(self._lengths), value.shape[1], longest, value.shape[2]),
+        )
+        return PagedReferenceAttention().forward(query, key, value, cache, plan, **options)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    attention_step: AttentionStep | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query [1, heads, T, d], key and value [1, kv_heads, T, d].
+
+    Raises UnsupportedModel on a mask or an option that changes the result and is not implemented.
+    """
+    if attention_step is None:
+        raise UnsupportedModel("the model does not hand keyword arguments down to its attention layers")
+    if attention_mask is not None:
+        raise UnsupportedModel("the model builds an attention mask of its own")
+    unknown = sorted(name for name, given in others.items() if name not in _IRRELEVANT and given is not None)
+    if unknown:
+        raise UnsupportedModel(f"the model's attention takes {', '.join(unknown)}, not implemented here")
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedModel("the model's attention layers have no layer_idx")
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
+    out = attention_step.attend(
+        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), options
+    )
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _attention)

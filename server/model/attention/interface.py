@@ -1,0 +1,74 @@
+"""The seam between transformers' attention layers and the paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerCacheSpec:
+    """KV shape of one attention layer, read off a dummy forward (layers may differ)."""
+
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+
+    def elements_per_token(self) -> int:
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's share of the paged cache: block b holds tokens [b * block_size, (b + 1) * block_size)."""
+
+    k: torch.Tensor  # [blocks, kv_heads, block_size, k_head_dim]
+    v: torch.Tensor  # [blocks, kv_heads, block_size, v_head_dim]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where the tokens of a step stand in their sequences and in the cache.
+
+    The T tokens of the batch are S runs, one for each sequence: run s is [query_starts[s],
+    query_starts[s + 1]). Its last token is token `context_lens[s] - 1` of the sequence, so that its first
+    stands at position context_lens[s] - (query_starts[s + 1] - query_starts[s]).
+    """
+
+    query_starts: torch.Tensor  # [S + 1] int32
+    context_lens: torch.Tensor  # [S] int32, tokens in the cache after this step's are written
+    block_tables: torch.Tensor  # [S, max_blocks] int32
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, where each token's K and V go
+    num_seqs: int
+    max_query_len: int
+    max_context_len: int
+
+
+class AttentionBackend(Protocol):
+    """Writes a step's K and V into the paged cache and attends over each sequence's context."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention, grouped-query heads, softmax in float32.
+
+        query: [T, heads, k_head_dim], key: [T, kv_heads, k_head_dim], value: [T, kv_heads, v_head_dim]
+        (any strides with the last dimension contiguous); returns [T, heads, v_head_dim] contiguous.
+
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: [heads], a logit for each head that takes part in the softmax and adds no value (gpt-oss).
+        """
+        ...

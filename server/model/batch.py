@@ -1,0 +1,108 @@
+"""A StepPlan as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from server.engine.scheduler import ScheduledRun
+from server.engine.sequence import MixKey
+from server.lora.segments import Segments
+from server.model.attention.interface import AttentionPlan
+from server.model.sampler import SampleRow
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The T tokens of a step in plan order, and the N rows among them that a token is sampled from."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    sample_rows: torch.Tensor  # [N] int64, indices into T
+    attention: AttentionPlan
+    segments: Segments | None  # over the T tokens
+    sample_segments: Segments | None  # over the N rows
+    samples: list[SampleRow]
+
+
+def build_batch(
+    runs: Ordered[ScheduledRun],
+    slot_of: Callable[[str], int],
+    block_size: int,
+    eos_token_ids: tuple[int, ...],
+    device: torch.device,
+) -> Batch:
+    """`slot_of`: the arena slot of a resident adapter, by digest. Runs of one mix are neighbours."""
+    lengths_S = np.array([run.num_tokens for run in runs])
+    starts_S = np.array([run.start for run in runs])
+    query_starts = np.zeros(len(runs) + 1, dtype=np.int32)
+    np.cumsum(lengths_S, out=query_starts[1:])
+    sequence_T = np.repeat(np.arange(len(runs)), lengths_S)
+    positions_T = np.arange(query_starts[-1]) - (query_starts[:-1] - starts_S)[sequence_T]
+    tokens_T = np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
+
+    context_S = (starts_S + lengths_S).astype(np.int32)
+    widest = -(-int(context_S.max()) // block_size)
+    tables = np.zeros((len(runs), widest), dtype=np.int32)
+    for row, run, length in zip(tables, runs, context_S.tolist(), strict=True):
+        blocks = -(-length // block_size)
+        row[:blocks] = run.seq.block_ids[:blocks]
+    slots_T = tables[sequence_T, positions_T // block_size].astype(np.int64) * block_size
+    slots_T += positions_T % block_size
+
+    sampling = [i for i, run in enumerate(runs) if run.samples]
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        token_ids=on_device(tokens_T),
+        positions=on_device(positions_T),
+        sample_rows=on_device(query_starts[1:][sampling].astype(np.int64) - 1),
+        attention=AttentionPlan(
+            query_starts=on_device(query_starts),
+            context_lens=on_device(context_S),
+            block_tables=on_device(tables),
+            slot_mapping=on_device(slots_T),
+            num_seqs=len(runs),
+            max_query_len=int(lengths_S.max()),
+            max_context_len=int(context_S.max()),
+        ),
+        segments=_segments([(run.seq.mix_key, run.num_tokens) for run in runs], slot_of, device),
+        sample_segments=_segments([(runs[i].seq.mix_key, 1) for i in sampling], slot_of, device),
+        samples=[_sample_row(runs[i], eos_token_ids) for i in sampling],
+    )
+
+
+def _segments(
+    mixes: list[tuple[MixKey, int]], slot_of: Callable[[str], int], device: torch.device
+) -> Segments | None:
+    """Neighbours of one mix become one segment; what follows the last adapter is the base model's."""
+    merged: list[tuple[MixKey, int]] = []
+    for mix, tokens in mixes:
+        if merged and merged[-1][0] == mix:
+            merged[-1] = (mix, merged[-1][1] + tokens)
+        else:
+            merged.append((mix, tokens))
+    if merged and not merged[-1][0]:
+        merged.pop()
+    return Segments.build(
+        [(tuple((slot_of(digest), weight) for digest, weight in mix), tokens) for mix, tokens in merged],
+        device,
+    )
+
+
+def _sample_row(run: ScheduledRun, eos_token_ids: tuple[int, ...]) -> SampleRow:
+    seq = run.seq
+    return SampleRow(
+        params=seq.sampling,
+        seed=seq.seed,
+        position=seq.num_tokens,
+        prompt=seq.tokens[: seq.num_prompt_tokens],
+        output=seq.output_tokens,
+        eos_token_ids=eos_token_ids,
+    )

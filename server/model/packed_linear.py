@@ -1,0 +1,65 @@
+"""A Linear whose weight is packed for the CPU once, at load; see native/linear.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import nn
+
+from server.native import library
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias through the compiled kernel. The unpacked weight is not kept."""
+
+    def __init__(self, linear: nn.Linear, lib: ctypes.CDLL) -> None:
+        super().__init__()
+        weight_OI = linear.weight.detach().contiguous()
+        self.out_features, self.in_features = weight_OI.shape
+        self.dtype = weight_OI.dtype
+        suffix = _SUFFIX[self.dtype]
+        elements = lib[f"chorus_packed_elements_{suffix}"]
+        elements.restype = ctypes.c_int64
+        elements.argtypes = [ctypes.c_int64] * 2
+        self._packed = torch.empty(elements(self.out_features, self.in_features), dtype=self.dtype)
+        pack = lib[f"chorus_pack_{suffix}"]
+        pack.restype = None
+        pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
+        pack(self._packed.data_ptr(), weight_OI.data_ptr(), *weight_OI.shape, torch.get_num_threads())
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self._function = lib[f"chorus_linear_{suffix}"]
+        self._function.restype = None
+        self._function.argtypes = (
+            [ctypes.c_void_p, ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        x_TI = x.reshape(-1, self.in_features)
+        if x_TI.stride(-1) != 1:
+            x_TI = x_TI.contiguous()
+        y_TO = x.new_empty(x_TI.shape[0], self.out_features)
+        self._function(
+            y_TO.data_ptr(),
+            self.out_features,
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            self._packed.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            x_TI.shape[0],
+            self.in_features,
+            self.out_features,
+            torch.get_num_threads(),
+        )
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+def packed(linear: nn.Linear) -> nn.Module:
+    """`linear` packed, where the compiled kernels are there and know its type; else as it is."""
+    lib = library()
+    if lib is None or type(linear) is not nn.Linear or linear.weight.dtype not in _SUFFIX:
+        return linear
+    return PackedLinear(linear, lib)

@@ -1,0 +1,169 @@
+"""Logits to tokens, as tensors over the batch.
+
+A sampled token is a function of the logits and of (seed, position) only: each row draws one uniform number
+from a counter-based hash and inverts the cumulative distribution, so a seeded request gives the same tokens
+whoever shares its batch, and a preempted one continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.messages import Logprobs, SamplingParams
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from (seed, position): SplitMix64's finaliser (Steele et al. 2014), twice."""
+    z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
+    for _ in range(2):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        z ^= z >> 31
+    return (z >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One sequence that gets a token this step."""
+
+    params: SamplingParams
+    seed: int
+    position: int  # of the token to be drawn, in the sequence
+    prompt: Seq[int]  # read only when a penalty asks for it
+    output: Seq[int]
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens of a step in row order. `finite[n]` is False where the logits held NaN or +Inf: no token there."""
+
+    token_ids: list[int]
+    finite: list[bool]
+    logprobs: list[Logprobs | None]
+
+
+class Sampler:
+    """Greedy, temperature, top-k, top-p, min-p, penalties, logit bias, minimum length, logprobs."""
+
+    def sample(self, logits_NV: torch.Tensor, rows: Seq[SampleRow]) -> Sampled:
+        """logits_NV: [N, vocabulary], any float type; `rows`: N of them."""
+        raw_NV = logits_NV.float()
+        top_N, greedy_N = raw_NV.max(dim=-1)
+        # A row's maximum is NaN if any logit is, and infinite if one overflowed.
+        finite = torch.isfinite(top_N).tolist()
+        scores_NV = self._adjust(raw_NV, rows)
+        if scores_NV is not raw_NV:
+            greedy_N = scores_NV.argmax(dim=-1)
+        drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
+        token_ids = greedy_N.tolist()
+        if drawn:
+            picked = scores_NV if len(drawn) == len(rows) else scores_NV[drawn]
+            for n, token in zip(drawn, self._draw(picked, [rows[n] for n in drawn]).tolist(), strict=True):
+                token_ids[n] = token
+        logprobs = [
+            self._logprobs(raw_NV[n], token_ids[n], row.params.logprobs)
+            if row.params.logprobs is not None and finite[n]
+            else None
+            for n, row in enumerate(rows)
+        ]
+        return Sampled(token_ids, finite, logprobs)
+
+    def _adjust(self, raw_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+        """Penalties, bias and minimum length; the input itself when no row asks for any."""
+        changed = [n for n, row in enumerate(rows) if _changes_logits(row)]
+        if not changed:
+            return raw_NV
+        scores_NV = raw_NV.clone()
+        for n in changed:
+            _adjust_row(scores_NV[n], rows[n])
+        return scores_NV
+
+    def _draw(self, scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+        """One token id for each row, from softmax(scores / temperature) cut by top-k, top-p and min-p."""
+        device = scores_NV.device
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+        temperature_N1 = column([row.params.temperature for row in rows]).float()
+        u_N1 = column([uniform(row.seed, row.position) for row in rows])
+        # The largest score becomes 0 before the division, so that a tiny temperature cannot overflow.
+        scaled_NV = (scores_NV - scores_NV.amax(dim=-1, keepdim=True)) / temperature_N1
+        if not any(_cuts(row.params) for row in rows):
+            return _invert(scaled_NV.softmax(dim=-1), u_N1)
+        probs_NV, ids_NV = scaled_NV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        vocabulary = probs_NV.shape[1]
+        top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
+        rank_V = torch.arange(vocabulary, device=device)
+        keep_NV = rank_V < torch.tensor(top_k, device=device)[:, None]
+        kept_NV = probs_NV * keep_NV
+        kept_NV = kept_NV / kept_NV.sum(dim=-1, keepdim=True)
+        # Nucleus (Holtzman et al. 2019): a token stays while the mass before it is below top_p.
+        before_NV = kept_NV.double().cumsum(dim=-1) - kept_NV
+        keep_NV &= before_NV < column([row.params.top_p for row in rows])
+        keep_NV &= probs_NV >= probs_NV[:, :1] * column([row.params.min_p for row in rows])
+        keep_NV[:, 0] = True
+        chosen_N1 = _invert(probs_NV * keep_NV, u_N1)[:, None]
+        return ids_NV.gather(1, chosen_N1)[:, 0]
+
+    @staticmethod
+    def _logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> Logprobs:
+        logprobs_V = raw_V.log_softmax(dim=-1)
+        values, ids = logprobs_V.topk(min(count, raw_V.numel()))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        return Logprobs(token_id, float(logprobs_V[token_id]), top)
+
+
+def _invert(weights_NV: torch.Tensor, u_N1: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight exceeds u times the total: [N]."""
+    cumulative_NV = weights_NV.double().cumsum(dim=-1)
+    target_N1 = u_N1 * cumulative_NV[:, -1:]
+    index_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0]
+    # Rounding could reach past the last token of positive weight.
+    last_N = weights_NV.shape[1] - 1 - (weights_NV > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(index_N, last_N)
+
+
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _needs_eos_ban(row: SampleRow) -> bool:
+    return len(row.output) < row.params.min_tokens
+
+
+def _changes_logits(row: SampleRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or _needs_eos_ban(row)
+    )
+
+
+def _adjust_row(scores_V: torch.Tensor, row: SampleRow) -> None:
+    """In place. Repetition penalty over prompt and output (Keskar et al. 2019); the others as OpenAI has them."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=scores_V.device)
+        scores = scores_V[seen]
+        scores_V[seen] = torch.where(
+            scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
+        )
+    if (params.presence_penalty or params.frequency_penalty) and len(row.output):
+        ids, counts = torch.tensor(list(row.output), device=scores_V.device).unique(return_counts=True)
+        scores_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=scores_V.device)
+        scores_V[ids] += torch.tensor(list(params.logit_bias.values()), device=scores_V.device)
+    if _needs_eos_ban(row):
+        banned = [*row.params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)]
+        scores_V[torch.tensor(banned, dtype=torch.long, device=scores_V.device)] = float("-inf")

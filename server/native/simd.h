@@ -1,0 +1,195 @@
+// The two tile operations that LoRA, linear layers and attention are made of, for float and bfloat16 data:
+//
+//   dots:  H[n, r]  = X[n, k] . A[r, k]^T     both operands contiguous along k
+//   axpys: Y[n, c] += H[n, r] . B[r, c]       H and Y float32
+//
+// Compiled once with AVX-512 BF16 intrinsics (where the compiler is told the machine has them) and once as
+// plain loops that any compiler vectorises. All sums are kept in float32.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#define CHORUS_AVX512 1
+#include <immintrin.h>
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+static inline void from_float(float x, float* out) { *out = x; }
+static inline void from_float(float x, bf16* out) {  // round to nearest even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        out->bits = uint16_t((bits >> 16) | 0x40);
+        return;
+    }
+    out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef CHORUS_AVX512
+
+// 32 bfloat16 or 16 float values along k, multiplied pairwise and added into 16 float lanes.
+template <typename T>
+struct Along;
+
+template <>
+struct Along<bf16> {
+    static constexpr int width = 32;
+    using mask_t = __mmask32;
+    using reg_t = __m512bh;
+    static mask_t tail(int n) { return mask_t((uint64_t(1) << n) - 1); }
+    static reg_t load(const bf16* p) { return (reg_t)_mm512_loadu_si512(p); }
+    static reg_t load(const bf16* p, mask_t m) { return (reg_t)_mm512_maskz_loadu_epi16(m, p); }
+    static __m512 dot(__m512 acc, reg_t a, reg_t b) { return _mm512_dpbf16_ps(acc, a, b); }
+};
+
+template <>
+struct Along<float> {
+    static constexpr int width = 16;
+    using mask_t = __mmask16;
+    using reg_t = __m512;
+    static mask_t tail(int n) { return mask_t((uint32_t(1) << n) - 1); }
+    static reg_t load(const float* p) { return _mm512_loadu_ps(p); }
+    static reg_t load(const float* p, mask_t m) { return _mm512_maskz_loadu_ps(m, p); }
+    static __m512 dot(__m512 acc, reg_t a, reg_t b) { return _mm512_fmadd_ps(a, b, acc); }
+};
+
+static inline __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+static inline __m512 load16(const bf16* p, __mmask16 m) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+}
+static inline void store16(float* p, __m512 v, __mmask16 m) { _mm512_mask_storeu_ps(p, m, v); }
+static inline void store16(bf16* p, __m512 v, __mmask16 m) {
+    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
+}
+static inline __mmask16 first16(int n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+
+template <typename T, int N, int R>
+static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, int k, float* h, int64_t ldh) {
+    using V = Along<T>;
+    __m512 acc[N][R];
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < R; j++) acc[i][j] = _mm512_setzero_ps();
+    int p = 0;
+    for (; p + V::width <= k; p += V::width) {
+        typename V::reg_t xs[N];
+        for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p);
+        for (int j = 0; j < R; j++) {
+            auto as = V::load(a + j * lda + p);
+            for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
+        }
+    }
+    if (p < k) {
+        auto m = V::tail(k - p);
+        typename V::reg_t xs[N];
+        for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p, m);
+        for (int j = 0; j < R; j++) {
+            auto as = V::load(a + j * lda + p, m);
+            for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
+        }
+    }
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < R; j++) h[i * ldh + j] = _mm512_reduce_add_ps(acc[i][j]);
+}
+
+template <typename T, int N>
+static inline void dots_rows(const T* x, int64_t ldx, const T* a, int64_t lda, int r, int k, float* h, int64_t ldh) {
+    constexpr int R = N == 1 ? 8 : 4;
+    int j = 0;
+    for (; j + R <= r; j += R) dots_tile<T, N, R>(x, ldx, a + j * lda, lda, k, h + j, ldh);
+    for (; j < r; j++) dots_tile<T, N, 1>(x, ldx, a + j * lda, lda, k, h + j, ldh);
+}
+
+template <typename T>
+static inline void dots(const T* x, int64_t ldx, int n, const T* a, int64_t lda, int r, int k, float* h, int64_t ldh) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) dots_rows<T, 4>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+    for (; i + 2 <= n; i += 2) dots_rows<T, 2>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+    for (; i < n; i++) dots_rows<T, 1>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+}
+
+template <typename T, int N, int C>  // N rows, C vectors of 16 columns, the last one masked
+static inline void axpys_tile(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+    __m512 acc[N][C];
+    __mmask16 m[C];
+    for (int v = 0; v < C; v++) m[v] = c - 16 * v > 0 ? first16(c - 16 * v) : __mmask16(0);
+    for (int i = 0; i < N; i++)
+        for (int v = 0; v < C; v++) acc[i][v] = load16(y + i * ldy + 16 * v, m[v]);
+    for (int j = 0; j < r; j++) {
+        __m512 hs[N];
+        for (int i = 0; i < N; i++) hs[i] = _mm512_set1_ps(h[i * ldh + j]);
+        for (int v = 0; v < C; v++) {
+            __m512 bs = load16(b + j * ldb + 16 * v, m[v]);
+            for (int i = 0; i < N; i++) acc[i][v] = _mm512_fmadd_ps(hs[i], bs, acc[i][v]);
+        }
+    }
+    for (int i = 0; i < N; i++)
+        for (int v = 0; v < C; v++) store16(y + i * ldy + 16 * v, acc[i][v], m[v]);
+}
+
+template <typename T, int N, int C>
+static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+    int j = 0;
+    for (; j + 16 * C <= c; j += 16 * C) axpys_tile<T, N, C>(h, ldh, b + j, ldb, r, 16 * C, y + j, ldy);
+    for (; j < c; j += 32) axpys_tile<T, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
+}
+
+template <typename T>
+static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) axpys_rows<T, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    for (; i + 2 <= n; i += 2) axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    for (; i < n; i++) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+}
+
+template <typename T>  // out += y
+static inline void add_into(const float* y, int c, T* out) {
+    for (int j = 0; j < c; j += 16) {
+        __mmask16 m = first16(c - j);
+        store16(out + j, _mm512_add_ps(load16(out + j, m), load16(y + j, m)), m);
+    }
+}
+
+#else
+
+template <typename T>
+static inline void dots(const T* x, int64_t ldx, int n, const T* a, int64_t lda, int r, int k, float* h, int64_t ldh) {
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < r; j++) {
+            const T *xi = x + i * ldx, *aj = a + j * lda;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int p = 0; p < k; p++) sum += to_float(xi[p]) * to_float(aj[p]);
+            h[i * ldh + j] = sum;
+        }
+}
+
+template <typename T>
+static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < r; j++) {
+            const float hij = h[i * ldh + j];
+            const T* bj = b + j * ldb;
+            float* yi = y + i * ldy;
+#pragma omp simd
+            for (int p = 0; p < c; p++) yi[p] += hij * to_float(bj[p]);
+        }
+}
+
+template <typename T>
+static inline void add_into(const float* y, int c, T* out) {
+#pragma omp simd
+    for (int j = 0; j < c; j++) from_float(to_float(out[j]) + y[j], out + j);
+}
+
+#endif

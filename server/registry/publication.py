@@ -1,0 +1,74 @@
+"""One write of one name, from its claim to the moment it is visible."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
+
+from server.errors import InvalidRequest
+from server.registry.peft_format import check_finite
+from server.registry.records import Published
+from server.registry.store import Staging, disk_full_is_507
+
+if TYPE_CHECKING:
+    from server.registry.registry import Registry
+
+_MAX_DESCRIPTION = 1000  # characters
+
+
+class Publication:
+    """One write of one name: `claim` it, fill `staging`, `publish`. Close it in any case.
+
+    Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
+    """
+
+    def __init__(self, registry: Registry, staging: Staging, *, create: bool, replace: bool) -> None:
+        self.staging = staging
+        self._registry = registry
+        self._create = create
+        self._replace = replace
+        self._name: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name claimed, if one is."""
+        return self._name
+
+    def claim(self, name: str) -> None:
+        """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
+        self._registry.claim(name, create=self._create, replace=self._replace)
+        self._name = name
+
+    def publish(self, source: str, *, description: str | None = None, stamp: str | None = None) -> Published:
+        """Judge what is staged, store it and make it the name's current version.
+
+        Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest.
+        """
+        if self._name is None:
+            raise InvalidRequest("`name` is missing.", param="name")
+        if description is not None and len(description) > _MAX_DESCRIPTION:
+            raise InvalidRequest(
+                f"`description` is longer than {_MAX_DESCRIPTION} characters.", param="description"
+            )
+        content = self.staging.content
+        adapter = self._registry.judge(content)
+        with disk_full_is_507(), ThreadPoolExecutor(1) as beside:  # hash and sync while the weights are read
+            sealing = beside.submit(self.staging.seal)
+            check_finite(content, adapter)
+            digest = sealing.result()
+        return self._registry.commit(
+            self._name, adapter, self.staging, digest, source=source, description=description, stamp=stamp
+        )
+
+    def close(self) -> None:
+        """Idempotent."""
+        name, self._name = self._name, None
+        if name is not None:
+            self._registry.unclaim(name)
+        self.staging.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,184 @@
+"""What is known of one adapter: the immutable version, the books kept about it, and the view given out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from server.engine.messages import Residency
+from server.errors import InvalidRequest
+from server.registry.catalogue import AdapterRow, VersionRow
+
+State = Literal["validating", "ready", "draining", "failed"]
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
+_MAX_NAME = 255  # characters
+_MIN_PREFIX = 6  # hex digits of a digest
+
+
+def check_name(name: str, param: str = "name") -> None:
+    """Raises InvalidRequest unless `name` follows the rule. A name is never used as a path all the same."""
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"`{param}` must be 1 to {_MAX_NAME} characters: parts of letters, digits and . _ - (at most 128 "
+            "each, beginning with a letter or digit) with single / between them.",
+            param=param,
+        )
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """An immutable set of LoRA weights. The digest of its content is its identity, not its name."""
+
+    name: str
+    number: int
+    digest: str
+    path: Path  # folder with adapter_config.json and adapter_model.safetensors
+    rank: int  # the largest of its modules
+    alpha: float
+    targets: tuple[str, ...]  # short module names
+    parameters: int
+    bytes: int  # of the weights
+    source: str  # "upload", "folder:<name>" or "file:<folder>"
+    created_at: float  # seconds since 1970
+
+
+class Lease:
+    """Keeps one version's files in place while a request uses it. Release is idempotent and thread-safe."""
+
+    def __init__(self, version: AdapterVersion, give_back: Callable[[], None]) -> None:
+        self.version = version
+        self._give_back: Callable[[], None] | None = give_back
+
+    def release(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class Load:
+    """How the engine last answered for a version."""
+
+    residency: Residency
+    milliseconds: float | None  # of the last copy into the arena; None: none was asked for
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """A version with what it has served so far. `error` says why it cannot be used."""
+
+    version: AdapterVersion
+    requests: int
+    tokens: int
+    last_used: float | None
+    load: Load | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """A snapshot of one name. `current` is None while its first version is judged, and after it failed."""
+
+    name: str
+    state: State
+    reason: str | None
+    current: AdapterVersion | None
+    versions: tuple[VersionRecord, ...] = ()  # oldest first
+    description: str = ""
+    pinned: bool = False
+    created_at: float | None = None
+
+    @property
+    def requests(self) -> int:
+        return sum(version.requests for version in self.versions)
+
+    @property
+    def tokens(self) -> int:
+        return sum(version.tokens for version in self.versions)
+
+    @property
+    def last_used(self) -> float | None:
+        return max((v.last_used for v in self.versions if v.last_used is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A version that no name leads to any more. `gone` is done when its last user left and its files went."""
+
+    version: AdapterVersion
+    gone: Future[None]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a write came to. `retired`: versions beyond the number that is kept."""
+
+    version: AdapterVersion
+    outcome: Literal["created", "replaced", "unchanged"]
+    retired: tuple[Retired, ...] = ()
+
+
+@dataclass(eq=False)
+class Version:
+    """The registry's books on one version; guarded by the registry's lock."""
+
+    info: AdapterVersion
+    requests: int = 0
+    tokens: int = 0
+    last_used: float | None = None
+    leases: int = 0
+    listed: bool = True  # a name leads to it
+    stored: bool = True  # it holds its content in the store
+    unsaved: bool = False  # counters changed since they were written
+    error: str | None = None
+    gone: Future[None] = field(default_factory=Future)
+
+    @classmethod
+    def of_row(cls, row: VersionRow, path: Path) -> Version:
+        fields = dict(vars(row))
+        counters = {key: fields.pop(key) for key in ("requests", "tokens", "last_used")}
+        return cls(AdapterVersion(**fields, path=path), **counters)
+
+    def row(self) -> VersionRow:
+        fields = {key: value for key, value in vars(self.info).items() if key != "path"}
+        return VersionRow(**fields, requests=self.requests, tokens=self.tokens, last_used=self.last_used)
+
+    def retire(self) -> Retired:
+        self.listed = False
+        self.gone.set_running_or_notify_cancel()  # whoever waits for it can no longer cancel it
+        return Retired(self.info, self.gone)
+
+
+@dataclass(eq=False)
+class Adapter:
+    """The registry's books on one name; guarded by the registry's lock."""
+
+    row: AdapterRow
+    versions: dict[int, Version] = field(default_factory=dict)  # by number, oldest first
+
+    @property
+    def current(self) -> Version:
+        return self.versions[self.row.current]
+
+    def find(self, wanted: str) -> Version | None:
+        """The version with this number, or with a digest that begins like this; the current one for ''."""
+        if not wanted:
+            return self.current
+        if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) in self.versions:
+            return self.versions[int(wanted)]
+        if len(wanted) < _MIN_PREFIX:
+            return None
+        matches = {v.info.digest: v for v in self.versions.values() if v.info.digest.startswith(wanted)}
+        return next(iter(matches.values())) if len(matches) == 1 else None

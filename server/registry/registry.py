@@ -1,0 +1,417 @@
+"""The adapters this server knows: names, versions, who uses them now, and how much they were used.
+
+Reads (`acquire`, `get`, `list`) touch memory only and are safe on the event loop. Writes go through a
+`Publication` and belong in a thread: judge, sync files, rename, commit, and only then does a name change.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from server.config import Settings
+from server.engine.messages import LoraTarget, Residency
+from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
+from server.registry.catalogue import AdapterRow, Catalogue
+from server.registry.folders import register_tree
+from server.registry.peft_format import LoraAdapter, judge
+from server.registry.publication import Publication
+from server.registry.records import (
+    Adapter,
+    AdapterRecord,
+    AdapterVersion,
+    Lease,
+    Load,
+    Published,
+    Retired,
+    State,
+    Version,
+    VersionRecord,
+    check_name,
+)
+from server.registry.store import ContentStore, Staging
+
+KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
+_FLUSH_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Registry:
+    """Every adapter known to this server. All public methods are thread-safe."""
+
+    def __init__(
+        self,
+        store: ContentStore,
+        catalogue: Catalogue,
+        targets: Sequence[LoraTarget],
+        base_parameters: int,
+        settings: Settings,
+    ) -> None:
+        self.base_parameters = base_parameters
+        self._store = store
+        self._catalogue = catalogue
+        self._targets = tuple(targets)
+        self._settings = settings
+        served = settings.served_model_name
+        self._base_names = {served} if served else {settings.model, Path(settings.model).resolve().name}
+        self._lock = threading.Lock()
+        self._adapters: dict[str, Adapter] = {}
+        self._claims: set[str] = set()
+        self._failed: dict[str, str] = {}
+        self._draining: list[Adapter] = []
+        self._loads: dict[str, Load] = {}
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="registry-flush")
+        self._flush_due = time.monotonic() + _FLUSH_SECONDS
+
+    @classmethod
+    def open(
+        cls, data_dir: Path, targets: Sequence[LoraTarget], base_parameters: int, settings: Settings
+    ) -> Registry:
+        """Take the data folder over and bring back what it holds; sweep what a killed server left.
+
+        Raises store.DataDirInUse, naming the lock file, when another server uses the folder.
+        """
+        store = ContentStore(data_dir)
+        try:
+            registry = cls(store, Catalogue(data_dir / "registry.db"), targets, base_parameters, settings)
+            registry._restore()
+        except BaseException:
+            store.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Write the counters and let the next server in."""
+        self._flusher.shutdown()
+        self.flush()
+        self._store.close()
+        self._catalogue.close()
+
+    # reading
+
+    def acquire(self, name: str) -> Lease:
+        """A lease on the current version of `name`, or on `name@version` (its number, or six or more digits
+        of its digest). Look-up and reference count are one step. Raises ModelNotFound."""
+        base, at, wanted = name.partition("@")
+        with self._lock:
+            adapter = self._adapters.get(base)
+            version = adapter.find(wanted) if adapter and bool(at) == bool(wanted) else None
+            if version is None or version.error is not None:
+                raise ModelNotFound(name)
+            version.leases += 1
+        return Lease(version.info, lambda: self._give_back(version))
+
+    def get(self, name: str) -> AdapterRecord:
+        """What is known of a name. Raises ModelNotFound (param `name`)."""
+        with self._lock:
+            record = self._record(name)
+        if record is None:
+            raise _unknown(name)
+        return record
+
+    def list(self) -> builtins.list[AdapterVersion]:
+        """The current version of every adapter that can be asked for, sorted by name."""
+        with self._lock:
+            ready = [a.current.info for a in self._adapters.values() if a.current.error is None]
+        return sorted(ready, key=lambda version: version.name)
+
+    def records(self) -> builtins.list[AdapterRecord]:
+        """What is known of every name, sorted, whatever its state."""
+        with self._lock:
+            draining = {adapter.row.name for adapter in self._draining}
+            names = sorted({*self._adapters, *self._claims, *self._failed, *draining})
+            return [record for name in names if (record := self._record(name))]
+
+    def holds(self, digest: str) -> bool:
+        """Whether any version or lease still needs this content."""
+        return self._store.holds(digest)
+
+    def pinned(self) -> builtins.list[AdapterVersion]:
+        """The versions that were asked to stay in accelerator memory."""
+        with self._lock:
+            return [a.current.info for a in self._adapters.values() if a.row.pinned and not a.current.error]
+
+    # use
+
+    def served(self, version: AdapterVersion, tokens: int) -> None:
+        """Count one request and the tokens it generated; written to disk every few seconds and at close."""
+        with self._lock:
+            adapter = self._adapters.get(version.name)
+            books = adapter.versions.get(version.number) if adapter else None
+            if books is None or books.info != version:
+                return  # deleted meanwhile
+            books.requests += 1
+            books.tokens += tokens
+            books.last_used = time.time()
+            books.unsaved = True
+            due = time.monotonic() >= self._flush_due
+            if due:
+                self._flush_due = time.monotonic() + _FLUSH_SECONDS
+        if due:
+            with suppress(RuntimeError):  # closing, which flushes by itself
+                self._flusher.submit(self.flush)
+
+    def flush(self) -> None:
+        """Write the counters that changed. A full disk loses nothing: they stay unsaved."""
+        with self._lock:
+            changed = [v for a in self._adapters.values() for v in a.versions.values() if v.unsaved]
+            rows = [version.row() for version in changed]
+            for version in changed:
+                version.unsaved = False
+        try:
+            self._catalogue.count(rows)
+        except Exception:
+            _log.exception("could not write how much the adapters were used")
+            with self._lock:
+                for version in changed:
+                    version.unsaved = True
+
+    def loaded(self, digest: str, residency: Residency, milliseconds: float | None = None) -> None:
+        """Note where the engine said a version's weights are, and how long a load took."""
+        with self._lock:
+            before = self._loads.get(digest)
+            if milliseconds is None and before is not None:
+                milliseconds = before.milliseconds
+            self._loads[digest] = Load(residency, milliseconds)
+
+    # writing
+
+    def publication(self, *, create: bool, replace: bool, expected_bytes: int = 0) -> Publication:
+        """Begin a write that may create a name, give a known one a new version, or both."""
+        return Publication(self, self._store.staging(expected_bytes), create=create, replace=replace)
+
+    def claim(self, name: str, *, create: bool, replace: bool) -> None:
+        """Keep other writers off `name` until `unclaim`. See Publication.claim."""
+        check_name(name)
+        if name in self._base_names:
+            raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
+        with self._lock:
+            if name in self._adapters and not replace:
+                raise Conflict(f"The adapter `{name}` exists already.", param="name")
+            if name not in self._adapters and not create:
+                raise _unknown(name)
+            if name in self._claims:
+                raise Conflict(f"The adapter `{name}` is being written by another call.", param="name")
+            self._claims.add(name)
+
+    def unclaim(self, name: str) -> None:
+        with self._lock:
+            self._claims.discard(name)
+
+    def judge(self, folder: Path) -> LoraAdapter:
+        """Check config and tensor header against the base model; see peft_format.judge."""
+        return judge(
+            folder,
+            self._targets,
+            max_header_bytes=self._settings.max_header_bytes,
+            max_tensors=self._settings.max_adapter_tensors,
+        )
+
+    def commit(
+        self,
+        name: str,
+        judged: LoraAdapter,
+        staging: Staging,
+        digest: str,
+        *,
+        source: str,
+        description: str | None,
+        stamp: str | None,
+    ) -> Published:
+        """The last steps of a publication by the holder of the name's claim: files, then row, then memory."""
+        with self._lock:
+            old = self._adapters.get(name)
+        now = time.time()
+        row = old.row if old else AdapterRow(name, 0, None, "", False, now)
+        row = dataclasses.replace(
+            row,
+            folder_stamp=stamp or row.folder_stamp,
+            description=row.description if description is None else description,
+        )
+        if old and old.current.info.digest == digest and old.current.error is None:
+            if row != old.row:
+                self._catalogue.update(name, folder_stamp=row.folder_stamp, description=row.description)
+                self._set_row(old, folder_stamp=row.folder_stamp, description=row.description)
+            return Published(old.current.info, "unchanged")
+        number = max(old.versions, default=0) + 1 if old else 1
+        info = AdapterVersion(
+            name=name, number=number, digest=digest, path=self._store.folder(digest),
+            rank=judged.rank, alpha=judged.alpha, targets=judged.target_modules,
+            parameters=judged.parameters, bytes=judged.weight_bytes, source=source, created_at=now,
+        )  # fmt: skip
+        version = Version(info)
+        row = dataclasses.replace(row, current=number)
+        beyond = list(old.versions.values())[: 1 - KEPT_VERSIONS] if old else []
+        self._store.add(staging, digest)
+        try:
+            self._catalogue.publish(row, version.row(), [v.info.number for v in beyond])
+        except BaseException:
+            self._store.drop(digest)
+            raise
+        with self._lock:
+            adapter = self._adapters.setdefault(name, Adapter(row))
+            adapter.versions[number] = version
+            adapter.row = dataclasses.replace(row, pinned=adapter.row.pinned)
+            self._failed.pop(name, None)
+        return Published(info, "replaced" if old else "created", self._retire(adapter, beyond))
+
+    def delete(self, name: str) -> tuple[Retired, ...]:
+        """Forget a name: new requests do not find it, running ones finish, then its files go.
+
+        Raises ModelNotFound (param `name`), Conflict while it is being written.
+        """
+        with self._lock:
+            if name not in self._adapters and self._failed.pop(name, None) is not None:
+                return ()
+        self.claim(name, create=False, replace=True)
+        try:
+            self._catalogue.delete(name)
+            with self._lock:
+                adapter = self._adapters.pop(name)
+                self._draining.append(adapter)
+            return self._retire(adapter, adapter.versions.values())
+        finally:
+            self.unclaim(name)
+
+    def set_pinned(self, name: str, pinned: bool) -> None:
+        """Remember that a name is to stay in accelerator memory. Raises ModelNotFound."""
+        with self._lock:
+            adapter = self._adapters.get(name)
+        if adapter is None:
+            raise _unknown(name)
+        if adapter.row.pinned != pinned:
+            self._catalogue.update(name, pinned=pinned)
+            self._set_row(adapter, pinned=pinned)
+
+    def register_folder_tree(self, root: Path | None) -> builtins.list[tuple[str, str | None]]:
+        """Register every PEFT folder under `root`: (name, None or why it failed). See folders.py."""
+        return register_tree(self, root)
+
+    def folder_stamps(self) -> dict[str, str]:
+        """Names that came from the adapters folder -> the stamp of what was read then, '' if it is to be
+        read again. A name that was only ever uploaded is not among them."""
+        with self._lock:
+            adapters = [a for a in self._adapters.values() if a.row.folder_stamp is not None]
+            return {a.row.name: "" if a.current.error else a.row.folder_stamp or "" for a in adapters}
+
+    def failed(self, name: str, reason: str) -> None:
+        """List a name that could not be registered, with the reason; one that serves already goes on."""
+        with self._lock:
+            if name not in self._adapters:
+                self._failed[name] = reason
+
+    # books
+
+    def _record(self, name: str) -> AdapterRecord | None:
+        adapter = self._adapters.get(name)
+        state: State = "ready"
+        if adapter is None and name in self._claims:
+            return AdapterRecord(name, "validating", None, None)
+        if adapter is None and name in self._failed:
+            return AdapterRecord(name, "failed", self._failed[name], None)
+        if adapter is None:
+            adapter = next((a for a in reversed(self._draining) if a.row.name == name), None)
+            state = "draining"
+        if adapter is None:
+            return None
+        if state == "ready" and adapter.current.error:
+            state = "failed"
+        return AdapterRecord(
+            name,
+            state,
+            adapter.current.error,
+            adapter.current.info,
+            tuple(
+                VersionRecord(
+                    v.info, v.requests, v.tokens, v.last_used, self._loads.get(v.info.digest), v.error
+                )
+                for v in adapter.versions.values()
+            ),
+            adapter.row.description,
+            adapter.row.pinned,
+            adapter.row.created_at,
+        )
+
+    def _restore(self) -> None:
+        """At start: rows to books, a hold for each version, and the judgement again if the base changed."""
+        fingerprint = hashlib.sha256(msgspec.json.encode(self._targets)).hexdigest()
+        known = self._catalogue.fact("targets")
+        agreed = True
+        for row, versions in self._catalogue.load():
+            adapter = self._adapters[row.name] = Adapter(row)
+            for version_row in versions:
+                version = Version.of_row(version_row, self._store.folder(version_row.digest))
+                adapter.versions[version_row.number] = version
+                version.stored = self._store.hold(version_row.digest)
+                if not version.stored:
+                    version.error = "its files are missing from the data folder"
+                elif known != fingerprint:
+                    try:
+                        self.judge(version.info.path)
+                    except ChorusError as error:
+                        agreed = False
+                        version.error = f"does not fit the base model any more: {error.message}"
+                if version.error:
+                    _log.error("adapter %s@%d %s", row.name, version_row.number, version.error)
+        if agreed and known != fingerprint:
+            self._catalogue.set_fact("targets", fingerprint)
+        self._store.sweep()
+
+    def _retire(self, adapter: Adapter, versions: Iterable[Version]) -> tuple[Retired, ...]:
+        """No name leads to these versions any more; those that nobody uses go now."""
+        with self._lock:
+            versions = list(versions)
+            retired = tuple(version.retire() for version in versions)
+            if adapter not in self._draining:
+                for version in versions:
+                    del adapter.versions[version.info.number]
+            unused = [version for version in versions if not version.leases]
+        for version in unused:
+            self._free(version)
+        return retired
+
+    def _give_back(self, version: Version) -> None:
+        with self._lock:
+            version.leases -= 1
+            last = not version.leases and not version.listed
+        if last:
+            self._free(version)
+
+    def _free(self, version: Version) -> None:
+        def gone() -> None:
+            with self._lock:
+                if not self._store.holds(version.info.digest):
+                    self._loads.pop(version.info.digest, None)
+                self._draining = [
+                    adapter
+                    for adapter in self._draining
+                    if any(v is not version and not v.gone.done() for v in adapter.versions.values())
+                ]
+            version.gone.set_result(None)
+
+        if version.stored:
+            self._store.drop(version.info.digest, then=gone)
+        else:
+            gone()
+
+    def _set_row(self, adapter: Adapter, **fields: object) -> None:
+        with self._lock:
+            adapter.row = dataclasses.replace(adapter.row, **fields)  # type: ignore[arg-type]  # its own columns
+
+
+def _unknown(name: str) -> ModelNotFound:
+    """ModelNotFound of the management routes, where the field is called `name`."""
+    error = ModelNotFound(name)
+    error.param = "name"
+    return error

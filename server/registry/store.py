@@ -1,0 +1,292 @@
+"""Content-addressed adapter files: a folder's name is the digest of what is in it, never a client's name.
+
+<data_dir>/lock                          held by the one server that uses this folder
+<data_dir>/staging/<random>/             what is being received; swept at start
+<data_dir>/adapters/<d[:2]>/<digest>/    adapter_config.json, adapter_model.safetensors; never change
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from server.errors import InsufficientStorage, InvalidRequest, TooLarge
+from server.registry.peft_format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+
+FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+CHUNK_BYTES = 1 << 20
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+class DataDirInUseError(RuntimeError):
+    """Another server holds the lock of this data folder."""
+
+
+@contextmanager
+def disk_full_is_507() -> Iterator[None]:
+    """Turn "no space left" of the operating system into InsufficientStorage."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InsufficientStorage("The server's disk is full; nothing was stored.") from error
+        raise
+
+
+class Sink:
+    """One file being written: counted and hashed on the way."""
+
+    def __init__(self, path: Path, most: int | None = None) -> None:
+        self._file: BinaryIO = path.open("xb")
+        self._hash = hashlib.sha256()
+        self._name = path.name
+        self._most = most
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.size += len(data)
+        if self._most is not None and self.size > self._most:
+            raise TooLarge(f"{self._name} is larger than {self._most} bytes.", param=self._name)
+        self._hash.update(data)
+        self._file.write(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Staging:
+    """The private folder of one publication, until the store takes its `content` over."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root / uuid.uuid4().hex
+        self.content = self._root / "content"
+        self.content.mkdir(parents=True)
+        self._open: list[Sink] = []
+        self._sinks: dict[str, Sink] = {}
+
+    @property
+    def scratch(self) -> Path:
+        """Where an archive may lie while it is unpacked; never published."""
+        return self._root / "archive"
+
+    def sink(self, name: str) -> Sink:
+        """Begin one of the two files. Raises InvalidRequest when it comes twice."""
+        if name not in FILE_NAMES:
+            raise ValueError(name)
+        if name in self._sinks:
+            raise InvalidRequest(f"{name} was sent twice.", param=name)
+        self._sinks[name] = self._track(
+            Sink(self.content / name, MAX_CONFIG_BYTES if name == CONFIG_NAME else None)
+        )
+        return self._sinks[name]
+
+    def scratch_sink(self) -> Sink:
+        return self._track(Sink(self.scratch))
+
+    def copy(self, name: str, source: int) -> None:
+        """Copy an open file in, inside the kernel where the file systems can (a reflink costs nothing)."""
+        with (self.content / name).open("xb") as target:
+            try:
+                while os.copy_file_range(source, target.fileno(), 1 << 30):
+                    pass
+            except OSError as error:
+                if error.errno not in _NO_COPY_IN_KERNEL:
+                    raise
+                while data := os.read(source, CHUNK_BYTES):
+                    target.write(data)
+
+    def seal(self) -> str:
+        """Hash what was not hashed while it came, sync both files to disk and return the content's digest.
+
+        The digest is the SHA-256 of one line per file, `<name> <length> <sha256 of content>`, so that
+        lengths and contents cannot be shifted between files and each file can be hashed on its own.
+        """
+        for sink in self._open:
+            sink.close()
+        framing = hashlib.sha256(b"chorus adapter 1\n")
+        for name in FILE_NAMES:
+            path = self.content / name
+            hashed = self._sinks.get(name)
+            with path.open("rb") as file:
+                sha = hashed.hexdigest() if hashed else hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+                size = os.fstat(file.fileno()).st_size
+            framing.update(f"{name} {size} {sha}\n".encode())
+        _fsync_folder(self.content)
+        return framing.hexdigest()
+
+    def discard(self) -> None:
+        """Remove whatever is left. Idempotent."""
+        for sink in self._open:
+            with suppress(OSError):  # a full disk may refuse the last flush of a file that goes anyway
+                sink.close()
+        self._open.clear()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _track(self, sink: Sink) -> Sink:
+        self._open.append(sink)
+        return sink
+
+
+class ContentStore:
+    """The folders by digest, and how many holders (rows and leases) each has. Thread-safe.
+
+    Raises DataDirInUseError, naming the lock file, when another server uses the folder.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._folders = data_dir / "adapters"
+        self._staging = data_dir / "staging"
+        for folder in (self._folders, self._staging):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock_fd = _lock(data_dir / "lock")
+        self._lock = threading.Lock()
+        self._holders: Counter[str] = Counter()
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="adapter-remover")
+
+    def close(self) -> None:
+        """Finish removals and let the next server in."""
+        with self._lock:
+            lock_fd, self._lock_fd = self._lock_fd, -1
+        self._remover.shutdown()
+        if lock_fd >= 0:
+            os.close(lock_fd)
+
+    def folder(self, digest: str) -> Path:
+        return self._folders / digest[:2] / digest
+
+    def staging(self, expected_bytes: int = 0) -> Staging:
+        """A new staging folder. Raises InsufficientStorage when `expected_bytes` cannot fit."""
+        if expected_bytes > shutil.disk_usage(self._staging).free:
+            raise InsufficientStorage("There is no room on the server's disk for an upload of this size.")
+        with disk_full_is_507():
+            return Staging(self._staging)
+
+    def add(self, staging: Staging, digest: str) -> None:
+        """Take over sealed content and hold it once for the caller; equal content is kept only once.
+
+        On return it survives a power failure. Raises InsufficientStorage.
+        """
+        target = self.folder(digest)
+        with self._lock:
+            self._holders[digest] += 1
+        try:
+            with disk_full_is_507():
+                target.parent.mkdir(exist_ok=True)
+                with self._lock:  # against a removal of the same digest
+                    if not target.exists():
+                        staging.content.rename(target)
+                _fsync_folder(target.parent)
+                _fsync_folder(self._folders)
+        except BaseException:
+            self.drop(digest)
+            raise
+
+    def hold(self, digest: str) -> bool:
+        """One more holder of content that is there already; False when its files are missing."""
+        with self._lock:
+            folder = self.folder(digest)
+            if not all((folder / name).is_file() for name in FILE_NAMES):
+                return False
+            self._holders[digest] += 1
+            return True
+
+    def drop(self, digest: str, then: Callable[[], None] | None = None) -> None:
+        """One holder fewer. With the last one the files go: out of sight at once, unlinked in a thread.
+
+        `then` is called when that is done, from another thread, or at once when others hold it.
+        """
+        with self._lock:
+            self._holders[digest] -= 1
+            if self._holders[digest] <= 0:
+                del self._holders[digest]
+                if self._lock_fd >= 0:  # else closed: the folder may be another server's by now
+                    self._remove(digest, then)
+                    return
+        if then is not None:
+            then()
+
+    def holds(self, digest: str) -> bool:
+        """Whether anything holds this content."""
+        with self._lock:
+            return digest in self._holders
+
+    def sweep(self) -> None:
+        """At start: remove what a killed server left in staging, and content that nothing holds."""
+        for left in self._staging.iterdir():
+            _remove_any(left)
+        for shard in self._folders.iterdir():
+            for folder in shard.iterdir() if shard.is_dir() else ():
+                if folder.name not in self._holders:
+                    _remove_any(folder)
+
+    def _remove(self, digest: str, then: Callable[[], None] | None) -> None:
+        trash = self._staging / uuid.uuid4().hex
+        with suppress(OSError):  # what cannot go now is swept at the next start
+            self.folder(digest).rename(trash)
+
+        def unlink() -> None:
+            shutil.rmtree(trash, ignore_errors=True)
+            if then is not None:
+                then()
+
+        self._remover.submit(unlink)
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading without following a last symlink, or waiting for a pipe; the caller closes it.
+
+    Raises OSError; FileNotFoundError also for what is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "not a regular file")
+    return fd
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise DataDirInUseError(
+            f"{path} is locked by another server (process {holder}). Stop it, or choose another --data-dir."
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_any(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Chat messages to one prompt, by the Jinja template that comes with the base model."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import InvalidRequest
+from server.text.tokenizer import read_json
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for training; for a prompt its body is just text."""
+
+    tags = {"generation"}  # noqa: RUF012 (the attribute is Jinja's)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which a prompt must not have.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+class ChatTemplate:
+    """A compiled template, in a sandbox and with the names that Hugging Face templates expect."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
+        """Raises ValueError when the template is not valid Jinja."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid: {error}") from error
+        self._special_tokens = special_tokens or {}
+
+    @classmethod
+    def load(cls, folder: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
+        """`chat_template.jinja`, or `chat_template` of tokenizer_config.json; None where there is neither."""
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), special_tokens)
+        source = read_json(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(source, list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        return cls(source, special_tokens) if isinstance(source, str) else None
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt, ending where the assistant's answer begins.
+
+        `options` are extra names for the template. Raises InvalidRequest (param `messages`) when the template
+        refuses the messages or fails on them.
+        """
+        names = {"tools": None, "documents": None, **options, **self._special_tokens}
+        try:
+            return self._template.render(names | {"messages": messages, "add_generation_prompt": True})
+        except Exception as error:  # a template is a program that came with the model: anything may happen
+            reason = str(error)[:300] or type(error).__name__
+            raise InvalidRequest(
+                f"The chat template refused these messages: {reason}", param="messages"
+            ) from error

@@ -1,0 +1,108 @@
+"""Text to token ids and back, from the files beside the base model's weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """The `tokenizers` library on a `tokenizer.json`, with what generation needs to know of its tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = special_tokens or {}  # "bos_token" -> "<s>", for chat templates
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        decoder = json.loads(backend.to_str())["decoder"] or {}
+        # A byte-level decoder joins the bytes of its tokens: what a token decodes to never depends on
+        # the tokens before it, so an incremental decoder needs no context.
+        self.context_free = decoder.get("type") == "ByteLevel"
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """Reads `tokenizer.json` and the special tokens beside it; None when the folder has none.
+
+        Raises ValueError when the file cannot be read as a tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+        return cls(backend, _special_tokens(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the specials that the tokenizer's own post-processor adds."""
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered chat prompt: the template has written every special token itself."""
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # encode_batch, not encode: only the former lets other threads run meanwhile.
+        ids: list[int] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token; None for an id that the tokenizer does not have."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; they may be only a part of a UTF-8 character."""
+        token = self.token(token_id)
+        if token is None:
+            return b""
+        if self.context_free:
+            if all(char in _BYTE_OF_CHAR for char in token):
+                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            return token.encode()
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token`, ... from special_tokens_map.json, overridden by tokenizer_config.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in read_json(folder / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                found[key] = content
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable bytes stand for themselves, others for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()

@@ -1,0 +1,28 @@
+"""Builds the optional CPU kernels; everything else is in pyproject.toml.
+
+One source, one library for each instruction set; `server.native` loads the best one the machine can run.
+They are plain C++ with a C interface (no Python or torch headers), so they build in seconds. Each is
+optional: without a compiler, Chorus installs all the same and uses its torch paths.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+
+COMMON = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+VARIANTS = {"_generic": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"_avx2": ["-march=x86-64-v3"], "_avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"]}
+
+setup(
+    ext_modules=[
+        Extension(
+            f"server.native.{name}",
+            sources=[f"server/native/{unit}.cpp" for unit in ("attention", "linear", "lora")],
+            depends=["server/native/simd.h"],
+            extra_compile_args=COMMON + flags,
+            optional=True,
+        )
+        for name, flags in VARIANTS.items()
+    ]
+)

@@ -1,0 +1,93 @@
+"""The adapter routes on a real registry, beside an engine that keeps books only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+
+from server.api import errors
+from server.api.adapters import router
+from server.config import Settings
+from server.engine.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
+from server.registry.registry import Registry
+from tests.registry import adapter_files
+
+
+class FakeEngine:
+    """Answers load and unload as an engine does. `in_use`: digests that running sequences hold."""
+
+    def __init__(self) -> None:
+        self.resident: dict[str, bool] = {}  # digest -> pinned
+        self.in_use: set[str] = set()
+        self.forgotten: list[str] = []
+        self.refusal: ErrorCode | None = None
+
+    @property
+    def stats(self) -> EngineStats:
+        numbers = {field: 0 for field in EngineStats.__struct_fields__ if field not in ("resident", "waiting_digests")}
+        return EngineStats(**numbers, resident=tuple(self.resident))
+
+    async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
+        await asyncio.sleep(0)
+        if self.refusal is not None:
+            return AdapterResult(0, "disk", error=self.refusal, message=f"cannot load {ref.path}")
+        assert (Path(ref.path) / "adapter_model.safetensors").is_file()
+        self.resident[ref.digest] = self.resident.get(ref.digest, False) or pin
+        return AdapterResult(0, "arena", milliseconds=1.5)
+
+    async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult:
+        await asyncio.sleep(0)
+        if digest in self.in_use:
+            return AdapterResult(0, "arena")
+        self.resident.pop(digest, None)
+        if forget:
+            self.forgotten.append(digest)
+        return AdapterResult(0, "disk" if forget else "host")
+
+
+class Site:
+    """One server: `client` talks to it."""
+
+    def __init__(self, data_dir: Path, settings: Settings) -> None:
+        self.data_dir = data_dir
+        self.engine = FakeEngine()
+        self.registry = Registry.open(
+            data_dir, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, settings
+        )
+        self.app = FastAPI()
+        self.app.include_router(router)
+        errors.install(self.app)
+        self.app.state.settings = settings
+        self.app.state.engine = self.engine
+        self.app.state.registry = self.registry
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://chorus")
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, data_dir: Path, **settings: object) -> AsyncIterator[Site]:
+        site = cls(data_dir, adapter_files.settings(**settings))
+        try:
+            async with site.client:
+                yield site
+        finally:
+            site.registry.close()
+
+    async def upload(
+        self, name: str, content: dict[str, bytes] | None = None, *, method: str = "POST"
+    ) -> httpx.Response:
+        """The two files as a form; PUT names it in the URL."""
+        parts = [("files", (file, data)) for file, data in (content or adapter_files.files()).items()]
+        if method == "PUT":
+            return await self.client.put(f"/v1/adapters/{name}", files=parts)
+        return await self.client.post("/v1/adapters", data={"name": name}, files=parts)
+
+    def assert_clean(self, *digests: str) -> None:
+        """Exactly these contents are on disk, and nothing is being received."""
+        assert adapter_files.on_disk(self.data_dir) == set(digests)
+        assert adapter_files.staged(self.data_dir) == []

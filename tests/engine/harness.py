@@ -1,0 +1,61 @@
+"""Drives a real Engine in this process, without a socket."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from server.config import Settings
+from server.engine.engine import Engine, create_engine
+from server.engine.messages import AdapterRef, Request, SamplingParams, TokenOutput
+
+MiB = 2**20
+
+
+def make_engine(model: Path, **overrides: object) -> Engine:
+    """A small engine on one CPU thread, in float32."""
+    options: dict[str, object] = {
+        "model": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "kv_cache_bytes": 2 * MiB,
+        "arena_bytes": 2 * MiB,
+        "host_cache_bytes": 16 * MiB,
+    }
+    return create_engine(Settings.model_validate(options | overrides))
+
+
+def adapter_ref(folder: Path, weight: float = 1.0) -> AdapterRef:
+    content = (folder / "adapter_model.safetensors").read_bytes() + (folder / "adapter_config.json").read_bytes()
+    return AdapterRef(hashlib.sha256(content).hexdigest(), str(folder), weight)
+
+
+def greedy(
+    request_id: str, prompt: list[int], tokens: int, adapters: Iterable[AdapterRef] = (), **sampling: object
+) -> Request:
+    params = SamplingParams(**({"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True} | sampling))
+    return Request(request_id, prompt, params, tuple(adapters))
+
+
+def run(engine: Engine, steps: int = 10_000) -> dict[str, list[TokenOutput]]:
+    """Step until nothing is left to do; outputs by request."""
+    outputs: dict[str, list[TokenOutput]] = {}
+    for _ in range(steps):
+        if engine.idle_ms() is None:
+            return outputs
+        for output in engine.step()[0]:
+            outputs.setdefault(output.request_id, []).append(output)
+    raise AssertionError(f"the engine is still busy after {steps} steps: {engine.stats()}")
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def assert_at_rest(engine: Engine) -> None:
+    """No sequence holds a block; no adapter is in use."""
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0
+    assert stats.kv_blocks_free + stats.kv_blocks_cached == stats.kv_blocks_total

@@ -1,0 +1,93 @@
+"""The CPU kernels against the reference, over random ranks, segment layouts, empty and base-only segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.lora.kernels.cpu import CpuKernels, cpu_kernels
+from server.lora.kernels.interface import ArenaView, LoraKernels
+from server.lora.kernels.reference import ReferenceKernels
+from server.lora.segments import Segments
+from server.native import library
+
+Mix = tuple[tuple[tuple[int, float], ...], int]
+
+
+def random_arena(
+    ranks_SM: list[list[int]], shapes: list[tuple[int, int]], dtype: torch.dtype, seed: int
+) -> ArenaView:
+    """An arena filled with random adapters; `shapes` are (in, out) of each module."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.zeros(len(ranks_SM), len(shapes), 2, dtype=torch.int64)
+    end, align = 0, 64 // dtype.itemsize
+    for s, ranks in enumerate(ranks_SM):
+        for m, (rank, shape) in enumerate(zip(ranks, shapes, strict=True)):
+            for which, width in enumerate(shape):
+                offsets[s, m, which] = end
+                end += -(-rank * width // align) * align
+    data = torch.randn(end, generator=generator).mul_(0.3).to(dtype)
+    return ArenaView(data, offsets, torch.tensor(ranks_SM, dtype=torch.int32))
+
+
+def random_mixes(generator: torch.Generator, slots: int, segments: int, longest: int) -> list[Mix]:
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    return [
+        (tuple((draw(slots), 0.5 + draw(4) / 2) for _ in range(draw(3))), 1 + draw(longest))
+        for _ in range(segments)
+    ]
+
+
+def check(kernels: LoraKernels, dtype: torch.dtype, seed: int, longest: int, tail: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(48, 80), (576, 192), (33, 300), (192, 1536)]
+    ranks = torch.randint(0, 65, (6, len(shapes)), generator=generator)
+    ranks[torch.rand(ranks.shape, generator=generator) < 0.2] = 0
+    arena = random_arena(ranks.tolist(), shapes, dtype, seed)
+    segments = Segments.build(random_mixes(generator, slots=6, segments=7, longest=longest))
+    assert segments is not None
+    for module, (n_in, n_out) in enumerate(shapes):
+        x = torch.randn(segments.num_tokens + tail, n_in, generator=generator).to(dtype)
+        out = torch.randn(segments.num_tokens + tail, n_out, generator=generator).to(dtype)
+        expected = out.double()
+        ReferenceKernels(torch.float64).apply(expected, x, module, segments, arena)
+        got = out.clone()
+        kernels.apply(got, x, module, segments, arena)
+        assert torch.equal(got[segments.num_tokens :], out[segments.num_tokens :])
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("longest", "tail"), [(1, 0), (1, 3), (9, 2), (70, 5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_cpu_kernels_equal_reference(dtype: torch.dtype, longest: int, tail: int, seed: int) -> None:
+    check(cpu_kernels(dtype), dtype, seed, longest, tail)
+
+
+def test_float32_reference_is_close_to_float64() -> None:
+    check(ReferenceKernels(), torch.float32, seed=11, longest=5, tail=1)
+
+
+def test_compiled_kernels_are_used_here() -> None:
+    if library() is None:
+        pytest.skip("no compiler on this machine")
+    assert isinstance(cpu_kernels(torch.bfloat16), CpuKernels)
+
+
+def test_rows_may_be_strided() -> None:
+    arena = random_arena([[8]], [(32, 64)], torch.float32, seed=1)
+    segments = Segments.build([(((0, 1.0),), 5)])
+    assert segments is not None
+    x, out = torch.randn(5, 40)[:, :32], torch.zeros(5, 100)
+    expected = torch.zeros(5, 64)
+    ReferenceKernels().apply(expected, x, 0, segments, arena)
+    cpu_kernels(torch.float32).apply(out[:, :64], x, 0, segments, arena)
+    torch.testing.assert_close(out[:, :64], expected)
+    assert (out[:, 64:] == 0).all()
+
+
+def test_no_mix_is_no_segments() -> None:
+    assert Segments.build([]) is None

@@ -1,0 +1,440 @@
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.adapter_gate import AcquireStatus, AdapterGate
+from server.engine.messages import AdapterRef, ErrorCode
+from server.lora.arena import Arena
+from server.lora.pack import PackedAdapter, pack
+from server.lora.residency import Residency
+from server.registry.peft_format import judge
+from tests.lora.adapter_folder import TARGETS, weights, write
+
+READY, PENDING, FULL, FAILED = AcquireStatus
+RANKS = (1, 2, 3, 4, 5, 6)
+
+
+class Adapters:
+    """Six adapters on disk, ranks 1 to 6, and their packed images."""
+
+    def __init__(self, root: Path) -> None:
+        self.refs = []
+        self.images: dict[str, PackedAdapter] = {}
+        for rank in RANKS:
+            folder = write(root / str(rank), weights(rank=rank, seed=rank), {"r": rank})
+            self.refs.append(AdapterRef(f"digest-{rank}", str(folder)))
+            self.images[f"digest-{rank}"] = pack(folder, judge(folder, TARGETS), len(TARGETS), torch.float32)
+
+    def nbytes(self, *ranks: int) -> int:
+        return sum(self.images[f"digest-{rank}"].nbytes for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return Adapters(tmp_path_factory.mktemp("adapters"))
+
+
+class Bench:
+    """A Residency, and a way to wait for its worker."""
+
+    def __init__(self, arena_bytes: int, host_bytes: int = 1 << 20) -> None:
+        self.landed = threading.Semaphore(0)
+        self.arena = Arena(arena_bytes, len(TARGETS), torch.float32, slots=1)
+        self.residency = Residency(self.arena, TARGETS, host_bytes, wake=self.landed.release)
+
+    def step(self) -> None:
+        """Wait for one job, if any is under way, and take in what is there."""
+        if self.residency.pending:
+            assert self.landed.acquire(timeout=30)
+        self.residency.poll()
+
+    def settle(self) -> None:
+        self.residency.poll()
+        while self.residency.pending:
+            self.step()
+
+    def acquire(self, *refs: AdapterRef) -> AcquireStatus:
+        """Ask at every step until the answer is final."""
+        while (answer := self.residency.acquire(refs)).status is PENDING:
+            self.step()
+        return answer.status
+
+    def holds(self, image: PackedAdapter, digest: str) -> bool:
+        view, slot = self.arena.view(), self.residency.slot(digest)
+        start = int((view.offsets[slot] - image.offsets)[0, 0])
+        return (
+            torch.equal(view.offsets[slot], image.offsets + start)
+            and torch.equal(view.ranks[slot], image.ranks)
+            and torch.equal(view.data[start : start + image.data.numel()], image.data)
+        )
+
+
+@pytest.fixture
+def bench(adapters):
+    made = []
+
+    def make(*ranks: int, **options: int) -> Bench:
+        """With an arena that just holds these ranks."""
+        made.append(Bench(adapters.nbytes(*ranks), **options))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.residency.close()
+
+
+def test_it_is_the_schedulers_gate(bench):
+    gate: AdapterGate = bench(6).residency
+    assert gate.acquire(()).status is READY  # the base model
+    gate.release(())
+
+
+def test_from_disk_to_use(adapters, bench):
+    b, ref = bench(6), adapters.refs[2]
+    assert b.residency.where(ref.digest) == "disk"
+    assert b.residency.acquire((ref,)).status is PENDING
+    assert b.residency.pending
+    assert b.acquire(ref) is READY
+    assert b.residency.where(ref.digest) == "arena"
+    assert b.residency.resident == (ref.digest,)
+    assert b.holds(adapters.images[ref.digest], ref.digest)
+    assert b.residency.load_ms(ref.digest) > 0
+    assert b.residency.loads == 1
+    assert b.residency.acquire((ref,)).status is READY  # at once
+    with pytest.raises(KeyError):
+        b.residency.slot("digest-1")
+
+
+def test_a_prefetch_brings_it_to_the_host(adapters, bench):
+    b, ref = bench(6), adapters.refs[2]
+    b.residency.prefetch(ref)
+    b.residency.prefetch(ref)
+    b.settle()
+    assert b.residency.where(ref.digest) == "host"
+    assert b.residency.host_bytes_used == adapters.nbytes(3)
+    assert b.arena.bytes_used == 0
+    assert b.acquire(ref) is READY
+
+
+def test_many_callers_share_one_load(adapters, bench):
+    b, ref = bench(6), adapters.refs[0]
+    assert [b.residency.acquire((ref,)).status for _ in range(5)] == [PENDING] * 5
+    b.settle()
+    assert b.acquire(ref) is READY
+    assert b.residency.loads == 1
+
+
+def test_the_least_recently_used_leaves(adapters, bench):
+    b = bench(2, 2, 1)
+    one, two, three = adapters.refs[:3]
+    for ref in (one, two, one):
+        assert b.acquire(ref) is READY
+        b.residency.release((ref,))
+    assert b.residency.resident == (two.digest, one.digest)
+    assert b.acquire(three) is READY
+    assert b.residency.resident == (one.digest, three.digest)
+    assert b.residency.where(two.digest) == "host"
+    assert b.residency.evictions == 1
+
+
+def test_full_while_all_is_in_use(adapters, bench):
+    b = bench(6, 5)
+    assert b.acquire(adapters.refs[5]) is READY
+    assert b.acquire(adapters.refs[4]) is READY
+    assert b.acquire(adapters.refs[0]) is FULL
+    assert b.acquire(adapters.refs[0]) is FULL  # its size is known now: no more reads
+    assert not b.residency.pending
+    b.residency.release((adapters.refs[4],))
+    assert b.acquire(adapters.refs[0]) is READY
+    assert b.residency.resident == ("digest-6", "digest-1")
+
+
+def test_what_a_pending_caller_was_promised_is_kept(adapters, bench):
+    b = bench(3)
+    mine, other = adapters.refs[0], adapters.refs[2]
+    assert b.acquire(other) is READY  # so its size is known
+    b.residency.release((other,))
+    assert b.residency.acquire((mine,)).status is PENDING
+    b.settle()
+    assert b.residency.acquire((mine,)).status is PENDING  # now with room
+    b.settle()
+    assert b.residency.acquire((other,)).status is FULL
+    assert b.residency.acquire((mine,)).status is READY
+    b.residency.release((mine,))
+    assert b.acquire(other) is READY
+
+
+def test_a_caller_that_gives_up_frees_what_was_kept(adapters, bench):
+    b = bench(3)
+    mine, other = adapters.refs[0], adapters.refs[2]
+    assert b.acquire(other) is READY
+    b.residency.release((other,))
+    b.residency.acquire((mine,))
+    b.settle()
+    b.residency.acquire((mine,))
+    b.residency.cancel((mine,))
+    b.residency.cancel((mine,))  # for a caller that was never told PENDING it does nothing
+    b.settle()
+    assert b.acquire(other) is READY
+
+
+def test_a_mix_is_taken_whole_or_not_at_all(adapters, bench):
+    b = bench(6, 4, 1)
+    a, big, c = adapters.refs[0], adapters.refs[5], adapters.refs[3]
+    assert b.acquire(a, big) is READY
+    b.residency.release((a, big))
+    assert b.acquire(big) is READY
+    assert b.acquire(a, c) is READY
+    b.residency.release((a, c))
+    assert b.acquire(adapters.refs[4]) is READY
+    before = b.arena.bytes_used
+    assert b.acquire(a, c) is FULL  # not even room for one of them is kept
+    assert b.arena.bytes_used == before
+
+
+def test_a_mix_may_name_one_adapter_twice(adapters, bench):
+    b, ref = bench(2), adapters.refs[1]
+    assert b.acquire(ref, ref) is READY
+    b.residency.release((ref, ref))
+    assert b.residency.unload(ref.digest) == "host"
+    with pytest.raises((KeyError, ValueError)):
+        b.residency.release((ref,))
+
+
+def test_never_fits(adapters, bench):
+    b = bench(3)
+    answer = None
+    for _ in range(3):
+        answer = b.residency.acquire((adapters.refs[5],))
+        b.settle()
+    assert (answer.status, answer.error) == (FAILED, ErrorCode.NEVER_FITS)
+    assert b.acquire(adapters.refs[1], adapters.refs[2]) is FAILED
+    assert b.acquire(adapters.refs[2]) is READY
+
+
+def test_a_load_that_fails_is_told_to_all_and_tried_again(adapters, bench, tmp_path):
+    b = bench(6)
+    ref = AdapterRef("broken", str(tmp_path / "broken"))
+    assert b.residency.acquire((ref,)).status is PENDING
+    assert b.residency.acquire((ref, adapters.refs[0])).status is PENDING
+    b.settle()
+    for mix in ((ref,), (ref,), (ref, adapters.refs[0])):
+        answer = b.residency.acquire(mix)
+        assert (answer.status, answer.error) == (FAILED, ErrorCode.ADAPTER_LOAD_FAILED)
+        assert "adapter_config.json" in answer.message
+        assert str(tmp_path) not in answer.message
+    assert b.arena.bytes_used in (0, adapters.nbytes(1))
+    write(tmp_path / "broken")
+    b.residency.poll()
+    assert b.acquire(ref) is READY
+
+
+def test_a_load_that_fails_when_nobody_waits_is_forgotten(adapters, bench, tmp_path):
+    b = bench(6)
+    ref = AdapterRef("broken", str(tmp_path / "broken"))
+    b.residency.prefetch(ref)
+    b.settle()
+    b.residency.acquire((ref,))
+    b.residency.cancel((ref,))
+    b.settle()
+    write(tmp_path / "broken")
+    assert b.acquire(ref) is READY
+
+
+def test_files_that_go_away_after_the_first_load(adapters, bench, tmp_path):
+    """The room that was reserved for the copy is given back."""
+    b = bench(4, host_bytes=0)
+    folder = write(tmp_path / "gone")
+    ref = AdapterRef("gone", str(folder))
+    assert b.acquire(ref) is READY
+    b.residency.release((ref,))
+    assert b.acquire(adapters.refs[0]) is READY
+    b.residency.release((adapters.refs[0],))
+    (folder / "adapter_model.safetensors").unlink()
+    assert b.acquire(ref) is FAILED
+    assert b.arena.bytes_used == adapters.nbytes(*(1,) * len(b.residency.resident))
+
+
+def test_pinned_ones_stay(adapters, bench):
+    b = bench(3, 2)
+    one, two, three = adapters.refs[:3]
+    while b.residency.load(two, pin=True).status is PENDING:
+        b.step()
+    assert b.residency.pinned == {two.digest}
+    assert b.acquire(three) is READY
+    b.residency.release((three,))
+    assert b.acquire(one) is READY
+    assert two.digest in b.residency.resident
+    assert b.residency.unload(two.digest) == "host"
+    assert b.residency.pinned == frozenset()
+
+
+def test_an_unload_waits_for_the_last_use(adapters, bench):
+    b, ref = bench(6), adapters.refs[0]
+    assert b.acquire(ref) is READY
+    assert b.acquire(ref) is READY
+    assert b.residency.unload(ref.digest, forget=True) == "arena"
+    b.residency.release((ref,))
+    assert b.residency.where(ref.digest) == "arena"
+    b.residency.release((ref,))
+    assert b.residency.where(ref.digest) == "disk"
+    assert (b.arena.bytes_used, b.residency.host_bytes_used) == (0, 0)
+
+
+def test_an_unload_under_a_waiting_caller(adapters, bench):
+    b, ref = bench(6), adapters.refs[0]
+    b.residency.acquire((ref,))
+    b.residency.unload(ref.digest, forget=True)
+    assert b.acquire(ref) is READY  # it was promised
+    b.residency.release((ref,))
+    assert b.residency.where(ref.digest) == "disk"
+
+
+def test_a_load_after_an_unload_stays(adapters, bench):
+    b, ref = bench(6), adapters.refs[0]
+    assert b.acquire(ref) is READY
+    b.residency.unload(ref.digest, forget=True)
+    assert b.residency.load(ref).status is READY
+    b.residency.release((ref,))
+    assert b.residency.where(ref.digest) == "arena"
+
+
+def test_the_host_keeps_what_was_used_last(adapters, bench):
+    b = bench(1, host_bytes=adapters.nbytes(2, 3))
+    for ref in (adapters.refs[0], adapters.refs[1], adapters.refs[2]):
+        b.residency.prefetch(ref)
+        b.settle()
+    assert [b.residency.where(ref.digest) for ref in adapters.refs[:3]] == ["disk", "host", "host"]
+    assert b.residency.host_bytes_used == adapters.nbytes(2, 3)
+
+
+def test_scattered_room_is_joined(adapters, bench):
+    b = bench(1, 2, 1, 2)
+    one, two, _, four = adapters.refs[:4]
+    copy = AdapterRef("copy", one.path)
+    for ref in (one, two, copy):
+        assert b.acquire(ref) is READY  # 1, 2, 1, and a hole of 2
+    b.residency.release((one,))
+    b.residency.release((copy,))
+    b.residency.unload(one.digest)
+    b.residency.unload(copy.digest)
+    assert b.arena.largest_hole < adapters.nbytes(4)
+    assert b.acquire(four) is READY
+    assert b.holds(adapters.images[two.digest], two.digest)
+    assert b.holds(adapters.images[four.digest], four.digest)
+    assert b.residency.evictions == 0
+
+
+def test_a_worker_survives_a_bug(adapters, bench, monkeypatch, caplog):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    b = bench(6)
+    with monkeypatch.context() as patch:
+        patch.setattr("server.lora.loader.pack", broken)
+        assert b.acquire(adapters.refs[0]) is FAILED
+    assert "digest-1" in caplog.text
+    assert b.acquire(adapters.refs[1]) is READY
+
+
+INDEX = st.integers(0, len(RANKS) - 1)
+MIX = st.lists(INDEX, min_size=1, max_size=2).map(tuple)
+OPS = st.one_of(
+    st.tuples(st.sampled_from(["acquire", "ask", "ask"]), MIX),
+    st.tuples(st.sampled_from(["release", "cancel"]), st.integers(0, 9)),
+    st.tuples(st.sampled_from(["prefetch", "load", "pin", "unload", "forget"]), INDEX),
+    st.tuples(st.sampled_from(["step", "step", "settle"]), st.none()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ops=st.lists(OPS, max_size=60), host=st.sampled_from([0, 7, 21]))
+def test_any_trace_keeps_its_promises(adapters, ops, host):
+    b = Bench(adapters.nbytes(6, 3), host_bytes=adapters.nbytes(1) * host)
+    residency, refs = b.residency, adapters.refs
+    held: list[tuple[AdapterRef, ...]] = []
+    waiting: list[tuple[AdapterRef, ...]] = []
+    pinned: set[str] = set()
+    try:
+        for op, value in ops:
+            if op in ("acquire", "ask"):
+                mix = tuple(refs[n] for n in value)
+                if op == "ask" and waiting:
+                    mix = waiting.pop(0)
+                status = residency.acquire(mix).status
+                if status is READY:
+                    held.append(mix)
+                elif status is PENDING:
+                    waiting.append(mix)
+                if status is FAILED:
+                    assert adapters.nbytes(*{RANKS[refs.index(ref)] for ref in mix}) > b.arena.bytes_total
+            elif op == "release" and held:
+                residency.release(held.pop(value % len(held)))
+            elif op == "cancel" and waiting:
+                residency.cancel(waiting.pop(value % len(waiting)))
+            elif op == "prefetch":
+                residency.prefetch(refs[value])
+            elif op in ("load", "pin"):
+                status = residency.load(refs[value], pin=op == "pin").status
+                if status is READY and op == "pin":
+                    pinned.add(refs[value].digest)
+                elif status is PENDING:
+                    waiting.append((refs[value],))
+            elif op in ("unload", "forget"):
+                pinned.discard(refs[value].digest)
+                residency.unload(refs[value].digest, forget=op == "forget")
+            elif op == "step":
+                b.step()
+            elif op == "settle":
+                b.settle()
+                assert b.arena.bytes_used == sum(adapters.images[d].nbytes for d in residency.resident)
+            check(b, adapters, held, pinned)
+        for mix in waiting:
+            residency.cancel(mix)
+        for mix in held:
+            residency.release(mix)
+        b.settle()
+        assert residency.host_bytes_used <= residency.host_bytes
+        assert all(residency.unload(ref.digest, forget=True) == "disk" for ref in refs)
+        assert b.arena.bytes_free == b.arena.largest_hole == b.arena.bytes_total
+        assert residency.host_bytes_used == 0
+        assert residency.resident == ()
+    finally:
+        residency.close()
+
+
+def check(b: Bench, adapters: Adapters, held: list[tuple[AdapterRef, ...]], pinned: set[str]) -> None:
+    residency = b.residency
+    in_use = Counter(ref.digest for mix in held for ref in mix)
+    assert in_use.keys() | pinned <= set(residency.resident)
+    assert residency.pinned == pinned
+    assert b.arena.bytes_free + b.arena.bytes_used == b.arena.bytes_total
+    assert len({residency.slot(digest) for digest in residency.resident}) == len(residency.resident)
+    for digest in residency.resident:
+        assert b.holds(adapters.images[digest], digest)
+
+
+def test_twenty_adapters_through_room_for_two(adapters, bench):
+    """Everybody is served, whoever asks in whatever order, when each gives back what it took."""
+    b = bench(6, 6, host_bytes=adapters.nbytes(3))
+    waiting = [
+        (adapters.refs[n % 6],) if n % 3 else (adapters.refs[n % 6], adapters.refs[0]) for n in range(40)
+    ]
+    served = 0
+    for _ in range(2_000):
+        if not waiting:
+            break
+        b.step()
+        running = [mix for mix in waiting if b.residency.acquire(mix).status is READY]
+        for mix in running:
+            assert all(b.holds(adapters.images[ref.digest], ref.digest) for ref in mix)
+            waiting.remove(mix)
+            b.residency.release(mix)
+            served += 1
+    assert served == 40
+    assert b.residency.evictions > 0

@@ -1,0 +1,53 @@
+"""A mixed batch gives every request the tokens that transformers + PEFT give it alone (greedy, float32)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import adapter_ref, assert_at_rest, greedy, make_engine, run, tokens_of
+from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, targets_of
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def model_and_jobs(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[Job]]:
+    architecture = request.param
+    model = build(architecture, tmp_path / "model")
+    targets = targets_of(architecture)
+    few = [name for name in targets if name in ("q_proj", "v_proj", "qkv_proj")]
+    adapters = [
+        add_adapter(model, tmp_path / "all", seed=1, rank=8, target_modules=targets),
+        add_adapter(model, tmp_path / "few", seed=2, rank=5, target_modules=few, use_rslora=True),
+        add_adapter(
+            model,
+            tmp_path / "patterned",
+            seed=3,
+            rank=4,
+            target_modules=targets,
+            rank_pattern={targets[0]: 16, "layers.1.self_attn.o_proj": 2},
+            alpha_pattern={targets[0]: 3},
+        ),
+    ]
+    rng = random.Random(7)
+    lengths = [3, 40, 1, 17, 25, 33, 9, 2]
+    choices = [None, adapters[0], adapters[1], adapters[2], adapters[0], None, adapters[2], adapters[1]]
+    return model, [
+        Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens=6 + 3 * (i % 3))
+        for i, (length, adapter) in enumerate(zip(lengths, choices, strict=True))
+    ]
+
+
+def test_mixed_batches_equal_transformers_and_peft(model_and_jobs: tuple[Path, list[Job]]) -> None:
+    model, jobs = model_and_jobs
+    want = expected(model, jobs)
+    # A budget of 24 tokens a step makes the longer prompts come in chunks, beside decoding neighbours.
+    engine = make_engine(model, max_num_batched_tokens=24, max_num_seqs=6, block_size=8)
+    for i, job in enumerate(jobs):
+        refs = [adapter_ref(job.adapter)] if job.adapter else []
+        engine.add(greedy(str(i), job.prompt, job.tokens, refs))
+    outputs = run(engine)
+    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == want
+    assert_at_rest(engine)
+    engine.close()

@@ -1,0 +1,95 @@
+"""Small random adapters in PEFT layout, for a base model of four Linears."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from server.config import Settings
+from server.engine.messages import LoraTarget
+
+TARGETS = [
+    LoraTarget(f"model.layers.{layer}.self_attn.{name}", 16, 8)
+    for layer in range(2)
+    for name in ("q_proj", "v_proj")
+]
+BASE_PARAMETERS = 10_000
+
+
+def settings(**fields: object) -> Settings:
+    return Settings(model="base-model", **fields)  # type: ignore[arg-type]  # fields of any type
+
+
+def config(rank: int = 4, **fields: object) -> bytes:
+    default = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "base-model",
+    }
+    return json.dumps(default | fields).encode()
+
+
+def weights(rank: int = 4, seed: int = 0, spoil: float | None = None) -> bytes:
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for target in TARGETS:
+        name = f"base_model.model.{target.name}"
+        tensors[f"{name}.lora_A.weight"] = random.normal(size=(rank, 16)).astype(np.float32)
+        tensors[f"{name}.lora_B.weight"] = random.normal(size=(8, rank)).astype(np.float32)
+    if spoil is not None:
+        tensors[f"base_model.model.{TARGETS[0].name}.lora_B.weight"][3, 1] = spoil
+    return save(tensors)
+
+
+def files(rank: int = 4, seed: int = 0) -> dict[str, bytes]:
+    return {"adapter_config.json": config(rank), "adapter_model.safetensors": weights(rank, seed)}
+
+
+def write(folder: Path, content: dict[str, bytes] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in (content or files()).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def zipped(content: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def tarred(content: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]  # mode is a str
+        for name, data in content.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def on_disk(data_dir: Path) -> set[str]:
+    """Digests of the content that lies in a data folder; nothing else may lie beside it."""
+    digests = set()
+    for folder in (data_dir / "adapters").glob("*/*"):
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        digests.add(folder.name)
+    return digests
+
+
+def staged(data_dir: Path) -> list[str]:
+    return [path.name for path in (data_dir / "staging").iterdir()]

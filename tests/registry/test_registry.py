@@ -1,0 +1,405 @@
+"""Names, versions, leases, restarts: what an operator and a running request see of the registry."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from server.engine.messages import LoraTarget
+from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest, ModelNotFound
+from server.registry.catalogue import Catalogue
+from server.registry.registry import KEPT_VERSIONS, Registry
+from server.registry.sources import copy_folder
+from server.registry.store import DataDirInUseError
+from tests.registry import adapter_files
+from tests.registry.conftest import Publish
+
+Reopen = Callable[[], Registry]
+
+
+def open_with(data_dir: Path, targets: list[LoraTarget]) -> Registry:
+    return Registry.open(data_dir, targets, adapter_files.BASE_PARAMETERS, adapter_files.settings())
+
+
+def test_a_published_adapter_can_be_acquired(registry: Registry, publish: Publish) -> None:
+    published = publish(registry, "team/sql")
+    assert published.outcome == "created"
+    with registry.acquire("team/sql") as lease:
+        version = lease.version
+        assert (version.name, version.number, version.rank, version.alpha) == ("team/sql", 1, 4, 8.0)
+        assert version.targets == ("q_proj", "v_proj")
+        assert version.parameters == 4 * (16 + 8) * len(adapter_files.TARGETS)
+        assert version.bytes == 4 * version.parameters
+        assert (version.path / "adapter_model.safetensors").read_bytes() == adapter_files.weights()
+        assert version.path.name == version.digest
+    record = registry.get("team/sql")
+    assert (record.state, record.current) == ("ready", version)
+
+
+def test_unknown_names_are_not_found(registry: Registry, publish: Publish) -> None:
+    publish(registry, "a")
+    for name in ("b", "a@2", "a@", "@1", "a@0", "a@abcdef", "", "A", "a/", "../a", "a@" + "9" * 5000):
+        with pytest.raises(ModelNotFound):
+            registry.acquire(name)
+
+
+def test_versions_by_number_and_digest(registry: Registry, publish: Publish) -> None:
+    first = publish(registry, "a", seed=1).version
+    second = publish(registry, "a", seed=2)
+    assert second.outcome == "replaced"
+    assert registry.acquire("a").version == second.version
+    assert registry.acquire("a@1").version == first
+    assert registry.acquire(f"a@{first.digest[:8]}").version == first
+    assert registry.acquire(f"a@{first.digest}").version == first
+    with pytest.raises(ModelNotFound):
+        registry.acquire(f"a@{first.digest[:3]}")
+
+
+def test_equal_content_makes_no_new_version(registry: Registry, publish: Publish, data_dir: Path) -> None:
+    first = publish(registry, "a")
+    again = publish(registry, "a")
+    assert again.outcome == "unchanged"
+    assert again.version == first.version
+    other = publish(registry, "b")  # another name, the same content: one copy
+    assert other.version.digest == first.version.digest
+    assert adapter_files.on_disk(data_dir) == {first.version.digest}
+    assert adapter_files.staged(data_dir) == []
+
+
+def test_a_shared_copy_outlives_the_first_of_its_names(
+    registry: Registry, publish: Publish, data_dir: Path
+) -> None:
+    digest = publish(registry, "a").version.digest
+    publish(registry, "b")
+    registry.delete("a")
+    assert registry.holds(digest)
+    with registry.acquire("b") as lease:
+        assert (lease.version.path / "adapter_config.json").is_file()
+    for retired in registry.delete("b"):
+        retired.gone.result(timeout=10)
+    assert adapter_files.on_disk(data_dir) == set()
+
+
+BAD_NAMES = ["", "../x", "a/../b", "a//b", "/a", "a/", "-a", ".a", "a b", "a\0b", "a\n", "é", "a@1"]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "x" * 129, "x/" * 200 + "x"])
+def test_bad_names_are_refused(registry: Registry, publish: Publish, name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        publish(registry, name)
+    assert caught.value.param == "name"
+    assert registry.records() == []
+
+
+def test_the_base_models_name_is_taken(registry: Registry, publish: Publish) -> None:
+    with pytest.raises(InvalidRequest, match="base model"):
+        publish(registry, "base-model")
+
+
+def test_create_only_conflicts_with_a_known_name(registry: Registry, publish: Publish) -> None:
+    publish(registry, "a")
+    with pytest.raises(Conflict):
+        publish(registry, "a", seed=1, replace=False)
+
+
+def test_one_writer_per_name(registry: Registry, publish: Publish) -> None:
+    with registry.publication(create=True, replace=True) as publication:
+        publication.claim("a")
+        assert registry.get("a").state == "validating"
+        with pytest.raises(Conflict):
+            publish(registry, "a")
+        publish(registry, "b")
+    with pytest.raises(ModelNotFound):
+        registry.get("a")
+    publish(registry, "a")
+
+
+def test_fifty_writers_of_one_name(registry: Registry, publish: Publish, data_dir: Path) -> None:
+    def attempt(_: int) -> str:
+        try:
+            return publish(registry, "a", replace=False).outcome
+        except Conflict:
+            return "conflict"
+
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = list(pool.map(attempt, range(50)))
+    assert sorted(outcomes) == ["conflict"] * 49 + ["created"]
+    assert len(adapter_files.on_disk(data_dir)) == 1
+    assert adapter_files.staged(data_dir) == []
+
+
+def test_what_is_refused_leaves_nothing(registry: Registry, tmp_path: Path, data_dir: Path) -> None:
+    content = adapter_files.files() | {"adapter_model.safetensors": adapter_files.weights(spoil=float("nan"))}
+    folder = adapter_files.write(tmp_path / "bad", content)
+    with registry.publication(create=True, replace=True) as publication:
+        publication.claim("a")
+        copy_folder(folder, publication.staging)
+        with pytest.raises(InvalidAdapter) as caught:
+            publication.publish("upload")
+    assert caught.value.param == f"base_model.model.{adapter_files.TARGETS[0].name}.lora_B.weight"
+    assert registry.records() == []
+    assert adapter_files.on_disk(data_dir) == set()
+    assert adapter_files.staged(data_dir) == []
+
+
+# leases
+
+
+def test_a_deleted_adapter_stays_until_its_last_lease(
+    registry: Registry, publish: Publish, data_dir: Path
+) -> None:
+    publish(registry, "a")
+    first, second = registry.acquire("a"), registry.acquire("a")
+    (retired,) = registry.delete("a")
+    with pytest.raises(ModelNotFound):
+        registry.acquire("a")
+    assert registry.get("a").state == "draining"
+    first.release()
+    first.release()
+    assert not retired.gone.done()
+    assert (second.version.path / "adapter_model.safetensors").is_file()
+    second.release()
+    retired.gone.result(timeout=10)
+    assert adapter_files.on_disk(data_dir) == set()
+    with pytest.raises(ModelNotFound):
+        registry.get("a")
+    with pytest.raises(ModelNotFound):
+        registry.delete("a")
+
+
+def test_a_name_can_be_made_again_while_it_drains(
+    registry: Registry, publish: Publish, data_dir: Path
+) -> None:
+    publish(registry, "a", seed=1)
+    old = registry.acquire("a")
+    registry.delete("a")
+    new = publish(registry, "a", seed=2)
+    assert new.outcome == "created"
+    assert registry.acquire("a").version.digest != old.version.digest
+    assert len(adapter_files.on_disk(data_dir)) == 2
+    old.release()
+    registry.acquire("a").release()
+    assert registry.get("a").state == "ready"
+
+
+def test_old_versions_are_kept_up_to_the_cap(registry: Registry, publish: Publish, data_dir: Path) -> None:
+    lease = None
+    for seed in range(KEPT_VERSIONS + 2):
+        published = publish(registry, "a", seed=seed)
+        lease = lease or registry.acquire("a@1")
+    assert [v.version.number for v in registry.get("a").versions] == [3, 4, 5, 6, 7]
+    with pytest.raises(ModelNotFound):
+        registry.acquire("a@1")
+    assert published.retired[0].version.number == 2
+    published.retired[0].gone.result(timeout=10)
+    assert len(adapter_files.on_disk(data_dir)) == KEPT_VERSIONS + 1
+    assert lease is not None
+    lease.release()
+    publish(registry, "b", seed=100)  # the same thread removes in order
+    for retired in registry.delete("b"):
+        retired.gone.result(timeout=10)
+    assert len(adapter_files.on_disk(data_dir)) == KEPT_VERSIONS
+
+
+# restarts
+
+
+def test_everything_is_back_after_a_restart(reopen: Reopen, publish: Publish, data_dir: Path) -> None:
+    registry = reopen()
+    publish(registry, "a", seed=1)
+    version = publish(registry, "a", seed=2).version
+    publish(registry, "b", seed=3)
+    registry.set_pinned("a", True)
+    registry.served(version, tokens=7)
+    registry.served(version, tokens=5)
+    before = registry.get("a")
+    assert (before.requests, before.tokens) == (2, 12)
+    registry = reopen()
+    assert registry.get("a") == before
+    assert [v.name for v in registry.list()] == ["a", "b"]
+    assert registry.pinned() == [version]
+    assert registry.acquire("a@1").version.number == 1
+    assert len(adapter_files.on_disk(data_dir)) == 3
+
+
+def test_deleted_adapters_stay_deleted(reopen: Reopen, publish: Publish, data_dir: Path) -> None:
+    registry = reopen()
+    publish(registry, "a")
+    registry.acquire("a")  # still in use when the server goes
+    registry.delete("a")
+    assert len(adapter_files.on_disk(data_dir)) == 1
+    registry = reopen()
+    assert registry.records() == []
+    assert adapter_files.on_disk(data_dir) == set()
+
+
+def test_counters_of_a_deleted_name_do_not_reach_its_successor(registry: Registry, publish: Publish) -> None:
+    old = publish(registry, "a", seed=1).version
+    registry.delete("a")
+    publish(registry, "a", seed=2)
+    registry.served(old, tokens=3)
+    assert registry.get("a").requests == 0
+
+
+def test_missing_files_are_told_and_can_be_mended(reopen: Reopen, publish: Publish) -> None:
+    registry = reopen()
+    version = publish(registry, "a").version
+    (version.path / "adapter_model.safetensors").unlink()
+    registry = reopen()
+    record = registry.get("a")
+    assert record.state == "failed"
+    assert "missing" in (record.reason or "")
+    assert registry.list() == []
+    with pytest.raises(ModelNotFound):
+        registry.acquire("a")
+    assert publish(registry, "a").outcome == "replaced"
+    assert registry.get("a").state == "ready"
+    registry = reopen()
+    assert registry.get("a").state == "ready"
+    for retired in registry.delete("a"):
+        retired.gone.result(timeout=10)
+    assert registry.records() == []
+
+
+def test_another_base_model_judges_again(reopen: Reopen, publish: Publish, data_dir: Path) -> None:
+    registry = reopen()
+    publish(registry, "a")
+    registry.close()
+    wider = [LoraTarget(t.name, 32, 8) for t in adapter_files.TARGETS]
+    for _ in range(2):
+        registry = open_with(data_dir, wider)
+        record = registry.get("a")
+        assert record.state == "failed"
+        assert "does not fit" in (record.reason or "")
+        registry.close()
+    registry = reopen()
+    assert registry.get("a").state == "ready"
+
+
+def test_a_second_server_is_refused_by_the_name_of_the_lock(registry: Registry, data_dir: Path) -> None:
+    with pytest.raises(DataDirInUseError, match=str(data_dir / "lock")):
+        open_with(data_dir, adapter_files.TARGETS)
+
+
+def test_a_newer_catalogue_is_refused_and_the_lock_given_back(reopen: Reopen, data_dir: Path) -> None:
+    reopen().close()
+    with closing(sqlite3.connect(data_dir / "registry.db")) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="newer"):
+            open_with(data_dir, adapter_files.TARGETS)
+
+
+def test_a_failed_commit_leaves_the_old_version(
+    registry: Registry, publish: Publish, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(registry, "a", seed=1).version
+
+    def fail(*_: object) -> None:
+        raise ChorusError("the commit failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "publish", fail)
+        with pytest.raises(ChorusError):
+            publish(registry, "a", seed=2)
+    assert registry.acquire("a").version == first
+    publish(registry, "b", seed=9)
+    for retired in registry.delete("b"):
+        retired.gone.result(timeout=10)
+    assert adapter_files.on_disk(data_dir) == {first.digest}
+    assert publish(registry, "a", seed=2).version.number == 2
+
+
+# the adapters folder
+
+
+def test_a_folder_tree_is_registered(
+    reopen: Reopen, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "adapters"
+    adapter_files.write(root / "sql", adapter_files.files(seed=1))
+    adapter_files.write(root / "team" / "json", adapter_files.files(seed=2))
+    adapter_files.write(root / "bad", {"adapter_config.json": adapter_files.config(r=5)} | {
+        "adapter_model.safetensors": adapter_files.weights()
+    })  # fmt: skip
+    adapter_files.write(root / "not a name", adapter_files.files(seed=3))
+    adapter_files.write(root / "pickle", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
+    adapter_files.write(root / ".hidden", adapter_files.files(seed=4))
+    (root / "README.md").write_text("not an adapter")
+    registry = reopen()
+    with caplog.at_level(logging.ERROR):
+        outcome = dict(registry.register_folder_tree(root))
+    assert outcome["sql"] is None
+    assert outcome["team/json"] is None
+    assert {name for name, error in outcome.items() if error} == {"bad", "not a name", "pickle"}
+    assert "safetensors" in (outcome["pickle"] or "")
+    assert str(tmp_path) not in "".join(filter(None, outcome.values()))
+    assert [v.name for v in registry.list()] == ["sql", "team/json"]
+    assert registry.get("bad").state == "failed"
+    assert registry.get("bad").reason == outcome["bad"]
+    assert "bad" in caplog.text
+    registry.delete("bad")
+    with pytest.raises(ModelNotFound):
+        registry.get("bad")
+
+
+def test_only_changed_folders_are_read_again(
+    reopen: Reopen, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "adapters"
+    adapter_files.write(root / "a", adapter_files.files(seed=1))
+    adapter_files.write(root / "b", adapter_files.files(seed=2))
+    registry = reopen()
+    registry.register_folder_tree(root)
+    publish(registry, "a", seed=7)  # somebody replaced what came from the folder
+
+    read: list[str] = []
+    real = Registry.claim
+    monkeypatch.setattr(
+        Registry, "claim", lambda self, name, **kw: (read.append(name), real(self, name, **kw))[1]
+    )
+    registry = reopen()
+    assert registry.register_folder_tree(root) == [("a", None), ("b", None)]
+    assert read == []
+    assert registry.acquire("a").version.number == 2
+
+    adapter_files.write(root / "b", adapter_files.files(seed=3))
+    registry = reopen()
+    registry.register_folder_tree(root)
+    assert read == ["b"]
+    assert registry.acquire("b").version.number == 2
+
+
+def test_folders_that_went_are_not_served_any_more(reopen: Reopen, publish: Publish, tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    for seed, name in enumerate(("stays", "goes", "was-replaced")):
+        adapter_files.write(root / name, adapter_files.files(seed=seed))
+    registry = reopen()
+    registry.register_folder_tree(root)
+    publish(registry, "was-replaced", seed=7)
+    publish(registry, "uploaded", seed=8)
+    for name in ("goes", "was-replaced"):
+        (root / name / "adapter_config.json").unlink()
+    registry = reopen()
+    registry.register_folder_tree(root)
+    assert [v.name for v in registry.list()] == ["stays", "uploaded", "was-replaced"]
+    registry.register_folder_tree(tmp_path / "mistyped")
+    assert len(registry.list()) == 3
+
+
+def test_an_uploaded_name_is_not_taken_over_by_a_folder(
+    registry: Registry, publish: Publish, tmp_path: Path
+) -> None:
+    version = publish(registry, "a", seed=1).version
+    root = tmp_path / "adapters"
+    adapter_files.write(root / "a", adapter_files.files(seed=2))
+    ((_, error),) = registry.register_folder_tree(root)
+    assert error is not None
+    assert "uploaded" in error
+    assert registry.acquire("a").version == version

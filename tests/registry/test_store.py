@@ -1,0 +1,128 @@
+"""Content by digest: what a kill, a full disk and concurrent holders leave behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from server.errors import InsufficientStorage
+from server.registry.store import ContentStore, Staging, open_regular
+from tests.registry import adapter_files
+
+
+@pytest.fixture
+def store(data_dir: Path) -> Iterator[ContentStore]:
+    store = ContentStore(data_dir)
+    yield store
+    store.close()
+
+
+def filled(store: ContentStore, seed: int = 0) -> Staging:
+    staging = store.staging()
+    for name, data in adapter_files.files(seed=seed).items():
+        sink = staging.sink(name)
+        sink.write(data)
+        sink.close()
+    return staging
+
+
+def stored(store: ContentStore, seed: int = 0) -> str:
+    staging = filled(store, seed)
+    digest = staging.seal()
+    store.add(staging, digest)
+    staging.discard()
+    return digest
+
+
+def test_the_digest_is_of_both_files(store: ContentStore) -> None:
+    lines = b"chorus adapter 1\n"
+    for name, data in adapter_files.files().items():
+        lines += f"{name} {len(data)} {hashlib.sha256(data).hexdigest()}\n".encode()
+    assert filled(store).seal() == hashlib.sha256(lines).hexdigest()
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_a_copied_file_has_the_digest_of_an_uploaded_one(
+    store: ContentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EXDEV, "another file system")
+
+    if not in_kernel:
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    folder = adapter_files.write(tmp_path / "source")
+    staging = store.staging()
+    for file in folder.iterdir():
+        source = open_regular(file)
+        staging.copy(file.name, source)
+        os.close(source)
+    assert staging.seal() == filled(store).seal()
+
+
+def test_only_plain_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("pipe", "link", "nothing", "."):
+        with pytest.raises(OSError):  # noqa: PT011  # whichever kind: each is refused in its own way
+            open_regular(tmp_path / name)
+
+
+def test_files_go_with_their_last_holder(store: ContentStore, data_dir: Path) -> None:
+    digest = stored(store)
+    assert stored(store) == digest
+    assert store.hold(digest)
+    store.drop(digest)
+    store.drop(digest)
+    assert adapter_files.on_disk(data_dir) == {digest}
+    store.drop(digest)
+    assert not store.holds(digest)
+    assert adapter_files.on_disk(data_dir) == set()  # out of sight at once
+    store.close()
+    assert adapter_files.staged(data_dir) == []
+    assert not store.hold(digest)
+
+
+def test_a_sweep_keeps_what_is_held(store: ContentStore, data_dir: Path) -> None:
+    kept, orphan = stored(store, 1), stored(store, 2)
+    filled(store, 3)  # never published
+    (data_dir / "staging" / "stray").write_text("x")
+    store.close()
+    with closing(ContentStore(data_dir)) as fresh:
+        assert fresh.hold(kept)
+        fresh.sweep()
+        assert adapter_files.on_disk(data_dir) == {kept}
+        assert adapter_files.staged(data_dir) == []
+        assert not fresh.hold(orphan)
+
+
+def test_a_disk_without_room_is_told_at_once(
+    store: ContentStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InsufficientStorage):
+        store.staging(expected_bytes=10**18)
+    assert adapter_files.staged(data_dir) == []
+
+
+def test_a_full_disk_at_the_rename_holds_nothing(
+    store: ContentStore, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    staging = filled(store)
+    digest = staging.seal()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(InsufficientStorage):
+            store.add(staging, digest)
+    assert not store.holds(digest)
+    store.add(staging, digest)
+    staging.discard()
+    assert adapter_files.on_disk(data_dir) == {digest}
