@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -36,17 +36,18 @@ async def receive(
     if expected > settings.max_upload_bytes:
         raise TooLarge(f"The upload is larger than {settings.max_upload_bytes} bytes.")
     publication = registry.publication(create=True, replace=replace, expected_bytes=expected)
-    try:
-        if name is not None:
-            publication.claim(name)
-        return await _receive_into(publication, request, settings)
-    except ClientDisconnect as error:
-        raise InvalidRequest("The client went away before its upload was complete.") from error
-    except ChorusError:
-        await _drain(request)
-        raise
-    finally:
-        await in_thread(publication.close)
+    async with aclosing(request.stream()) as body:
+        try:
+            if name is not None:
+                publication.claim(name)
+            return await _receive_into(publication, request.headers.get("content-type", ""), body, settings)
+        except ClientDisconnect as error:
+            raise InvalidRequest("The client went away before its upload was complete.") from error
+        except ChorusError:
+            await _drain(body)
+            raise
+        finally:
+            await in_thread(publication.close)
 
 
 def register_folder(
@@ -71,7 +72,9 @@ async def in_thread(call: Callable[[], T]) -> T:
         raise
 
 
-async def _receive_into(publication: Publication, request: Request, settings: Settings) -> Published:
+async def _receive_into(
+    publication: Publication, content_type: str, body: AsyncIterator[bytes], settings: Settings
+) -> Published:
     description: str | None = None
 
     def on_field(field: str, value: str) -> None:
@@ -88,14 +91,14 @@ async def _receive_into(publication: Publication, request: Request, settings: Se
         return publication.publish("upload", description=description)
 
     upload = Upload(
-        request.headers.get("content-type", ""),
+        content_type,
         publication.staging,
         on_field,
         max_bytes=settings.max_upload_bytes,
         max_unpacked_bytes=settings.max_unpacked_bytes,
     )
     buffer = bytearray()
-    async for chunk in request.stream():
+    async for chunk in body:
         buffer += chunk
         if len(buffer) >= CHUNK_BYTES:
             full, buffer = bytes(buffer), bytearray()
@@ -104,12 +107,12 @@ async def _receive_into(publication: Publication, request: Request, settings: Se
     return await in_thread(finish)
 
 
-async def _drain(request: Request) -> None:
+async def _drain(body: AsyncIterator[bytes]) -> None:
     """Read on for a while: a connection closed on a client that still sends may lose it the answer."""
     left = _DRAINED_BYTES
     with suppress(ClientDisconnect, TimeoutError):
         async with asyncio.timeout(_DRAINED_SECONDS):
-            async for chunk in request.stream():
+            async for chunk in body:
                 left -= len(chunk)
                 if left < 0:
                     return

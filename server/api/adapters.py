@@ -110,7 +110,7 @@ async def get_adapter(request: Request, name: str) -> Response:
 @router.delete("/v1/adapters/{name:path}")
 async def delete_adapter(request: Request, name: str) -> Response:
     """New requests do not find it from now on. 200: it is gone; 202: running requests still use it."""
-    gone = await _delete(request, name)
+    gone = await _delete(request, name, _DELETE_WAIT_S)
     return JSONResponse(
         {"object": "adapter", "name": name, "state": "deleted" if gone else "draining"}, 200 if gone else 202
     )
@@ -187,7 +187,7 @@ def _follow_up(request: Request, published: Published) -> None:
         _start(_move_pin(registry, engine, published.version))
 
 
-async def _delete(request: Request, name: str, wait_s: float = _DELETE_WAIT_S) -> bool:
+async def _delete(request: Request, name: str, wait_s: float) -> bool:
     """Whether all of it was gone after `wait_s` seconds."""
     registry, engine = _registry(request), _engine(request)
     retired = await in_thread(lambda: registry.delete(name))

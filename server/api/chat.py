@@ -141,9 +141,7 @@ class ChatReply:
         head = self._head
         choices = [self._choice(c, kept) for c, kept in zip(self._choices, self._kept, strict=True)]
         usage = usage_of(self._choices)
-        return _ENCODER.encode(
-            Chat(head.id, head.created, head.model, head.adapter_version, choices, usage)
-        )
+        return _ENCODER.encode(Chat(head.id, head.created, head.model, head.adapter_version, choices, usage))
 
     def _choice(self, choice: Choice, deltas: list[Delta]) -> ChatChoice:
         made = ChatChoice(

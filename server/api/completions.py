@@ -42,7 +42,9 @@ def _plan(face: Face, info: EngineInfo, body: bytes) -> Plan:
     asked = parse(CompletionRequest, body, info.max_model_len)
     mix = AdapterMix.of(asked, face.base.name)
     if asked.echo and asked.logprobs is not None:
-        raise InvalidRequest("logprobs: not supported together with echo", param="logprobs", code="unsupported")
+        raise InvalidRequest(
+            "logprobs: not supported together with echo", param="logprobs", code="unsupported"
+        )
     prompts = [_encode(face, prompt) for prompt in asked.prompt]
     judge_prompts(prompts, info, asked.n, "prompt")
     sampling = []
@@ -113,7 +115,9 @@ class CompletionReply:
 
     def body(self) -> bytes:
         choices = [
-            self._choice(choice, self._echo_of(choice) + "".join(d.text for d in kept), kept, with_prompt=True)
+            self._choice(
+                choice, self._echo_of(choice) + "".join(d.text for d in kept), kept, with_prompt=True
+            )
             for choice, kept in zip(self._choices, self._kept, strict=True)
         ]
         usage = usage_of(self._choices)

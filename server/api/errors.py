@@ -32,9 +32,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 def encode_error(error: ChorusError) -> bytes:
     """The JSON body of an error; also what stands in an error event of a stream."""
-    return msgspec.json.encode(
-        ErrorBody(ErrorDetail(error.message, error.type, error.param, error.code))
-    )
+    return msgspec.json.encode(ErrorBody(ErrorDetail(error.message, error.type, error.param, error.code)))
 
 
 def error_response(error: ChorusError) -> Response:

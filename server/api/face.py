@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -12,18 +13,20 @@ from server.api.drain import Drain
 from server.base_model import BaseModel
 from server.config import Settings
 from server.engine.client import EngineClient
-from server.engine.messages import EngineInfo
+from server.engine.messages import AdapterRef, EngineInfo
 from server.errors import InvalidRequest, Unavailable
 from server.registry.registry import Registry
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _REMEMBERED_NAMES = 4096
 
 
 class AdapterNames:
-    """Digest -> the name it was last asked for by. Bounded: figures name what is in use, not all there was."""
+    """Digest -> the name it was last asked for by. Bounded: figures name what is in use, not all."""
 
     def __init__(self) -> None:
         self._names: OrderedDict[str, str] = OrderedDict()
@@ -55,7 +58,9 @@ class Face:
     def ready(self) -> bool:
         """Takes inference requests: the engine runs and shows life, and the server stays."""
         fresh = time.monotonic() - self.engine.last_heartbeat <= self.settings.watchdog_s
-        return self.engine.state == "ready" and self.registry is not None and fresh and not self.drain.draining
+        return (
+            self.engine.state == "ready" and self.registry is not None and fresh and not self.drain.draining
+        )
 
     def require_engine(self) -> EngineInfo:
         """What the engine is. Raises Unavailable when requests cannot be taken now."""
@@ -77,6 +82,13 @@ class Face:
                 f"{param}: this server's model has no tokenizer; send token ids", param=param
             )
         return self.tokenizer
+
+    async def restore_pins(self, _: object = None) -> None:
+        """Bring pinned adapters (back) into the arena, each time an engine is new. Failures are logged."""
+        for version in self.registry.pinned() if self.registry else []:
+            result = await self.engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=True)
+            if result.error is not None:
+                logger.error("pinned adapter %s could not be loaded: %s", version.name, result.message)
 
 
 def face_of(request: Request) -> Face:

@@ -10,18 +10,23 @@ from server.api.face import Face
 from server.api.schemas import GenerationRequest
 from server.engine.messages import AdapterRef
 from server.errors import InvalidRequest, ModelNotFound
+from server.registry.records import AdapterVersion
 
 
 @dataclass(frozen=True)
 class HeldMix:
-    """Versions whose files stay while the request runs; no refs for the base model."""
+    """Versions whose files stay while the request runs; no members for the base model."""
 
-    refs: tuple[AdapterRef, ...] = ()
+    members: tuple[tuple[AdapterVersion, float], ...] = ()  # with the weight of its delta
+
+    @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(AdapterRef(v.digest, str(v.path), weight) for v, weight in self.members)
 
     @property
     def version(self) -> str | None:
         """What answers carry as `adapter_version`: the digest; of a composition, digests joined by `+`."""
-        return "+".join(ref.digest for ref in self.refs) or None
+        return "+".join(version.digest for version, _ in self.members) or None
 
 
 class AdapterMix:
@@ -47,7 +52,7 @@ class AdapterMix:
             return
         registry = face.require_registry()
         with ExitStack() as leases:
-            refs = []
+            members = []
             for name, weight, param in self._members:
                 try:
                     lease = leases.enter_context(registry.acquire(name))
@@ -56,8 +61,8 @@ class AdapterMix:
                     raise
                 version = lease.version
                 face.names.remember(version.digest, version.name)
-                refs.append(AdapterRef(version.digest, str(version.path), weight))
-            yield HeldMix(tuple(refs))
+                members.append((version, weight))
+            yield HeldMix(tuple(members))
 
 
 def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:

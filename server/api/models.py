@@ -15,7 +15,8 @@ from server.api.face import Face, face_of
 from server.api.replies import Model, ModelList
 from server.api.schemas import DetokenizeRequest, TokenizeRequest, parse
 from server.engine.messages import EngineInfo
-from server.errors import InvalidRequest, ModelNotFound
+from server.errors import InvalidRequest
+from server.registry.records import AdapterVersion
 
 router = APIRouter()
 
@@ -29,7 +30,7 @@ def _base(face: Face, info: EngineInfo) -> Model:
     return Model(name, face.created, "chorus", name, None, info.max_model_len)
 
 
-def _adapter(face: Face, info: EngineInfo, version: Any) -> Model:
+def _adapter(face: Face, info: EngineInfo, version: AdapterVersion) -> Model:
     return Model(
         id=version.name,
         created=int(version.created_at),
@@ -50,7 +51,8 @@ def _known(face: Face) -> EngineInfo:
 async def list_models(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    adapters = face.require_registry().list()
+    known = face.require_registry().records()
+    adapters = [record.current for record in known if record.state == "ready" and record.current]
     return _json(ModelList([_base(face, info), *(_adapter(face, info, version) for version in adapters)]))
 
 
@@ -60,10 +62,9 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     info = _known(face)
     if model_id == face.base.name:
         return _json(_base(face, info))
-    for version in face.require_registry().list():
-        if version.name == model_id:
-            return _json(_adapter(face, info, version))
-    raise ModelNotFound(model_id)
+    with face.require_registry().acquire(model_id) as lease:
+        model = _adapter(face, info, lease.version)
+    return _json(msgspec.structs.replace(model, id=model_id))
 
 
 @router.post("/tokenize")

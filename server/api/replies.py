@@ -47,7 +47,7 @@ class Completion(msgspec.Struct, gc=False):
     model: str
     adapter_version: str | None
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     object: str = "text_completion"
 
 
@@ -114,7 +114,7 @@ class ChatChunk(msgspec.Struct, gc=False):
     model: str
     adapter_version: str | None
     choices: list[ChatChunkChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
 
 

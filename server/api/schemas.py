@@ -23,6 +23,7 @@ MAX_MESSAGES = 4096
 MAX_MIX = 16
 _LARGE = 64 * 2**10  # bytes; a body, or all fields but the prompt, above this is looked at with care
 _INT64 = 2**63
+_PROMPT_FORMS = "a string, a list of strings, token ids, or a list of lists of token ids"
 
 # Accepted and without effect: they change nothing in what is answered.
 IGNORED_FIELDS = frozenset(
@@ -53,9 +54,9 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(value: object) -> list[str] | list[list[int]]:
+def _prompts(value: object) -> list[str | list[int]]:
     """A string, strings, token ids or lists of token ids -> a list of prompts of one kind."""
-    prompts = value if isinstance(value, list) else [value]
+    prompts: list[Any] = value if isinstance(value, list) else [value]
     if prompts and all(type(item) is int for item in prompts):
         prompts = [prompts]
     if not prompts:
@@ -66,16 +67,18 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
         return prompts
     for prompt in prompts:
         if not isinstance(prompt, list) or not all(type(item) is int for item in prompt):
-            raise ValueError("must be a string, a list of strings, token ids, or a list of lists of token ids")
+            raise ValueError(
+                "must be a string, a list of strings, token ids, or a list of lists of token ids"
+            )
         if prompt and min(prompt) < 0:
             raise ValueError("token ids must not be negative")
     return prompts
 
 
 Prompts = Annotated[
-    list[str] | list[list[int]],
+    list[str | list[int]],
     PlainValidator(_prompts),
-    WithJsonSchema({"description": "A string, a list of strings, token ids, or a list of lists of token ids."}),
+    WithJsonSchema({"description": _PROMPT_FORMS}),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -120,9 +123,9 @@ class GenerationRequest(_Strict):
     ] = None
     seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
 
-    stop: Annotated[
-        list[StopString] | None, Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)
-    ] = None
+    stop: Annotated[list[StopString] | None, Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] = (
+        None
+    )
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOPS)] = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False

@@ -17,6 +17,7 @@ logger = logging.getLogger("server.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _INFERENCE = {"/v1/completions", "/v1/chat/completions"}
+_LOG_LINE = "%s %s %d %s %.3fs id=%s"
 _QUIET = ("/health", "/metrics")
 
 
@@ -64,7 +65,14 @@ class RequestScope:
         level = logging.DEBUG if path.startswith(_QUIET) else logging.INFO
         shown_path = ascii(path[:200])[1:-1]  # a log line stays one line
         logger.log(
-            level, "%s %s %d %s %.3fs id=%s", scope["method"], shown_path, status, outcome, seconds, request_id
+            level,
+            _LOG_LINE,
+            scope["method"],
+            shown_path,
+            status,
+            outcome,
+            seconds,
+            request_id,
         )
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face
-from server.api.generation import ClientGone, Generation
+from server.api.generation import Choice, ClientGone, Generation
+from server.api.mix import HeldMix
 from server.api.plan import Plan
 
 DONE = b"data: [DONE]\n\n"
@@ -37,7 +41,7 @@ class GenerationResponse(Response):
                 choices = plan.choices(held)
                 plan.reply.start(held.version, choices)
                 generation = Generation(face.engine, choices, face.metrics)
-                with face.drain.serving(generation.fail):
+                with face.drain.serving(generation.fail), _counted(face, held, choices):
                     await self._answer(generation, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
@@ -80,6 +84,17 @@ class GenerationResponse(Response):
             self._request.state.outcome = "failed"
             last = event(encode_error(as_chorus_error(error))) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+@contextmanager
+def _counted(face: Face, held: HeldMix, choices: list[Choice]) -> Iterator[None]:
+    """Adds the request and its tokens to the registry's figures, however it ended."""
+    try:
+        yield
+    finally:
+        tokens = sum(choice.completion_tokens for choice in choices)
+        for version, _ in held.members:
+            face.require_registry().served(version, tokens)
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:

@@ -298,7 +298,7 @@ class ProcessEngineClient:
     async def _supervise(self) -> None:
         """One life of the engine after another, until `stop` or a first start that failed."""
         delay = _FIRST_DELAY_S
-        while not self._stopping.is_set():
+        while True:
             failure = await self._live()
             if self._stopping.is_set():
                 return
@@ -312,6 +312,7 @@ class ProcessEngineClient:
             logger.error("the engine is gone (%s); it is started again in %.1f s", failure, delay)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
+                return
             delay = min(2 * delay, _LAST_DELAY_S)
             self.restarts += 1
 

@@ -40,6 +40,7 @@ from server.engine.messages import (
     UnloadAdapter,
 )
 from server.errors import ChorusError
+from server.telemetry.logging import configure
 
 logger = logging.getLogger(__name__)
 
@@ -232,9 +233,7 @@ def _serve(start: Start) -> int:
 def _run(start: Start, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
     try:
         settings = Settings(**start.settings)
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s"
-        )
+        configure(settings.log_level)
         module, _, name = start.factory.partition(":")
         engine: EngineLike = getattr(importlib.import_module(module), name)(settings)
         worker = Worker(engine, inbox, outbox)

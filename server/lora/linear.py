@@ -26,11 +26,14 @@ class LoraStep:
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + sum of adapters' deltas (Hu et al. 2021). Calls `base` unchanged, so it may be quantised."""
+    """y = base(x) + sum of adapters' deltas (Hu et al. 2021). `base` is only called: it may be quantised."""
+
+    base: nn.Module
 
     def __init__(self, base: nn.Linear, module: int, step: LoraStep, *, is_output_head: bool) -> None:
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.module = module
         self.is_output_head = is_output_head
         self._step = step
@@ -38,19 +41,9 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base weight, for model code that looks at it (a tied embedding, a dtype check)."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
+        weight = self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
@@ -64,9 +57,13 @@ class LoraLinear(nn.Module):
         return y
 
 
-def wrap_linears(model: nn.Module, step: LoraStep) -> list[tuple[str, LoraLinear]]:
-    """Replace every nn.Linear of `model` by a LoraLinear; returns (name, layer) in the tables' column order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def wrap_linears(
+    model: nn.Module, step: LoraStep, head: nn.Module | None
+) -> list[tuple[str, LoraLinear]]:
+    """Replace every nn.Linear of `model` by a LoraLinear; returns (name, layer) in the tables' column order.
+
+    `head` is the output head, whose rows are the step's samples.
+    """
     linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     wrapped = []
     for module, (name, layer) in enumerate(linears):

@@ -46,7 +46,9 @@ class Segments:
         """
         if not mixes:
             return None
-        token_starts, entry_starts, slots, weights = [0], [0], [], []
+        token_starts, entry_starts = [0], [0]
+        slots: list[int] = []
+        weights: list[float] = []
         for entries, tokens in mixes:
             token_starts.append(token_starts[-1] + tokens)
             entry_starts.append(entry_starts[-1] + len(entries))

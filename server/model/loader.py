@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from server.config import Settings
 from server.model.attention.hf import NAME, ProbeStep, UnsupportedModel
@@ -26,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoadedModel:
     """A base model on its device, in eval mode, and what the rest of the engine must know of it."""
 
-    model: nn.Module
+    model: PreTrainedModel
     model_type: str
     device: torch.device
     dtype: torch.dtype
@@ -78,7 +83,7 @@ def load(settings: Settings) -> LoadedModel:
 
 
 @torch.inference_mode()
-def probe(model: nn.Module, vocab_size: int, device: torch.device) -> dict[int, LayerCacheSpec]:
+def probe(model: PreTrainedModel, vocab_size: int, device: torch.device) -> dict[int, LayerCacheSpec]:
     """Run a few tokens and refuse a model that is not computed right; returns each layer's KV shape.
 
     Two packed sequences must give the logits that the second gives alone under the model's own (eager)
@@ -95,7 +100,7 @@ def probe(model: nn.Module, vocab_size: int, device: torch.device) -> dict[int, 
     layers = model.config.get_text_config().num_hidden_layers
     if step.calls != layers or len(step.specs) != layers:
         raise UnsupportedModel(
-            f"{step.calls} of the model's {layers} layers call the attention function; layers of another kind "
+            f"{step.calls} of the model's {layers} layers call the attention function; other kinds of layer "
             "(linear attention, state space, shared KV) are not supported"
         )
     try:
@@ -114,7 +119,7 @@ def probe(model: nn.Module, vocab_size: int, device: torch.device) -> dict[int, 
 
 
 def forward(
-    model: nn.Module, ids_T: torch.Tensor, positions_T: torch.Tensor, rows_N: torch.Tensor, step: object
+    model: PreTrainedModel, ids_T: torch.Tensor, positions_T: torch.Tensor, rows_N: torch.Tensor, step: object
 ) -> torch.Tensor:
     """One flat forward: token ids and positions [T], rows whose logits are wanted [N] -> logits [N, V]."""
     logits: torch.Tensor = model(

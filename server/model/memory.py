@@ -32,8 +32,8 @@ class MemoryPlan:
 def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
     """Settings where given, else shares of the memory that is free now, with the weights loaded.
 
-    The KV cache is never larger than `max_num_seqs` sequences of full length could fill. Raises ValueError when
-    it cannot hold one block for each sequence that may run.
+    By default the KV cache is no larger than `max_num_seqs` sequences of full length could fill. Raises
+    ValueError when it is too small to serve anything.
     """
     block_bytes = settings.block_size * kv_bytes_per_token(loaded)
     blocks_per_seq = -(-loaded.max_model_len // settings.block_size)
@@ -54,7 +54,7 @@ def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
     blocks = kv // block_bytes
     if blocks < 2:
         raise ValueError(
-            f"{max(kv, 0)} bytes hold {max(blocks, 0)} KV blocks of {block_bytes} bytes; set --kv-cache-bytes higher"
+            f"a KV cache of {max(kv, 0)} bytes is too small for blocks of {block_bytes}; raise --kv-cache-bytes"
         )
     return MemoryPlan(blocks, blocks * block_bytes, arena, host)
 
@@ -74,8 +74,9 @@ def _activation_bytes(settings: Settings, loaded: LoadedModel) -> int:
     tokens = settings.max_num_batched_tokens or default_token_budget(loaded.device)
     config = loaded.model.config.get_text_config()
     width = max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
-    logits = settings.max_num_seqs * loaded.vocab_size * 4
-    return 8 * tokens * width * loaded.dtype.itemsize + _ACTIVATIONS_IN_FLIGHT * logits + 2**29
+    logits: int = settings.max_num_seqs * loaded.vocab_size * 4
+    activations: int = 8 * tokens * width * loaded.dtype.itemsize
+    return activations + _ACTIVATIONS_IN_FLIGHT * logits + 2**29
 
 
 def _available_host_bytes() -> int:

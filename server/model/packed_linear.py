@@ -27,14 +27,13 @@ class PackedLinear(nn.Module):
         self._packed = torch.empty(elements(self.out_features, self.in_features), dtype=self.dtype)
         pack = lib[f"chorus_pack_{suffix}"]
         pack.restype = None
-        pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
+        pack.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
         pack(self._packed.data_ptr(), weight_OI.data_ptr(), *weight_OI.shape, torch.get_num_threads())
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self._function = lib[f"chorus_linear_{suffix}"]
         self._function.restype = None
-        self._function.argtypes = (
-            [ctypes.c_void_p, ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
-        )
+        matrix = (ctypes.c_void_p, ctypes.c_int64)
+        self._function.argtypes = [*matrix, *matrix, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
@@ -57,9 +56,9 @@ class PackedLinear(nn.Module):
         return y_TO.view(*x.shape[:-1], self.out_features)
 
 
-def packed(linear: nn.Linear) -> nn.Module:
-    """`linear` packed, where the compiled kernels are there and know its type; else as it is."""
+def packed(layer: nn.Module) -> nn.Module:
+    """A plain Linear packed, where the compiled kernels are there and know its type; else `layer` itself."""
     lib = library()
-    if lib is None or type(linear) is not nn.Linear or linear.weight.dtype not in _SUFFIX:
-        return linear
-    return PackedLinear(linear, lib)
+    if lib is None or type(layer) is not nn.Linear or layer.weight.dtype not in _SUFFIX:
+        return layer
+    return PackedLinear(layer, lib)

@@ -13,6 +13,7 @@ from server.model.attention.interface import AttentionBackend, LayerCache
 from server.model.attention.paged_cpu import paged_cpu_attention
 from server.model.batch import Batch
 from server.model.loader import LoadedModel, forward
+from server.model.packed_linear import packed
 from server.model.sampler import Sampled, Sampler
 
 
@@ -40,13 +41,16 @@ class Runner:
         backend, lora_kernels = kernels or choose_kernels(loaded.device, loaded.dtype)
         self._model = loaded.model
         self._lora = LoraStep(lora_kernels)
-        layers = wrap_linears(loaded.model, self._lora)
+        layers = wrap_linears(loaded.model, self._lora, loaded.model.get_output_embeddings())
+        if loaded.device.type == "cpu":
+            for _, layer in layers:
+                layer.base = packed(layer.base)
         self.targets = [LoraTarget(name, layer.in_features, layer.out_features) for name, layer in layers]
         self._head_is_target = any(layer.is_output_head for _, layer in layers)
         caches = {}
-        for layer, spec in loaded.cache_specs.items():
+        for index, spec in loaded.cache_specs.items():
             shape = (num_blocks, spec.num_kv_heads, block_size)
-            caches[layer] = LayerCache(
+            caches[index] = LayerCache(
                 torch.zeros(*shape, spec.k_head_dim, dtype=loaded.dtype, device=loaded.device),
                 torch.zeros(*shape, spec.v_head_dim, dtype=loaded.dtype, device=loaded.device),
             )

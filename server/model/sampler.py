@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from server.engine.messages import Logprobs, SamplingParams
+from server.engine.sequence import Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -34,14 +36,14 @@ class SampleRow:
     params: SamplingParams
     seed: int
     position: int  # of the token to be drawn, in the sequence
-    prompt: Seq[int]  # read only when a penalty asks for it
-    output: Seq[int]
+    prompt: Tokens  # read only when a penalty asks for it
+    output: Tokens
     eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens of a step in row order. `finite[n]` is False where the logits held NaN or +Inf: no token there."""
+    """Tokens in row order. `finite[n]` is False where the logits held NaN or +Inf: no token there."""
 
     token_ids: list[int]
     finite: list[bool]
@@ -150,17 +152,17 @@ def _changes_logits(row: SampleRow) -> bool:
 
 
 def _adjust_row(scores_V: torch.Tensor, row: SampleRow) -> None:
-    """In place. Repetition penalty over prompt and output (Keskar et al. 2019); the others as OpenAI has them."""
+    """In place. Repetition penalty over prompt and output (Keskar et al. 2019), the others as OpenAI's."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=scores_V.device)
+        seen = torch.as_tensor(np.union1d(row.prompt, row.output), device=scores_V.device)
         scores = scores_V[seen]
         scores_V[seen] = torch.where(
             scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
         )
     if (params.presence_penalty or params.frequency_penalty) and len(row.output):
-        ids, counts = torch.tensor(list(row.output), device=scores_V.device).unique(return_counts=True)
-        scores_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
+        scores_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=scores_V.device)
         scores_V[ids] += torch.tensor(list(params.logit_bias.values()), device=scores_V.device)

@@ -1,7 +1,7 @@
 """Loads the compiled CPU kernels, if this machine has them.
 
-The libraries are built by setup.py at install. They use OpenMP without linking a runtime of their own: torch's
-is made visible to them first, so that both share one pool of threads.
+The libraries are built by setup.py at install. They use OpenMP without linking a runtime of their own:
+torch's is made visible to them first, so that both share one pool of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pathlib import Path
 
 import torch
 
-_VARIANTS = {"_avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}, "_avx2": {"avx2", "fma", "bmi2"}}
+_VARIANTS = {  # best first: library, and the processor flags it needs
+    "_avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "_avx2": {"avx2", "fma", "bmi2", "f16c"},
+}
 
 log = logging.getLogger(__name__)
 

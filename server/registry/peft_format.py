@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import regex  # type: ignore[import-untyped]  # it ships no types; chosen over re for its timeout
 
 from server.engine.messages import LoraTarget
-from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia
+from server.errors import TooLarge, UnsupportedMedia
+from server.registry.peft_rules import Rules, bad, check_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -28,9 +27,6 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 20_000
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_REGEX_SECONDS = 2.0  # for all patterns of one adapter together: a client's pattern may backtrack for ever
-_PATTERN_CHARS = 10_000
-_PATTERN_REPEATS = 10_000  # product of all {n} in a pattern: compiling writes repeated parts out
 _PREFIX = "base_model.model."
 _CHUNK_BYTES = 1 << 18  # stays in the second-level cache
 
@@ -40,39 +36,6 @@ _DTYPES = {
     "F16": ("float16", 2, 0x7C00),
     "BF16": ("bfloat16", 2, 0x7F80),
 }
-
-# Fields that change what an adapter computes in a way this server does not do. A value that is false, null
-# or empty is fine.
-_UNSUPPORTED = {
-    "use_dora": "DoRA (a learned magnitude beside the low-rank delta)",
-    "modules_to_save": "fully trained modules beside the low-rank deltas",
-    "trainable_token_indices": "trained embedding rows",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "a bias in lora_B",
-    "megatron_config": "Megatron layers",
-    "use_qalora": "QALoRA",
-    "target_parameters": "LoRA on bare parameters (for example of experts)",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "fan_in_fan_out": "layers that keep their weight transposed (fan_in_fan_out)",
-}
-
-# Fields read below, and fields that say how the adapter was made or trained but not what it computes.
-_KNOWN = {
-    "peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
-    "use_rslora", "target_modules", "exclude_modules", "base_model_name_or_path",
-    "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "layers_to_transform",
-    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying",
-}  # fmt: skip
-
-# These change the base weights at the start of training. PEFT resets the field to true when it saves an
-# adapter converted for the unmodified base model, so a name that is still here means: not converted.
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -128,9 +91,9 @@ def judge(
     if not (folder / WEIGHTS_NAME).is_file() and _has_pickle(folder):
         raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=WEIGHTS_NAME)
     config = _read_config(folder)
-    _check_fields(config)
+    check_fields(config)
     tensors = _read_tensors(folder, max_header_bytes, max_tensors)
-    rules = _Rules(config)
+    rules = Rules(config)
     modules = _match(tensors, targets, rules)
     spans = [span for module in modules for span in (module.a, module.b)]
     dtypes = {span.dtype for span in spans}
@@ -164,16 +127,11 @@ def check_finite(folder: Path, adapter: LoraAdapter) -> None:
                 exponents = scratch[:nbytes].view(dtype)
                 np.bitwise_and(np.frombuffer(raw, dtype, nbytes // dtype.itemsize), mask, out=exponents)
                 if exponents.max() == mask:
-                    raise _bad(span.name, "holds a NaN or Inf; every weight must be finite")
+                    raise bad(span.name, "holds a NaN or Inf; every weight must be finite")
 
 
 def _has_pickle(folder: Path) -> bool:
     return folder.is_dir() and any(entry.suffix in _PICKLES for entry in folder.iterdir())
-
-
-def _bad(param: str, message: str) -> InvalidAdapter:
-    name = param if len(param) <= 200 else param[:200] + "..."
-    return InvalidAdapter(f"`{name}` {message}", param=name)
 
 
 def _read_exactly(file: BinaryIO, buffer: memoryview) -> None:
@@ -181,7 +139,7 @@ def _read_exactly(file: BinaryIO, buffer: memoryview) -> None:
     while done < len(buffer):
         count = file.readinto(buffer[done:])  # type: ignore[attr-defined]  # typeshed: raw files have it
         if not count:
-            raise _bad(WEIGHTS_NAME, "ends before the last of its tensors")
+            raise bad(WEIGHTS_NAME, "ends before the last of its tensors")
         done += count
 
 
@@ -200,11 +158,11 @@ def _parse_json(raw: bytes, what: str) -> dict[str, object]:
         if b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except RecursionError:
-        raise _bad(what, "is nested too deeply") from None
+        raise bad(what, "is nested too deeply") from None
     except ValueError as error:
-        raise _bad(what, f"is not valid JSON: {str(error)[:200]}") from None
+        raise bad(what, f"is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise _bad(what, "must be a JSON object")
+        raise bad(what, "must be a JSON object")
     return value
 
 
@@ -214,135 +172,12 @@ def _parse_json(raw: bytes, what: str) -> dict[str, object]:
 def _read_config(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise _bad(CONFIG_NAME, "is missing")
+        raise bad(CONFIG_NAME, "is missing")
     with path.open("rb") as file:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     if len(raw) > MAX_CONFIG_BYTES:
         raise TooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes", param=CONFIG_NAME)
     return _parse_json(raw, CONFIG_NAME)
-
-
-def _check_fields(config: Mapping[str, object]) -> None:
-    """Refuse, by name, whatever would make this adapter compute something else than `scaling * B A`."""
-    if config.get("peft_type") != "LORA":
-        raise _bad("peft_type", "must be LORA")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise _bad("task_type", "must be CAUSAL_LM or null")
-    if config.get("bias") not in (None, "none"):
-        raise _bad("bias", "must be none: trained biases are not supported")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-        raise _bad(
-            "init_lora_weights",
-            f"is {init[:40]!r}, which changes the base weights; save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion to make it fit the unmodified base model",
-        )
-    for field, value in config.items():
-        if field in _UNSUPPORTED and value:
-            raise _bad(field, f"is set: {_UNSUPPORTED[field]} is not supported")
-        if field not in _UNSUPPORTED and field not in _KNOWN and value:
-            raise _bad(field, "is set, and this server does not know the field; remove it or set it to null")
-
-
-class _Rules:
-    """What a config says of each module: targeted or not, rank, scaling (by PEFT's own matching rules)."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self._deadline = time.monotonic() + _REGEX_SECONDS
-        self.rank = _rank("r", config.get("r"))
-        self.alpha = _alpha("lora_alpha", config.get("lora_alpha"))
-        use_rslora = config.get("use_rslora") or False
-        if not isinstance(use_rslora, bool):
-            raise _bad("use_rslora", "must be true or false")
-        self.use_rslora = use_rslora
-        self._ranks = [
-            (pattern, _rank(f"rank_pattern[{key}]", value))
-            for key, pattern, value in self._patterns("rank_pattern", config)
-        ]
-        self._alphas = [
-            (pattern, _alpha(f"alpha_pattern[{key}]", value))
-            for key, pattern, value in self._patterns("alpha_pattern", config)
-        ]
-        self._targets = self._selector("target_modules", config.get("target_modules"))
-        excluded = config.get("exclude_modules")
-        self._excluded = self._selector("exclude_modules", excluded) if excluded else frozenset[str]()
-
-    def rank_and_scaling(self, module: str) -> tuple[int, float]:
-        """PEFT's `get_pattern_key`: the first pattern in the file's order that matches wins."""
-        rank, alpha = self.rank, self.alpha
-        for pattern, pattern_rank in self._ranks:
-            if self._fullmatch("rank_pattern", pattern, module):
-                rank = pattern_rank
-                break
-        for pattern, pattern_alpha in self._alphas:
-            if self._fullmatch("alpha_pattern", pattern, module):
-                alpha = pattern_alpha
-                break
-        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def targets(self, module: str) -> bool:
-        """PEFT's `check_target_module_exists`, without layers_to_transform: there the tensors decide."""
-        if self._selects("exclude_modules", self._excluded, module):
-            return False
-        return self._selects("target_modules", self._targets, module)
-
-    def _patterns(self, field: str, config: Mapping[str, object]) -> list[tuple[str, regex.Pattern, object]]:
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise _bad(field, "must be an object from module patterns to numbers")
-        return [(key[:100], self._compile(field, rf"(.*\.)?({key})"), v) for key, v in patterns.items()]
-
-    def _selector(self, field: str, value: object) -> frozenset[str] | regex.Pattern:
-        if field == "target_modules" and value == "all-linear":
-            return self._compile(field, ".*")
-        if isinstance(value, str) and value:
-            return self._compile(field, value)
-        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-            return frozenset(value)
-        raise _bad(field, "must be a list of module names, a regular expression or all-linear")
-
-    def _selects(self, field: str, selector: frozenset[str] | regex.Pattern, module: str) -> bool:
-        if not isinstance(selector, frozenset):
-            return self._fullmatch(field, selector, module)
-        while module not in selector:  # the whole name, or one of its ends after a dot
-            _, dot, module = module.partition(".")
-            if not dot:
-                return False
-        return True
-
-    def _compile(self, field: str, pattern: str) -> regex.Pattern:
-        counts = [max(1, int(count)) for count in regex.findall(r"\{\s*0*(\d{1,6})", pattern)]
-        if len(pattern) > _PATTERN_CHARS or math.prod(counts) > _PATTERN_REPEATS:
-            raise _bad(field, f"holds a pattern that is too large: {pattern[:100]!r}")
-        try:
-            if time.monotonic() < self._deadline:
-                return regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError, MemoryError):
-            raise _bad(
-                field, f"holds a pattern that is not a regular expression: {pattern[:100]!r}"
-            ) from None
-        raise _bad(field, "holds patterns that take too long to read")
-
-    def _fullmatch(self, field: str, pattern: regex.Pattern, module: str) -> bool:
-        try:
-            left = self._deadline - time.monotonic()
-            if left > 0:
-                return pattern.fullmatch(module, timeout=left) is not None
-        except TimeoutError:
-            pass
-        raise _bad(field, "holds patterns that take too long to match")
-
-
-def _rank(field: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise _bad(field, "must be a positive whole number")
-    return value
-
-
-def _alpha(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
-        raise _bad(field, "must be a finite number")
-    return float(value)
 
 
 # tensors
@@ -352,52 +187,52 @@ def _read_tensors(folder: Path, max_header_bytes: int, max_tensors: int) -> dict
     """The header of the safetensors file: 8 bytes of length (little-endian), then JSON, then the data."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise _bad(WEIGHTS_NAME, "is missing")
+        raise bad(WEIGHTS_NAME, "is missing")
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if file_bytes < 8 or header_bytes > file_bytes - 8:
-            raise _bad(WEIGHTS_NAME, "is shorter than its header says")
+            raise bad(WEIGHTS_NAME, "is shorter than its header says")
         if header_bytes > max_header_bytes:
-            raise _bad(WEIGHTS_NAME, f"has a header larger than {max_header_bytes} bytes")
+            raise bad(WEIGHTS_NAME, f"has a header larger than {max_header_bytes} bytes")
         raw = file.read(header_bytes)
     # Each tensor is an object of its own: count them before a large header becomes a larger tree.
     if raw.count(b"{") > max_tensors + 2:
-        raise _bad(WEIGHTS_NAME, f"holds more than {max_tensors} tensors")
+        raise bad(WEIGHTS_NAME, f"holds more than {max_tensors} tensors")
     header = _parse_json(raw, WEIGHTS_NAME)
     header.pop("__metadata__", None)
     if not header:
-        raise _bad(WEIGHTS_NAME, "holds no tensors")
+        raise bad(WEIGHTS_NAME, "holds no tensors")
     start = 8 + header_bytes
     tensors = {name: _span(name, entry, start) for name, entry in header.items()}
     end = start
     for span in sorted(tensors.values(), key=lambda span: (span.offset, span.nbytes)):
         if span.offset != end:
-            raise _bad(span.name, "does not begin where the tensor before it ends")
+            raise bad(span.name, "does not begin where the tensor before it ends")
         end += span.nbytes
     if end != file_bytes:
-        raise _bad(WEIGHTS_NAME, f"has {file_bytes - start} bytes of data, its header says {end - start}")
+        raise bad(WEIGHTS_NAME, f"has {file_bytes - start} bytes of data, its header says {end - start}")
     return tensors
 
 
 def _span(name: str, entry: object, start: int) -> TensorSpan:
     def whole_numbers(value: object, most: int) -> list[int]:
         if not isinstance(value, list) or len(value) > most:
-            raise _bad(name, "has a malformed header entry")
+            raise bad(name, "has a malformed header entry")
         if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in value):
-            raise _bad(name, "has a malformed header entry")
+            raise bad(name, "has a malformed header entry")
         return value
 
     if not isinstance(entry, dict):
-        raise _bad(name, "has a malformed header entry")
+        raise bad(name, "has a malformed header entry")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _bad(name, f"has dtype {str(dtype)[:20]}, expected one of {', '.join(_DTYPES)}")
+        raise bad(name, f"has dtype {str(dtype)[:20]}, expected one of {', '.join(_DTYPES)}")
     shape = whole_numbers(entry.get("shape"), 8)
     offsets = whole_numbers(entry.get("data_offsets"), 2)
     torch_name, width, _ = _DTYPES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * width:
-        raise _bad(name, f"has data_offsets that do not fit shape {shape} of {dtype}")
+        raise bad(name, f"has data_offsets that do not fit shape {shape} of {dtype}")
     return TensorSpan(name, torch_name, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
 
 
@@ -414,29 +249,29 @@ def _split(name: str) -> tuple[str, str]:
         ("lora_B.default.bias", "is a bias, which is not supported"),
     ):
         if mark in name:
-            raise _bad(name, what)
-    raise _bad(name, f"is unexpected; tensors are named {_PREFIX}<module>.lora_A.weight or .lora_B.weight")
+            raise bad(name, what)
+    raise bad(name, f"is unexpected; tensors are named {_PREFIX}<module>.lora_A.weight or .lora_B.weight")
 
 
 def _match(
-    tensors: Mapping[str, TensorSpan], targets: Sequence[LoraTarget], rules: _Rules
+    tensors: Mapping[str, TensorSpan], targets: Sequence[LoraTarget], rules: Rules
 ) -> tuple[LoraModule, ...]:
     halves: dict[str, dict[str, TensorSpan]] = {}
     for name, span in tensors.items():
         module, part = _split(name)
         if part in halves.setdefault(module, {}):
-            raise _bad(name, "is there twice, with and without `default`")
+            raise bad(name, "is there twice, with and without `default`")
         halves[module][part] = span
     columns = {target.name: column for column, target in enumerate(targets)}
     modules = []
     for name, pair in halves.items():
         span = next(iter(pair.values()))
         if name not in columns:
-            raise _bad(span.name, "changes a module that is not a Linear layer of the base model")
+            raise bad(span.name, "changes a module that is not a Linear layer of the base model")
         if len(pair) != 2:
-            raise _bad(span.name, f"has no partner lora_{'B' if 'A' in pair else 'A'}.weight")
+            raise bad(span.name, f"has no partner lora_{'B' if 'A' in pair else 'A'}.weight")
         if not rules.targets(name):
-            raise _bad(span.name, "changes a module that target_modules and exclude_modules leave out")
+            raise bad(span.name, "changes a module that target_modules and exclude_modules leave out")
         target = targets[columns[name]]
         rank, scaling = rules.rank_and_scaling(name)
         _check_shape(pair["A"], [rank, target.in_features], f"[rank {rank}, {target.in_features} inputs]")
@@ -447,4 +282,4 @@ def _match(
 
 def _check_shape(span: TensorSpan, expected: list[int], meaning: str) -> None:
     if list(span.shape) != expected:
-        raise _bad(span.name, f"has shape {list(span.shape)}, expected {expected}: {meaning}")
+        raise bad(span.name, f"has shape {list(span.shape)}, expected {expected}: {meaning}")

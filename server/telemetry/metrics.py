@@ -77,7 +77,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, stats, info = self._engine, self._engine.stats, self._engine.info
         yield _gauge("chorus_engine_ready", "1 when the engine takes requests.", engine.state == "ready")
-        yield _counter("chorus_engine_restarts", "Times the engine process was started again.", engine.restarts)
+        yield _counter("chorus_engine_restarts", "Times the engine was started again.", engine.restarts)
         if info is not None:
             yield from _sizes(info)
         if stats is not None:
@@ -89,7 +89,7 @@ class _EngineCollector(Collector):
 
     def _adapters(self, stats: EngineStats, info: EngineInfo) -> Metric:
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in memory and asked for.", labels=labels)
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use.", labels=labels)
         running = ",".join(sorted({self._name_of(digest) for digest in stats.resident}))
         waiting = ",".join(sorted({self._name_of(digest) for digest in stats.waiting_digests}))
         family.add_metric([str(info.rank16_adapters), running, waiting], time.time())
@@ -116,9 +116,7 @@ def _load(stats: EngineStats) -> Iterator[Metric]:
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:
     held = stats.kv_blocks_total - stats.kv_blocks_free - stats.kv_blocks_cached
-    yield _gauge(
-        "vllm:kv_cache_usage_perc", "KV blocks held, 0 to 1.", held / max(stats.kv_blocks_total, 1)
-    )
+    yield _gauge("vllm:kv_cache_usage_perc", "KV blocks held, 0 to 1.", held / max(stats.kv_blocks_total, 1))
     yield _gauge("chorus_kv_blocks_free", "KV blocks that hold nothing.", stats.kv_blocks_free)
     yield _gauge("chorus_kv_blocks_cached", "KV blocks kept for prefix reuse.", stats.kv_blocks_cached)
     yield _gauge("chorus_arena_bytes", "Size of the adapter arena.", stats.arena_bytes_total)
@@ -134,9 +132,7 @@ def _totals(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("chorus_adapter_loads", "Copies of adapters into the arena.", stats.adapter_loads)
     yield _counter("chorus_adapter_evictions", "Adapters that left the arena.", stats.adapter_evictions)
     yield _counter("chorus_engine_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
-    yield _counter(
-        "chorus_engine_cached_prompt_tokens", "Prompt tokens reused.", stats.cached_prompt_tokens
-    )
+    yield _counter("chorus_engine_cached_prompt_tokens", "Prompt tokens reused.", stats.cached_prompt_tokens)
     yield _counter("chorus_engine_generated_tokens", "Tokens sampled.", stats.generated_tokens)
 
 

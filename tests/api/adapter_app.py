@@ -29,7 +29,11 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        numbers = {field: 0 for field in EngineStats.__struct_fields__ if field not in ("resident", "waiting_digests")}
+        numbers = {
+            field: 0
+            for field in EngineStats.__struct_fields__
+            if field not in ("resident", "waiting_digests")
+        }
         return EngineStats(**numbers, resident=tuple(self.resident))
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:

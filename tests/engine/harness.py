@@ -28,7 +28,9 @@ def make_engine(model: Path, **overrides: object) -> Engine:
 
 
 def adapter_ref(folder: Path, weight: float = 1.0) -> AdapterRef:
-    content = (folder / "adapter_model.safetensors").read_bytes() + (folder / "adapter_config.json").read_bytes()
+    content = (folder / "adapter_model.safetensors").read_bytes() + (
+        folder / "adapter_config.json"
+    ).read_bytes()
     return AdapterRef(hashlib.sha256(content).hexdigest(), str(folder), weight)
 
 

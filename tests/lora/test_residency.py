@@ -197,6 +197,51 @@ def test_a_mix_is_taken_whole_or_not_at_all(adapters, bench):
     assert b.arena.bytes_used == before
 
 
+def test_no_member_of_a_mix_is_evicted_for_another(adapters, bench):
+    b = bench(2, 2)
+    a, x, c = adapters.refs[0], adapters.refs[1], AdapterRef("copy", adapters.refs[1].path)
+    for ref in (c, a, x):  # all sizes are known, and `a` was used longest ago
+        assert b.acquire(ref) is READY
+        b.residency.release((ref,))
+    assert b.residency.acquire((a, c)).status is PENDING
+    assert b.residency.resident == (a.digest,)
+    assert b.acquire(a, c) is READY
+
+
+def test_room_for_half_a_mix_is_given_back(adapters, bench):
+    """What is being filled cannot be moved: there is room in sum, but not in pieces that fit."""
+    small, large = adapters.nbytes(1), adapters.nbytes(3)
+    b = bench(1, 3, 3)
+    refs = (adapters.refs[0], AdapterRef("copy", adapters.refs[2].path), adapters.refs[2])
+    for ref in refs:
+        assert b.acquire(ref) is READY
+        b.residency.release((ref,))
+        b.residency.unload(ref.digest)
+    front = b.arena.reserve(large - 64)
+    b.arena.reserve(small + 128)  # another's, between two holes that are both too small for `large`...
+    b.arena.abandon(front)
+    used = b.arena.bytes_used
+    assert b.arena.bytes_free >= small + large
+    assert b.arena.largest_hole < large
+    assert b.acquire(refs[0], refs[2]) is FULL  # ...though one of them would do for `small`
+    assert b.arena.bytes_used == used
+
+
+def test_an_image_that_is_waited_for_stays_on_the_host(adapters, bench, monkeypatch):
+    reads = []
+
+    def counted(folder: Path, *args: object, **kwargs: object) -> PackedAdapter:
+        reads.append(folder)
+        return pack(folder, *args, **kwargs)
+
+    monkeypatch.setattr("server.lora.loader.pack", counted)
+    b = bench(3, host_bytes=0)
+    assert b.acquire(adapters.refs[2]) is READY
+    assert len(reads) == 1
+    b.residency.poll()
+    assert b.residency.host_bytes_used == 0
+
+
 def test_a_mix_may_name_one_adapter_twice(adapters, bench):
     b, ref = bench(2), adapters.refs[1]
     assert b.acquire(ref, ref) is READY
@@ -223,7 +268,7 @@ def test_a_load_that_fails_is_told_to_all_and_tried_again(adapters, bench, tmp_p
     assert b.residency.acquire((ref,)).status is PENDING
     assert b.residency.acquire((ref, adapters.refs[0])).status is PENDING
     b.settle()
-    for mix in ((ref,), (ref,), (ref, adapters.refs[0])):
+    for mix in ((ref,), (ref, adapters.refs[0]), (ref,)):
         answer = b.residency.acquire(mix)
         assert (answer.status, answer.error) == (FAILED, ErrorCode.ADAPTER_LOAD_FAILED)
         assert "adapter_config.json" in answer.message

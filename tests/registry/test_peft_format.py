@@ -172,6 +172,7 @@ def test_every_default_of_peft_is_accepted(tmp_path):
         ("r", -1),
         ("r", 4.0),
         ("r", True),
+        ("r", 10**400),
         ("r", None),
         ("lora_alpha", None),
         ("lora_alpha", "16"),
@@ -217,7 +218,7 @@ def test_a_pattern_matches_whole_parts_of_a_name_only(tmp_path):
 
 @pytest.mark.parametrize("pattern", [r"(.|.)*(?=Z)", r"(\w|\.|\w\w|.\w)+(?<!j)"])
 def test_a_pattern_that_backtracks_for_ever_is_stopped(tmp_path, monkeypatch, pattern):
-    monkeypatch.setattr("server.registry.peft_format._REGEX_SECONDS", 0.2)
+    monkeypatch.setattr("server.registry.peft_rules._REGEX_SECONDS", 0.2)
     refused(write(tmp_path, fields={"target_modules": pattern}), "target_modules", "too long")
     refused(write(tmp_path, fields={"rank_pattern": {pattern: 4}}), "rank_pattern", "too long")
 

@@ -37,10 +37,12 @@ class CpuKernels:
         self._functions = {torch.float32: lib.chorus_lora_f32, torch.bfloat16: lib.chorus_lora_bf16}
         for function in self._functions.values():
             function.restype = None
+            matrix = (ctypes.c_void_p, ctypes.c_int64)
             function.argtypes = [
                 ctypes.POINTER(_Segments),
                 ctypes.c_int64,
-                *[ctypes.c_void_p, ctypes.c_int64] * 2,
+                *matrix,
+                *matrix,
                 ctypes.c_int64,
                 ctypes.c_int64,
             ]

@@ -32,10 +32,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "k_cache", "v_cache")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")
-        ),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "k_dim", "v_dim", "window")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),

@@ -1,4 +1,4 @@
-"""The oracle of paged attention: a loop over sequences in plain torch. Also the path without compiled kernels."""
+"""The oracle of paged attention: a loop over sequences in plain torch. It also serves without compiled code."""
 
 from __future__ import annotations
 

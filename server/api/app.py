@@ -1,0 +1,120 @@
+"""The HTTP face as one ASGI app, and what happens between its start and the first request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI
+
+import server
+from server.api import adapters, chat, completions, errors, health, models
+from server.api.face import AdapterNames, Face, require_ready
+from server.api.scope import RequestScope
+from server.base_model import BaseModel, StartError, default_data_dir
+from server.config import Settings
+from server.engine.client import EngineClient, EngineStartFailed
+from server.registry.registry import Registry
+from server.registry.store import DataDirInUseError
+from server.telemetry.metrics import Metrics
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings,
+    engine: EngineClient,
+    base: BaseModel,
+    *,
+    on_ready: Callable[[Face], None] | None = None,
+    on_failed: Callable[[str], None] | None = None,
+) -> FastAPI:
+    """The app. Its lifespan starts the engine beside it, then opens the registry, then calls `on_ready`.
+
+    `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat
+    template that cannot be read.
+    """
+    tokenizer, template = _load_text(settings, base)
+    names = AdapterNames()
+    metrics = Metrics(engine, names.name_of)
+    face = Face(settings, base, engine, tokenizer, template, metrics, names=names)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        boot = asyncio.create_task(_boot(app, face, on_ready, on_failed), name="boot")
+        try:
+            yield
+        finally:
+            boot.cancel()
+            await asyncio.gather(boot, return_exceptions=True)
+            await engine.stop()
+            if face.registry is not None:
+                await asyncio.to_thread(face.registry.close)
+
+    app = FastAPI(title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False)
+    app.state.face = face
+    app.state.settings = settings
+    app.state.engine = engine
+    app.state.registry = None
+    errors.install(app)
+    app.add_middleware(RequestScope, metrics=metrics)
+    for room in (completions, chat, models, health):
+        app.include_router(room.router)
+    app.include_router(adapters.router, dependencies=[Depends(require_ready)])
+    return app
+
+
+def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    folder = base.tokenizer_folder
+    try:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer is None and settings.load_format != "dummy":
+            raise StartError(f"{folder} has no tokenizer.json; name a folder that has by --tokenizer")
+        template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    return tokenizer, template
+
+
+async def _boot(
+    app: FastAPI,
+    face: Face,
+    on_ready: Callable[[Face], None] | None,
+    on_failed: Callable[[str], None] | None,
+) -> None:
+    try:
+        await face.engine.start()
+        await face.engine.wait_ready()
+        registry = await asyncio.to_thread(_open_registry, face)
+    except Exception as error:
+        expected = isinstance(error, (EngineStartFailed, DataDirInUseError, OSError))
+        logger.log(logging.DEBUG if expected else logging.ERROR, "the start failed", exc_info=error)
+        if on_failed is not None:
+            on_failed(str(error) or type(error).__name__)
+        return
+    face.registry = app.state.registry = registry
+    try:
+        await face.restore_pins()
+    except Exception:  # an engine without its pinned adapters is better than none
+        logger.exception("pinned adapters could not be loaded")
+    if on_ready is not None:
+        on_ready(face)
+
+
+def _open_registry(face: Face) -> Registry:
+    """Reads and writes files: in a thread."""
+    info = face.engine.info
+    if info is None:
+        raise EngineStartFailed("the engine ended before it was ready")
+    data_dir = face.settings.data_dir or default_data_dir(face.base.fingerprint)
+    registry = Registry.open(data_dir, info.lora_targets, info.parameters, face.settings)
+    try:
+        registry.register_folder_tree(face.settings.adapters)
+    except BaseException:
+        registry.close()
+        raise
+    return registry

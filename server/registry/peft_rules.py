@@ -1,0 +1,175 @@
+"""What an adapter_config.json says: which adapters are refused, and each module's rank and scaling."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import regex  # type: ignore[import-untyped]  # it ships no types; chosen over re for its timeout
+
+from server.errors import InvalidAdapter
+
+_REGEX_SECONDS = 2.0  # for all patterns of one adapter together: a client's pattern may backtrack for ever
+_PATTERN_CHARS = 10_000
+_PATTERN_REPEATS = 10_000  # product of all {n} in a pattern: compiling writes repeated parts out
+
+# Fields that change what an adapter computes in a way this server does not do. A value that is false, null
+# or empty is fine.
+_UNSUPPORTED = {
+    "use_dora": "DoRA (a learned magnitude beside the low-rank delta)",
+    "modules_to_save": "fully trained modules beside the low-rank deltas",
+    "trainable_token_indices": "trained embedding rows",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "lora_bias": "a bias in lora_B",
+    "megatron_config": "Megatron layers",
+    "use_qalora": "QALoRA",
+    "target_parameters": "LoRA on bare parameters (for example of experts)",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "fan_in_fan_out": "layers that keep their weight transposed (fan_in_fan_out)",
+}
+
+# Fields read below, and fields that say how the adapter was made or trained but not what it computes.
+_KNOWN = {
+    "peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora", "target_modules", "exclude_modules", "base_model_name_or_path",
+    "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "layers_to_transform",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+
+# These change the base weights at the start of training. PEFT resets the field to true when it saves an
+# adapter converted for the unmodified base model, so a name that is still here means: not converted.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def bad(param: str, message: str) -> InvalidAdapter:
+    """An error that names the field or tensor at fault, cut to a readable length."""
+    name = param if len(param) <= 200 else param[:200] + "..."
+    return InvalidAdapter(f"`{name}` {message}", param=name)
+
+
+def check_fields(config: Mapping[str, object]) -> None:
+    """Refuse, by name, whatever would make this adapter compute something else than `scaling * B A`."""
+    if config.get("peft_type") != "LORA":
+        raise bad("peft_type", "must be LORA")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise bad("task_type", "must be CAUSAL_LM or null")
+    if config.get("bias") not in (None, "none"):
+        raise bad("bias", "must be none: trained biases are not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise bad(
+            "init_lora_weights",
+            f"is {init[:40]!r}, which changes the base weights; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion to make it fit the unmodified base model",
+        )
+    for field, value in config.items():
+        if field in _UNSUPPORTED and value:
+            raise bad(field, f"is set: {_UNSUPPORTED[field]} is not supported")
+        if field not in _UNSUPPORTED and field not in _KNOWN and value:
+            raise bad(field, "is set, and this server does not know the field; remove it or set it to null")
+
+
+class Rules:
+    """What a config says of each module: targeted or not, rank, scaling (by PEFT's own matching rules)."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self._deadline = time.monotonic() + _REGEX_SECONDS
+        self.rank = _rank("r", config.get("r"))
+        self.alpha = _alpha("lora_alpha", config.get("lora_alpha"))
+        use_rslora = config.get("use_rslora") or False
+        if not isinstance(use_rslora, bool):
+            raise bad("use_rslora", "must be true or false")
+        self.use_rslora = use_rslora
+        self._ranks = [
+            (pattern, _rank(f"rank_pattern[{key}]", value))
+            for key, pattern, value in self._patterns("rank_pattern", config)
+        ]
+        self._alphas = [
+            (pattern, _alpha(f"alpha_pattern[{key}]", value))
+            for key, pattern, value in self._patterns("alpha_pattern", config)
+        ]
+        self._targets = self._selector("target_modules", config.get("target_modules"))
+        excluded = config.get("exclude_modules")
+        self._excluded = self._selector("exclude_modules", excluded) if excluded else frozenset[str]()
+
+    def rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """PEFT's `get_pattern_key`: the first pattern in the file's order that matches wins."""
+        rank, alpha = self.rank, self.alpha
+        for pattern, pattern_rank in self._ranks:
+            if self._fullmatch("rank_pattern", pattern, module):
+                rank = pattern_rank
+                break
+        for pattern, pattern_alpha in self._alphas:
+            if self._fullmatch("alpha_pattern", pattern, module):
+                alpha = pattern_alpha
+                break
+        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """PEFT's `check_target_module_exists`, without layers_to_transform: there the tensors decide."""
+        if self._selects("exclude_modules", self._excluded, module):
+            return False
+        return self._selects("target_modules", self._targets, module)
+
+    def _patterns(self, field: str, config: Mapping[str, object]) -> list[tuple[str, regex.Pattern, object]]:
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise bad(field, "must be an object from module patterns to numbers")
+        return [(key[:100], self._compile(field, rf"(.*\.)?({key})"), v) for key, v in patterns.items()]
+
+    def _selector(self, field: str, value: object) -> frozenset[str] | regex.Pattern:
+        if field == "target_modules" and value == "all-linear":
+            return self._compile(field, ".*")
+        if isinstance(value, str) and value:
+            return self._compile(field, value)
+        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+            return frozenset(value)
+        raise bad(field, "must be a list of module names, a regular expression or all-linear")
+
+    def _selects(self, field: str, selector: frozenset[str] | regex.Pattern, module: str) -> bool:
+        if not isinstance(selector, frozenset):
+            return self._fullmatch(field, selector, module)
+        while module not in selector:  # the whole name, or one of its ends after a dot
+            _, dot, module = module.partition(".")
+            if not dot:
+                return False
+        return True
+
+    def _compile(self, field: str, pattern: str) -> regex.Pattern:
+        counts = [max(1, int(count)) for count in regex.findall(r"\{\s*0*(\d{1,6})", pattern)]
+        if len(pattern) > _PATTERN_CHARS or math.prod(counts) > _PATTERN_REPEATS:
+            raise bad(field, f"holds a pattern that is too large: {pattern[:100]!r}")
+        try:
+            if time.monotonic() < self._deadline:
+                return regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError, MemoryError):
+            raise bad(field, f"holds a pattern that is not a regular expression: {pattern[:100]!r}") from None
+        raise bad(field, "holds patterns that take too long to read")
+
+    def _fullmatch(self, field: str, pattern: regex.Pattern, module: str) -> bool:
+        try:
+            left = self._deadline - time.monotonic()
+            if left > 0:
+                return pattern.fullmatch(module, timeout=left, concurrent=True) is not None
+        except TimeoutError:
+            pass
+        raise bad(field, "holds patterns that take too long to match")
+
+
+def _rank(field: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise bad(field, "must be a positive whole number")
+    return value
+
+
+def _alpha(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
+        raise bad(field, "must be a finite number")
+    return float(value)

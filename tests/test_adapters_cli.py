@@ -1,0 +1,119 @@
+"""`chorus adapters` against a server on a local port."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from click.testing import Result
+from typer.testing import CliRunner
+
+from server.adapters_cli import app
+from tests.api.adapter_app import Site
+from tests.registry import adapter_files
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path / "data", adapter_files.settings())
+    yield site
+    site.registry.close()
+
+
+@pytest.fixture
+def run(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a command against the site."""
+    monkeypatch.setenv("COLUMNS", "200")
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(site.app, lifespan="off", ws="none", log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield lambda *words: CliRunner().invoke(app, [*words, "--server", address])
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+def test_the_journey_of_an_adapter(run: Run, site: Site, tmp_path: Path) -> None:
+    folder = adapter_files.write(tmp_path / "source", adapter_files.files(seed=1))
+    uploaded = run("upload", "team/sql", str(folder))
+    assert uploaded.exit_code == 0, uploaded.output
+    assert "version 1, rank 4" in uploaded.output
+
+    again = run("upload", "team/sql", str(folder))
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr == "error: The adapter `team/sql` exists already.\n"
+
+    archive = tmp_path / "new.tar.gz"
+    archive.write_bytes(adapter_files.tarred(adapter_files.files(seed=2)))
+    replaced = run("upload", "team/sql", str(archive), "--replace", "--json")
+    assert json.loads(replaced.stdout)["version"] == 2
+
+    listed = run("list")
+    assert "team/sql" in listed.stdout
+    assert "ready" in listed.stdout
+    assert len(json.loads(run("list", "--json").stdout)["data"]) == 1
+
+    shown = run("show", "team/sql")
+    for text in ("team/sql", "q_proj, v_proj", "3.84% of the base", "1.54 kB", "0 s ago"):
+        assert text in shown.stdout
+    digest = site.registry.list()[0].digest
+    assert digest[:12] in shown.stdout
+    assert json.loads(run("show", "team/sql", "--json").stdout)["digest"] == digest
+
+    deleted = run("delete", "team/sql")
+    assert deleted.stdout == "team/sql is deleted\n"
+    assert json.loads(run("list", "--json").stdout)["data"] == []
+
+
+def test_a_delete_that_waits_says_so(
+    run: Run, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.adapters._DELETE_WAIT_S", 0.01)
+    run("upload", "a", str(adapter_files.write(tmp_path / "source")))
+    with site.registry.acquire("a"):
+        assert "when the running ones have finished" in run("delete", "a").stdout
+
+
+def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    bad = adapter_files.write(tmp_path / "bad", adapter_files.files() | {"adapter_config.json": b"{"})
+    for words, message in (
+        (("show", "nothing"), "does not exist"),
+        (("delete", "nothing"), "does not exist"),
+        (("upload", "a", str(tmp_path / "empty")), "holds no adapter_config.json"),
+        (("upload", "a", str(bad)), "not valid JSON"),
+        (("upload", "a b", str(bad)), "`name` must be"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_server_that_is_not_there(free_address: str) -> None:
+    result = CliRunner().invoke(app, ["list", "--server", free_address])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: no answer from {free_address}")
+
+
+def test_an_address_that_is_none() -> None:
+    result = CliRunner().invoke(app, ["list", "--server", "nonsense"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.fixture
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
