@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -42,9 +43,7 @@ def list_adapters(server: Server = _LOCAL, as_json: AsJson = False) -> None:
     table = Table("name", "state", "version", "rank", "size", "where", "requests", "last used")
     for adapter in answer["data"]:
         table.add_row(
-            adapter["name"],
-            adapter["state"],
-            *(_text(adapter.get(key)) for key in ("version", "rank")),
+            *(_text(adapter.get(key)) for key in ("name", "state", "version", "rank")),
             _size(adapter.get("bytes")),
             _text(adapter.get("residency")),
             _text(adapter["requests"]),
@@ -128,7 +127,8 @@ def delete(name: Name, server: Server = _LOCAL, as_json: AsJson = False) -> None
 def _uploading(files: list[Path]) -> Iterator[list[tuple[str, tuple[str, IO[bytes]]]]]:
     """The parts of a multipart body, read from disk as they are sent, with a bar that shows it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_err, disable=not sys.stderr.isatty()) as progress, ExitStack() as opened:
+    progress = Progress(*columns, console=_err, transient=True, disable=not sys.stderr.isatty())
+    with progress, ExitStack() as opened:
         try:
             yield [
                 ("files", (file.name, opened.enter_context(progress.open(file, "rb", description=file.name))))
@@ -180,7 +180,7 @@ def _field(key: str, value: Any) -> str:
 
 
 def _text(value: object) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else escape(str(value))
 
 
 def _size(size: int | None) -> str:

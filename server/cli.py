@@ -92,8 +92,10 @@ def _variable(name: str) -> str:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """One setting as a flag. Values stay text: the settings tree judges them, as it does the environment's."""
-    flag, kind, metavar = _flag(name), str | None, name.rsplit("_", 1)[-1].upper()
+    """One setting as a flag. Values stay text: the settings tree judges them, wherever they come from."""
+    flag = _flag(name)
+    kind: Any = str | None
+    metavar: str | None = name.rsplit("_", 1)[-1].upper()
     if field.annotation is bool:
         flag, kind, metavar = f"{flag}/--no-{flag.removeprefix('--')}", bool | None, None
     elif typing.get_origin(field.annotation) is tuple:
@@ -110,7 +112,7 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.default in (None, (), PydanticUndefined):
         return text
-    return f"{text} [default: {field.default}]"
+    return f"{text} (default: {field.default})"
 
 
 def _with_settings_as_flags(function: Any) -> Any:

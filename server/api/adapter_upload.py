@@ -18,6 +18,7 @@ from server.registry.registry import Registry
 from server.registry.sources import Upload, copy_folder, resolve_source
 from server.registry.store import CHUNK_BYTES
 
+_STALLED_S = 60.0  # without a byte: given up, so that a dead client does not keep a name
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
 
 T = TypeVar("T")
@@ -43,6 +44,10 @@ async def receive(
             return await _receive_into(publication, request.headers.get("content-type", ""), body, settings)
         except ClientDisconnect as error:
             raise InvalidRequest("The client went away before its upload was complete.") from error
+        except TimeoutError as error:
+            raise InvalidRequest(
+                f"Nothing came for {_STALLED_S:g} seconds; the upload was given up."
+            ) from error
         except ChorusError:
             await _drain(body)
             raise
@@ -98,13 +103,24 @@ async def _receive_into(
         max_unpacked_bytes=settings.max_unpacked_bytes,
     )
     buffer = bytearray()
-    async for chunk in body:
+    async for chunk in _unstalled(body):
         buffer += chunk
         if len(buffer) >= CHUNK_BYTES:
             full, buffer = bytes(buffer), bytearray()
             await in_thread(partial(upload.feed, full))
     await in_thread(partial(upload.feed, bytes(buffer)))
     return await in_thread(finish)
+
+
+async def _unstalled(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks of `body`; TimeoutError when the next one takes too long."""
+    while True:
+        try:
+            async with asyncio.timeout(_STALLED_S):
+                chunk = await anext(body)
+        except StopAsyncIteration:
+            return
+        yield chunk
 
 
 async def _drain(body: AsyncIterator[bytes]) -> None:

@@ -34,8 +34,8 @@ class AdapterGate(Protocol):
     """Holds the adapters of running sequences in place. Every call returns at once.
 
     A sequence's calls are: `prefetch` of each adapter when it arrives; `acquire` of its whole mix, once a
-    step at most, until READY; then one `release` when it ends or is preempted (a preempted one starts
-    again at `acquire`); or one `cancel` when it ends without holding its mix.
+    step at most, until READY; then one `release` when it ends, is preempted or lacks KV blocks to start
+    (and again from `acquire` on in the last two cases); one `cancel` when it ends without holding its mix.
     """
 
     def prefetch(self, ref: AdapterRef) -> None:

@@ -50,7 +50,13 @@ class Engine:
         self._block_size = settings.block_size
         self._runner = Runner(loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size)
         self._arena = Arena(memory.arena_bytes, len(self._runner.targets), loaded.dtype, loaded.device)
-        self._residency = Residency(self._arena, self._runner.targets, memory.host_cache_bytes)
+        self._residency = Residency(
+            self._arena,
+            self._runner.targets,
+            memory.host_cache_bytes,
+            max_header_bytes=settings.max_header_bytes,
+            max_tensors=settings.max_adapter_tensors,
+        )
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
             self._pool,

@@ -31,14 +31,8 @@ class WaitingLine:
         return tuple(self._asked_for)
 
     def in_order(self, policy: Policy, running: Collection[Sequence], now: float) -> list[Sequence]:
-        """Everyone here, in the order to try.
-
-        Those that were granted room go first, because it is of no use to anyone before they start.
-        """
-        line = [*self._preempted, *policy.order(self._arrived.keys(), running, now)]
-        if not self._granted:
-            return line
-        return [*self._granted, *(seq for seq in line if seq not in self._granted)]
+        """Everyone here, in the order to try."""
+        return [*self._preempted, *policy.order(self._arrived.keys(), running, now)]
 
     def add(self, seq: Sequence) -> None:
         self._arrived[seq] = None

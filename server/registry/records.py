@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +141,7 @@ class Version:
     leases: int = 0
     listed: bool = True  # a name leads to it
     stored: bool = True  # it holds its content in the store
+    freed: bool = False  # nobody uses it and its hold is given back
     unsaved: bool = False  # counters changed since they were written
     error: str | None = None
     gone: Future[None] = field(default_factory=Future)
@@ -182,3 +183,19 @@ class Adapter:
             return None
         matches = {v.info.digest: v for v in self.versions.values() if v.info.digest.startswith(wanted)}
         return next(iter(matches.values())) if len(matches) == 1 else None
+
+    def record(self, state: State, loads: Mapping[str, Load]) -> AdapterRecord:
+        """A snapshot; `loads` by digest."""
+        return AdapterRecord(
+            name=self.row.name,
+            state=state,
+            reason=self.current.error,
+            current=self.current.info,
+            versions=tuple(
+                VersionRecord(v.info, v.requests, v.tokens, v.last_used, loads.get(v.info.digest), v.error)
+                for v in self.versions.values()
+            ),
+            description=self.row.description,
+            pinned=self.row.pinned,
+            created_at=self.row.created_at,
+        )

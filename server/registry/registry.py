@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -34,9 +34,7 @@ from server.registry.records import (
     Load,
     Published,
     Retired,
-    State,
     Version,
-    VersionRecord,
     check_name,
 )
 from server.registry.store import ContentStore, Staging
@@ -80,15 +78,16 @@ class Registry:
     ) -> Registry:
         """Take the data folder over and bring back what it holds; sweep what a killed server left.
 
-        Raises store.DataDirInUse, naming the lock file, when another server uses the folder.
+        Raises store.DataDirInUseError, naming the lock file, when another server uses the folder.
         """
-        store = ContentStore(data_dir)
-        try:
-            registry = cls(store, Catalogue(data_dir / "registry.db"), targets, base_parameters, settings)
+        with ExitStack() as undo:
+            store = ContentStore(data_dir)
+            undo.callback(store.close)
+            catalogue = Catalogue(data_dir / "registry.db")
+            undo.callback(catalogue.close)
+            registry = cls(store, catalogue, targets, base_parameters, settings)
             registry._restore()
-        except BaseException:
-            store.close()
-            raise
+            undo.pop_all()
         return registry
 
     def close(self) -> None:
@@ -183,7 +182,8 @@ class Registry:
             before = self._loads.get(digest)
             if milliseconds is None and before is not None:
                 milliseconds = before.milliseconds
-            self._loads[digest] = Load(residency, milliseconds)
+            if self._store.holds(digest):
+                self._loads[digest] = Load(residency, milliseconds)
 
     # writing
 
@@ -314,34 +314,14 @@ class Registry:
     # books
 
     def _record(self, name: str) -> AdapterRecord | None:
-        adapter = self._adapters.get(name)
-        state: State = "ready"
-        if adapter is None and name in self._claims:
+        if adapter := self._adapters.get(name):
+            return adapter.record("failed" if adapter.current.error else "ready", self._loads)
+        if name in self._claims:
             return AdapterRecord(name, "validating", None, None)
-        if adapter is None and name in self._failed:
+        if name in self._failed:
             return AdapterRecord(name, "failed", self._failed[name], None)
-        if adapter is None:
-            adapter = next((a for a in reversed(self._draining) if a.row.name == name), None)
-            state = "draining"
-        if adapter is None:
-            return None
-        if state == "ready" and adapter.current.error:
-            state = "failed"
-        return AdapterRecord(
-            name,
-            state,
-            adapter.current.error,
-            adapter.current.info,
-            tuple(
-                VersionRecord(
-                    v.info, v.requests, v.tokens, v.last_used, self._loads.get(v.info.digest), v.error
-                )
-                for v in adapter.versions.values()
-            ),
-            adapter.row.description,
-            adapter.row.pinned,
-            adapter.row.created_at,
-        )
+        last = next((a for a in reversed(self._draining) if a.row.name == name), None)
+        return last.record("draining", self._loads) if last else None
 
     def _restore(self) -> None:
         """At start: rows to books, a hold for each version, and the judgement again if the base changed."""
@@ -391,13 +371,10 @@ class Registry:
     def _free(self, version: Version) -> None:
         def gone() -> None:
             with self._lock:
+                version.freed = True
                 if not self._store.holds(version.info.digest):
                     self._loads.pop(version.info.digest, None)
-                self._draining = [
-                    adapter
-                    for adapter in self._draining
-                    if any(v is not version and not v.gone.done() for v in adapter.versions.values())
-                ]
+                self._draining = [a for a in self._draining if not all(v.freed for v in a.versions.values())]
             version.gone.set_result(None)
 
         if version.stored:

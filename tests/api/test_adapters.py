@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import tracemalloc
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,38 @@ async def test_a_client_that_dies_in_mid_upload(site: Site) -> None:
     site.assert_clean()
     assert (await site.client.get("/v1/adapters")).json()["data"] == []
     assert (await site.upload("a")).status_code == 201
+
+
+async def test_an_upload_that_stalls_gives_its_name_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.adapter_upload._STALLED_S", 0.02)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\na\r\n--b\r\n'
+        await asyncio.Event().wait()
+
+    response = await site.client.post("/v1/adapters", content=stalled(), headers={"content-type": FORM})
+    assert "Nothing came" in error_of(response, 400)["message"]
+    site.assert_clean()
+    assert (await site.upload("a")).status_code == 201
+
+
+async def test_a_large_upload_takes_little_memory(site: Site) -> None:
+    zeros = zipped(files() | {"adapter_model.safetensors": bytes(64 * 2**20)}, zipfile.ZIP_STORED)
+    head = b'--b\r\nContent-Disposition: form-data; name="f"; filename="a.zip"\r\n\r\n'
+
+    async def body() -> AsyncIterator[bytes]:
+        yield head
+        for start in range(0, len(zeros), 2**16):
+            yield zeros[start : start + 2**16]
+        yield b"\r\n--b--\r\n"
+
+    tracemalloc.start()
+    response = await site.client.put("/v1/adapters/a", content=body(), headers={"content-type": FORM})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error_of(response, 400)["param"] == "adapter_model.safetensors"
+    assert peak < 12 * 2**20
+    site.assert_clean()
 
 
 async def test_an_upload_that_is_cancelled(site: Site) -> None:

@@ -138,6 +138,7 @@ def create_dying_engine(settings: Settings) -> EchoEngine:
 
 
 def create_slow_engine(settings: Settings) -> EchoEngine:
+    print("loading", flush=True)
     time.sleep(3600)
     return EchoEngine()
 

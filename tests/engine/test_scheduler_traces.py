@@ -167,7 +167,7 @@ class TraceHarness(Harness):
                 self.trouble()
                 self.check_books()
             self.step()
-        self.drain(1500)
+        self.drain(500 + 100 * len(self.sequences))  # with a budget of one token a step it takes that long
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -316,90 +316,47 @@ def test_a_failed_commit_leaves_the_old_version(
     assert publish(registry, "a", seed=2).version.number == 2
 
 
-# the adapters folder
-
-
-def test_a_folder_tree_is_registered(
-    reopen: Reopen, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_lease_has_its_files_whatever_others_do(
+    registry: Registry, publish: Publish, data_dir: Path
 ) -> None:
-    root = tmp_path / "adapters"
-    adapter_files.write(root / "sql", adapter_files.files(seed=1))
-    adapter_files.write(root / "team" / "json", adapter_files.files(seed=2))
-    adapter_files.write(root / "bad", {"adapter_config.json": adapter_files.config(r=5)} | {
-        "adapter_model.safetensors": adapter_files.weights()
-    })  # fmt: skip
-    adapter_files.write(root / "not a name", adapter_files.files(seed=3))
-    adapter_files.write(root / "pickle", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
-    adapter_files.write(root / ".hidden", adapter_files.files(seed=4))
-    (root / "README.md").write_text("not an adapter")
-    registry = reopen()
-    with caplog.at_level(logging.ERROR):
-        outcome = dict(registry.register_folder_tree(root))
-    assert outcome["sql"] is None
-    assert outcome["team/json"] is None
-    assert {name for name, error in outcome.items() if error} == {"bad", "not a name", "pickle"}
-    assert "safetensors" in (outcome["pickle"] or "")
-    assert str(tmp_path) not in "".join(filter(None, outcome.values()))
-    assert [v.name for v in registry.list()] == ["sql", "team/json"]
-    assert registry.get("bad").state == "failed"
-    assert registry.get("bad").reason == outcome["bad"]
-    assert "bad" in caplog.text
-    registry.delete("bad")
-    with pytest.raises(ModelNotFound):
-        registry.get("bad")
+    """Two threads use names that two others publish and delete all the time."""
+    stop = threading.Event()
+    names = ("a", "b")
 
+    def use() -> int:
+        used = 0
+        while not stop.is_set():
+            for name in names:
+                try:
+                    lease = registry.acquire(name)
+                except ModelNotFound:
+                    continue
+                with lease:
+                    assert (lease.version.path / "adapter_config.json").is_file()
+                    assert (lease.version.path / "adapter_model.safetensors").is_file()
+                    used += 1
+        return used
 
-def test_only_changed_folders_are_read_again(
-    reopen: Reopen, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path / "adapters"
-    adapter_files.write(root / "a", adapter_files.files(seed=1))
-    adapter_files.write(root / "b", adapter_files.files(seed=2))
-    registry = reopen()
-    registry.register_folder_tree(root)
-    publish(registry, "a", seed=7)  # somebody replaced what came from the folder
+    def change(seed: int) -> None:
+        for turn in range(15):
+            for name in names:  # both names share contents, so one's deletion meets the other's arrival
+                with suppress(Conflict):
+                    publish(registry, name, seed=turn % 2)
+                with suppress(Conflict, ModelNotFound):
+                    registry.delete(name)
 
-    read: list[str] = []
-    real = Registry.claim
-    monkeypatch.setattr(
-        Registry, "claim", lambda self, name, **kw: (read.append(name), real(self, name, **kw))[1]
-    )
-    registry = reopen()
-    assert registry.register_folder_tree(root) == [("a", None), ("b", None)]
-    assert read == []
-    assert registry.acquire("a").version.number == 2
-
-    adapter_files.write(root / "b", adapter_files.files(seed=3))
-    registry = reopen()
-    registry.register_folder_tree(root)
-    assert read == ["b"]
-    assert registry.acquire("b").version.number == 2
-
-
-def test_folders_that_went_are_not_served_any_more(reopen: Reopen, publish: Publish, tmp_path: Path) -> None:
-    root = tmp_path / "adapters"
-    for seed, name in enumerate(("stays", "goes", "was-replaced")):
-        adapter_files.write(root / name, adapter_files.files(seed=seed))
-    registry = reopen()
-    registry.register_folder_tree(root)
-    publish(registry, "was-replaced", seed=7)
-    publish(registry, "uploaded", seed=8)
-    for name in ("goes", "was-replaced"):
-        (root / name / "adapter_config.json").unlink()
-    registry = reopen()
-    registry.register_folder_tree(root)
-    assert [v.name for v in registry.list()] == ["stays", "uploaded", "was-replaced"]
-    registry.register_folder_tree(tmp_path / "mistyped")
-    assert len(registry.list()) == 3
-
-
-def test_an_uploaded_name_is_not_taken_over_by_a_folder(
-    registry: Registry, publish: Publish, tmp_path: Path
-) -> None:
-    version = publish(registry, "a", seed=1).version
-    root = tmp_path / "adapters"
-    adapter_files.write(root / "a", adapter_files.files(seed=2))
-    ((_, error),) = registry.register_folder_tree(root)
-    assert error is not None
-    assert "uploaded" in error
-    assert registry.acquire("a").version == version
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use) for _ in range(2)]
+        changers = [pool.submit(change, seed) for seed in range(2)]
+        try:
+            for changer in changers:
+                changer.result(timeout=60)
+        finally:
+            stop.set()
+        assert sum(user.result(timeout=60) for user in users) > 0
+    for version in registry.list():
+        registry.delete(version.name)
+    registry.close()
+    assert adapter_files.on_disk(data_dir) == set()
+    assert adapter_files.staged(data_dir) == []
+    assert registry.records() == []

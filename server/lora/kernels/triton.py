@@ -272,7 +272,9 @@ class Launch:
         block_k = min(block_k, max(16, _power_of_2(in_features)))
         block_o = min(block_o, max(16, _power_of_2(out_features)))
         most_splits = min(32, -(-in_features // block_k))
-        splits = _power_of_2(min(most_splits, -(-programs // tiles)))
+        splits = (
+            1 << max(1, min(most_splits, programs // tiles)).bit_length() - 1
+        )  # a power of two, not above
         split_size = -(-in_features // (splits * block_k)) * block_k
         rank_blocks = max(1, min(4, programs // (tiles * splits)))
         return cls(block_t, block_g, tiles, splits, split_size, rank_blocks, block_k, block_o)
@@ -292,7 +294,7 @@ class TritonKernels:
     Raises RuntimeError without Triton.
     """
 
-    def __init__(self, max_mix_rank: int = 1024, programs: int | None = None) -> None:
+    def __init__(self, max_mix_rank: int = 512, programs: int | None = None) -> None:
         if triton is None:
             raise RuntimeError("the CUDA kernels need Triton, which is not installed: pip install triton")
         self.max_mix_rank = max_mix_rank

@@ -229,7 +229,7 @@ class Launch:
             block_s = max(16, _power_of_2(plan.num_seqs))
             tiles = tokens // block_t + plan.num_seqs
         most_splits = min(32, -(-plan.max_context_len // (2 * block_n)))
-        splits = _power_of_2(max(1, min(most_splits, programs // (tiles * kv_heads))))
+        splits = 1 << max(1, min(most_splits, programs // (tiles * kv_heads))).bit_length() - 1  # not above
         return cls(
             group, block_t, block_s, tiles, splits, block_n, num_warps=8 if block_t * group > 64 else 4
         )
