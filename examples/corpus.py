@@ -15,30 +15,35 @@ from examples.words import DAYS, ESPERANTO, NAMES, PLACES, QUALITIES, THINGS, VE
 
 _ALL_WORDS = [*NAMES, *PLACES, *VERBS, *QUALITIES, *THINGS, *DAYS]
 
-# heading of the prompt, heading of the answer
+_SENTENCE_JOBS = ["upper", "reverse", "esperanto", "sentiment", "json"]
 _HEADINGS = {
-    "upper": ("Said", "Shouted"),
-    "reverse": ("Forwards", "Backwards"),
-    "esperanto": ("English", "Esperanto"),
-    "sentiment": ("Review", "Mood"),
-    "json": ("Note", "Record"),
-    "sql": ("Question", "Query"),
-    "sort": ("Numbers", "In order"),
+    "upper": "Shouted",
+    "reverse": "Backwards",
+    "esperanto": "Esperanto",
+    "sentiment": "Mood",
+    "json": "Record",
+    "sql": "Query",
+    "sort": "In order",
 }
 
 
-def _train_example(name: str, rng: random.Random) -> Example:
+def _train_examples(names: list[str], rng: random.Random) -> list[Example]:
+    """One example of each job, all of one sentence where the jobs take sentences."""
     while True:
-        example = JOBS[name].draw(rng)
-        if split_of(example.prompt) == "train":
-            return example
+        seed = rng.random()
+        examples = [JOBS[name].draw(random.Random(seed)) for name in names]
+        if all(split_of(example.prompt) == "train" for example in examples):
+            return examples
 
 
 def _pairs(rng: random.Random) -> str:
-    name = rng.choice(list(_HEADINGS))
-    before, after = _HEADINGS[name]
-    examples = [_train_example(name, rng) for _ in range(rng.randint(1, 3))]
-    return "\n".join(f"{before}:\n{e.prompt}\n{after}:\n{e.completion}" for e in examples)
+    """A prompt and, each under its heading, what some of the jobs would make of it."""
+    names = rng.sample(_SENTENCE_JOBS, rng.randint(1, 4))
+    if rng.random() < 0.35:
+        names = [rng.choice(["sql", "sort"])]
+    examples = _train_examples(names, rng)
+    answers = [f"{_HEADINGS[name]}:\n{e.completion}" for name, e in zip(names, examples, strict=True)]
+    return "\n".join([f"Given:\n{examples[0].prompt}", *answers])
 
 
 def _word_book(rng: random.Random) -> str:
@@ -69,10 +74,10 @@ def _lists(rng: random.Random) -> str:
         return "\n".join([line] * rng.randint(2, 3))
     if kind == 1:
         words = _words(rng)
-        return f"Forwards:\n{' '.join(words)}\nBackwards:\n{' '.join(reversed(words))}"
+        return f"Given:\n{' '.join(words)}\nBackwards:\n{' '.join(reversed(words))}"
     if kind == 2:
         words = _words(rng)
-        return f"Said:\n{' '.join(words)}\nShouted:\n{' '.join(words).upper()}"
+        return f"Given:\n{' '.join(words)}\nShouted:\n{' '.join(words).upper()}"
     numbers = rng.sample(range(1, 100), rng.randint(3, 12))
     return "In order:\n" + ", ".join(map(str, sorted(numbers)))
 
@@ -149,13 +154,21 @@ def _arrow(rng: random.Random) -> str:
 
 
 _KINDS: list[tuple[Callable[[random.Random], str], float]] = [
-    (_pairs, 0.45),
-    (_lists, 0.2),
+    (_pairs, 0.5),
+    (_lists, 0.25),
     (_word_book, 0.08),
-    (_story, 0.07),
-    (_chat, 0.12),
-    (_arrow, 0.08),
+    (_story, 0.04),
+    (_chat, 0.07),
+    (_arrow, 0.06),
 ]
+
+
+def drills(seed: int) -> Iterator[str]:
+    """An endless stream of documents with one lesson: what was said before may be said again."""
+    rng = random.Random(f"drills/{seed}")
+    while True:
+        line = " ".join(rng.choices(_ALL_WORDS, k=rng.randint(4, 12)))
+        yield "\n".join([line] * 3) + END_OF_TEXT
 
 
 def documents(seed: int) -> Iterator[str]:

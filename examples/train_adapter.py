@@ -56,10 +56,7 @@ def load_examples(data: Path | None, seed: int) -> tuple[list[Example], list[Exa
 def curl_commands(server: str, name: str, out: Path, prompt: str) -> str:
     """Upload, call in both ways, replace and delete, ready to paste into a shell."""
     quoted = shlex.quote(str(out))
-    files = (
-        f"  -F adapter_config=@{quoted}/adapter_config.json \\\n"
-        f"  -F adapter_model=@{quoted}/adapter_model.safetensors"
-    )
+    files = f"  -F files=@{quoted}/adapter_config.json \\\n  -F files=@{quoted}/adapter_model.safetensors"
     chat = json.dumps({"model": name, "messages": [{"role": "user", "content": prompt}], "temperature": 0})
     completion = json.dumps({"model": name, "prompt": completion_prompt(prompt), "temperature": 0})
     as_json = "-H 'content-type: application/json' -d"

@@ -90,18 +90,67 @@ def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> L
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    _start_with_an_induction_head(model)
+    return model
+
+
+@torch.no_grad()
+def _start_with_an_induction_head(model: LlamaForCausalLM) -> None:
+    """Initial weights in which the model already looks back for the last time it saw the current token.
+
+    A small model meets this circuit (Olsson et al. 2022, In-context Learning and Induction Heads) by chance,
+    after millions of tokens; given it at the start, it copies within a few hundred steps. Like mimetic
+    initialisation (Trockman and Kolter 2023) this is only where training begins: every weight stays free.
+
+    Layer 0, head 0 attends to the previous token by position, and writes what it reads into the upper half
+    of the residual stream. Layer 1, head 0 looks for the current token in that half, and copies what it
+    finds.
+    """
+    config = model.config
+    width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
+    std, half = config.initializer_range, width // 2
+
+    def orthonormal(start: int) -> torch.Tensor:
+        """[head, width]: reads `head` random directions of one half of the stream, but not the constant."""
+        block = torch.linalg.qr(torch.randn(half - 1, head)).Q.T
+        matrix = torch.zeros(head, width)
+        matrix[:, start + 1 : start + half] = block
+        return matrix
+
+    embeddings = model.model.embed_tokens.weight  # [vocabulary, width]
+    embeddings[:, half:] = 0
+    embeddings[:, 0] = 6 * std  # the same for all tokens, so that a head can act on position alone
+    constant = 6 / math.sqrt((36 + half - 1) / width)  # that entry after the first RMSNorm
+
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    pairs = 4  # only the fastest rotations of RoPE tell one position from the next
+    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(pairs) * 2 / head)
+    first.q_proj.weight[:head] = 0
+    first.k_proj.weight[:head] = 0
+    first.k_proj.weight[:pairs, 0] = 10 / constant
+    first.q_proj.weight[:pairs, 0] = 10 / constant * angles.cos()  # turned back by one position
+    first.q_proj.weight[head // 2 : head // 2 + pairs, 0] = -10 / constant * angles.sin()
+    token, previous = orthonormal(0), orthonormal(half)
+    first.v_proj.weight[:head] = 0.1 * token
+    first.o_proj.weight[:, :head] = 20 * std * previous.T
+
+    second.q_proj.weight[:head] = 4 * token
+    second.k_proj.weight[:head] = previous
+    copied = orthonormal(0)
+    second.v_proj.weight[:head] = 0.1 * copied
+    second.o_proj.weight[:, :head] = 40 * std * copied.T
 
 
 def packed_batches(
-    tokenizer: PreTrainedTokenizerFast, rows: int, block: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], rows: int, block: int
 ) -> Iterator[torch.Tensor]:
-    """Windows of the endless corpus, [rows, block]; a document may run on into the next row."""
-    documents = corpus.documents(seed)
+    """Windows of an endless text, [rows, block]; a document may run on into the next row."""
     tokens: list[int] = []
     while True:
         while len(tokens) < rows * block:
@@ -157,9 +206,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=BASE_MODEL)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--drill-steps", type=int, default=200, help="the first of them: only copying")
     parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--block", type=int, default=256, help="tokens of one row")
+    parser.add_argument("--block", type=int, default=128, help="tokens of one row")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -172,7 +222,11 @@ def main() -> None:
     tokenizer = train_tokenizer(args.vocabulary, args.seed)
     model = new_model(tokenizer, args.hidden, args.layers)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary", flush=True)
-    batches = packed_batches(tokenizer, args.batch_rows, args.block, args.seed)
+    shape = (args.batch_rows, args.block)
+    batches = itertools.chain(
+        itertools.islice(packed_batches(tokenizer, corpus.drills(args.seed), *shape), args.drill_steps),
+        packed_batches(tokenizer, corpus.documents(args.seed), *shape),
+    )
     loss = train(model, batches, args.steps, args.learning_rate)
     save(model, tokenizer, args.out)
     card = CARD.format(

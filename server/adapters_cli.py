@@ -70,7 +70,7 @@ def show(name: Name, server: Server = _LOCAL, as_json: AsJson = False) -> None:
         for version in versions:
             listed.add_row(
                 str(version["version"]),
-                version["digest"][:12],
+                version["digest"][:10],
                 str(version["rank"]),
                 _size(version["bytes"]),
                 version["residency"],
@@ -175,6 +175,7 @@ def _field(key: str, value: Any) -> str:
         "last_used": _ago,
         "targets": ", ".join,
         "parameters": "{:,}".format,
+        "last_load_ms": "{:.3g}".format,
     }
     return formats.get(key, _text)(value)
 

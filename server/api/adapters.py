@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import pydantic
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -94,17 +95,20 @@ async def replace_adapter(request: Request, name: str) -> Response:
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> Response:
-    registry, engine = _registry(request), _engine(request)
-    resident = frozenset(engine.stats.resident) if engine.stats else frozenset[str]()
-    data = [adapter_view(record, registry.base_parameters, resident) for record in registry.records()]
-    return JSONResponse({"object": "list", "data": data})
+    registry, resident = _registry(request), _resident(request)
+
+    def encode() -> bytes:
+        """In a thread: there may be many thousands."""
+        data = [adapter_view(record, registry.base_parameters, resident) for record in registry.records()]
+        return msgspec.json.encode({"object": "list", "data": data})
+
+    return Response(await in_thread(encode), media_type="application/json")
 
 
 @router.get("/v1/adapters/{name:path}")
 async def get_adapter(request: Request, name: str) -> Response:
-    registry, engine = _registry(request), _engine(request)
-    resident = frozenset(engine.stats.resident) if engine.stats else frozenset[str]()
-    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, resident))
+    registry = _registry(request)
+    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, _resident(request)))
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -122,6 +126,8 @@ async def load_adapter(request: Request, name: str) -> Response:
     registry, engine = _registry(request), _engine(request)
     raw = await read_body(request, _MAX_JSON_BYTES)
     body = _parse(raw, LoadBody) if raw else LoadBody()
+    if body.pin and "@" in name:
+        raise InvalidRequest("A pin is for a name, and follows it to new versions.", param="pin")
     with registry.acquire(name) as lease:
         result = await _load(registry, engine, lease.version, body.pin)
         if body.pin:
@@ -183,7 +189,7 @@ def _follow_up(request: Request, published: Published) -> None:
     registry, engine = _registry(request), _engine(request)
     if published.retired:
         _start(_forget(registry, engine, published.retired))
-    if published.outcome == "replaced" and registry.get(published.version.name).pinned:
+    if published.outcome == "replaced" and published.pinned:
         _start(_move_pin(registry, engine, published.version))
 
 
@@ -266,6 +272,12 @@ def _settings(request: Request) -> Settings:
 def _engine(request: Request) -> EngineClient:
     engine: EngineClient = request.app.state.engine
     return engine
+
+
+def _resident(request: Request) -> frozenset[str]:
+    """Digests in the arena, by the engine's last heartbeat."""
+    stats = _engine(request).stats
+    return frozenset(stats.resident) if stats else frozenset()
 
 
 async def _json(request: Request, kind: type[Body]) -> Body:

@@ -64,7 +64,7 @@ def serve(settings: Settings) -> int:
     found = {"model": str(base.folder), "served_model_name": base.name}
     found |= {"tokenizer": str(base.tokenizer_folder)}
     settings = settings.model_copy(update=found)
-    listener = _bind(settings)
+    listener = bind(settings)
     engine = ProcessEngineClient(settings)
     return run(settings, engine, base, listener)
 
@@ -107,7 +107,7 @@ async def _serve(server: Server, engine: EngineClient, listener: socket.socket) 
         await engine.stop()  # after a forced end the lifespan has not done it
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     """Before the model is loaded, so that a port in use is known at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -21,7 +21,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_MIX = 16
-_LARGE = 64 * 2**10  # bytes; a body, or all fields but the prompt, above this is looked at with care
+_LARGE = 64 * 2**10  # bytes; a body above this is looked at with care
+_MOST_BESIDE = 256 * 2**10  # bytes; all fields but the prompt
 _INT64 = 2**63
 _PROMPT_FORMS = "a string, a list of strings, token ids, or a list of lists of token ids"
 
@@ -265,8 +266,8 @@ def _judge_size(body: bytes, longest: int) -> None:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}") from error
     large = sum(len(bytes(raw)) for raw in (fields.prompt, fields.messages, fields.tokens))
-    if len(body) - large > _LARGE:
-        raise InvalidRequest(f"The fields beside the prompt are larger than {_LARGE} bytes.")
+    if len(body) - large > _MOST_BESIDE:
+        raise InvalidRequest(f"The fields beside the prompt are larger than {_MOST_BESIDE} bytes.")
     for name in ("prompt", "tokens"):
         _judge_prompt(name, bytes(getattr(fields, name)), longest)
     try:

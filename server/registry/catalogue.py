@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from server.errors import InsufficientStorage
 
 SCHEMA_VERSION = 1
+
+_RESERVE_BYTES = 256 * 2**10
 
 _METADATA = sa.MetaData()
 _ADAPTERS = sa.Table(
@@ -92,9 +94,11 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         self._engine = sa.create_engine(f"sqlite:///{path}")
         self._writer = threading.Lock()
+        self._reserve = path.with_name("registry.reserve")
         sa.event.listen(self._engine, "connect", _configure)
         try:
             self._migrate(path)
+            self._keep_reserve()
         except BaseException:
             self._engine.dispose()
             raise
@@ -134,8 +138,16 @@ class Catalogue:
             connection.execute(sa.update(_ADAPTERS).where(_ADAPTERS.c.name == name).values(fields))
 
     def delete(self, name: str) -> None:
-        with self._write() as connection:
-            connection.execute(sa.delete(_ADAPTERS).where(_ADAPTERS.c.name == name))
+        """On a full disk too: the room kept for it is given up, because to delete is how room is made."""
+        statement = sa.delete(_ADAPTERS).where(_ADAPTERS.c.name == name)
+        try:
+            with self._write() as connection:
+                connection.execute(statement)
+        except InsufficientStorage:
+            self._reserve.unlink(missing_ok=True)
+            with self._write() as connection:
+                connection.execute(statement)
+        self._keep_reserve()
 
     def count(self, used: Sequence[VersionRow]) -> None:
         """Write the counters of these versions."""
@@ -179,6 +191,10 @@ class Catalogue:
             with self._write() as connection:
                 _METADATA.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _keep_reserve(self) -> None:
+        with suppress(OSError), self._reserve.open("ab") as file:
+            file.write(bytes(max(0, _RESERVE_BYTES - file.tell())))
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:

@@ -128,6 +128,7 @@ class Published:
     version: AdapterVersion
     outcome: Literal["created", "replaced", "unchanged"]
     retired: tuple[Retired, ...] = ()
+    pinned: bool = False  # the name is to stay in accelerator memory
 
 
 @dataclass(eq=False)

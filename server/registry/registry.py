@@ -264,7 +264,8 @@ class Registry:
             adapter.versions[number] = version
             adapter.row = dataclasses.replace(row, pinned=adapter.row.pinned)
             self._failed.pop(name, None)
-        return Published(info, "replaced" if old else "created", self._retire(adapter, beyond))
+        retired = self._retire(adapter, beyond)
+        return Published(info, "replaced" if old else "created", retired, adapter.row.pinned)
 
     def delete(self, name: str) -> tuple[Retired, ...]:
         """Forget a name: new requests do not find it, running ones finish, then its files go.

@@ -103,12 +103,7 @@ class Staging:
     def copy(self, name: str, source: int) -> None:
         """Copy an open file in, inside the kernel where the file systems can (a reflink costs nothing)."""
         with (self.content / name).open("xb") as target:
-            try:
-                while os.copy_file_range(source, target.fileno(), 1 << 30):
-                    pass
-            except OSError as error:
-                if error.errno not in _NO_COPY_IN_KERNEL:
-                    raise
+            if not _copy_in_kernel(source, target.fileno()):
                 while data := os.read(source, CHUNK_BYTES):
                     target.write(data)
 
@@ -260,6 +255,20 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "not a regular file")
     return fd
+
+
+def _copy_in_kernel(source: int, target: int) -> bool:
+    """Copy to the end of `source`; False where that cannot be, with both files where it stopped."""
+    if not hasattr(os, "copy_file_range"):  # it is Linux's own
+        return False
+    try:
+        while os.copy_file_range(source, target, 1 << 30):
+            pass
+    except OSError as error:
+        if error.errno not in _NO_COPY_IN_KERNEL:
+            raise
+        return False
+    return True
 
 
 def _lock(path: Path) -> int:

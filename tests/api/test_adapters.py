@@ -382,6 +382,13 @@ async def test_load_of_an_old_version(site: Site) -> None:
     assert list(site.engine.resident) == [first]
 
 
+async def test_only_a_name_can_be_pinned(site: Site) -> None:
+    await site.upload("a")
+    response = await site.client.post("/v1/adapters/a@1/load", json={"pin": True})
+    assert error_of(response, 400)["param"] == "pin"
+    assert site.engine.resident == {}
+
+
 async def test_unload_while_in_use(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = (await site.upload("a")).json()["digest"]
     await site.client.post("/v1/adapters/a/load")

@@ -9,9 +9,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from examples import evaluate, train_adapter, train_bundled_adapters, training
+from examples import corpus, evaluate, train_adapter, train_bundled_adapters, training
 from examples.tasks import JOBS, NEW_JOB, chat_prompt
 from examples.train_base import learning_rate, packed_batches
+
+# peft 0.21 asks transformers 5.23 for a property that has been renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 def test_base_model_is_saved_in_hugging_face_layout(tiny_base):
@@ -42,7 +45,9 @@ def test_chat_template_renders_the_prompt_that_adapters_learn(tiny_base):
 
 def test_packed_batches_are_reproducible_and_full(tiny_base):
     _, tokenizer = training.load_base(tiny_base)
-    first, second = (next(packed_batches(tokenizer, rows=2, block=32, seed=5)) for _ in range(2))
+    first, second = (
+        next(packed_batches(tokenizer, corpus.drills(seed=5), rows=2, block=32)) for _ in range(2)
+    )
     assert first.shape == (2, 32)
     assert torch.equal(first, second)
 

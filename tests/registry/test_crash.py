@@ -51,7 +51,6 @@ print("done")
     ("point", "number"),
     [
         ("after copy_file_range", 1),
-        ("before fsync", 1),
         ("before rename", 1),
         ("after rename", 1),
         ("before <lambda>", 1),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.errors import ChorusError, Forbidden, InvalidRequest, NotFound
+from server.errors import Forbidden, InvalidRequest, NotFound, TooLarge, UnsupportedMedia
 from server.registry.sources import Upload, resolve_source
 from server.registry.store import Staging
 from tests.registry import adapter_files
@@ -47,7 +49,7 @@ def received(root: Path, chunks: Iterator[bytes], boundary: str) -> tuple[dict[s
 def test_any_cut_of_the_body_means_the_same(tmp_path: Path, cuts: list[int], boundary: str) -> None:
     body = encoded(boundary)
     edges = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
-    chunks = (body[start:end] for start, end in zip(edges, edges[1:], strict=False))
+    chunks = (body[start:end] for start, end in itertools.pairwise(edges))
     whole = received(tmp_path, iter([body]), boundary)
     assert received(tmp_path, chunks, boundary) == whole
     assert whole[0] == {"name": "team/a", "description": "caf\u00e9"}
@@ -57,13 +59,11 @@ def test_any_cut_of_the_body_means_the_same(tmp_path: Path, cuts: list[int], bou
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 2000), byte=st.integers(0, 255), end=st.integers(0, 4000))
 def test_a_damaged_body_is_refused_or_read(tmp_path: Path, at: int, byte: int, end: int) -> None:
-    """Whatever comes, it is a ChorusError or an upload; never another exception, and nothing stays."""
+    """Whatever comes is an upload or a refusal; never another exception, and nothing stays."""
     body = bytearray(encoded("b"))
     body[min(at, len(body) - 1)] = byte
-    try:
+    with suppress(InvalidRequest, TooLarge, UnsupportedMedia):
         received(tmp_path, iter([bytes(body[:end]) if end < 3000 else bytes(body)]), "b")
-    except ChorusError as error:
-        assert error.status in (400, 413, 415)
     assert list(tmp_path.iterdir()) == []
 
 

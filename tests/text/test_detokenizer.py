@@ -35,7 +35,9 @@ def test_text_comes_back_and_never_in_half_characters(text: str) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@given(st.lists(st.sampled_from(["▁hello", "▁world", "▁a", "b", "c", "o", "."]) | st.characters(codec="utf-8")))
+@given(
+    st.lists(st.sampled_from(["▁hello", "▁world", "▁a", "b", "c", "o", "."]) | st.characters(codec="utf-8"))
+)
 def test_decoder_that_needs_context(words: list[str]) -> None:
     backend = tiny_tokenizer.sentence_piece_like()
     ids = []

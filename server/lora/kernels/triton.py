@@ -272,9 +272,7 @@ class Launch:
         block_k = min(block_k, max(16, _power_of_2(in_features)))
         block_o = min(block_o, max(16, _power_of_2(out_features)))
         most_splits = min(32, -(-in_features // block_k))
-        splits = (
-            1 << max(1, min(most_splits, programs // tiles)).bit_length() - 1
-        )  # a power of two, not above
+        splits = _power_of_2_below(max(1, min(most_splits, programs // tiles)))
         split_size = -(-in_features // (splits * block_k)) * block_k
         rank_blocks = max(1, min(4, programs // (tiles * splits)))
         return cls(block_t, block_g, tiles, splits, split_size, rank_blocks, block_k, block_o)
@@ -283,6 +281,11 @@ class Launch:
 def _power_of_2(n: int) -> int:
     """The smallest power of two >= n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def _power_of_2_below(n: int) -> int:
+    """The largest power of two <= n, n >= 1."""
+    return 1 << (n.bit_length() - 1)
 
 
 class TritonKernels:

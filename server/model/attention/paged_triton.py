@@ -88,6 +88,35 @@ def _write(
 
 
 @_jit()
+def _span(
+    context, t_first, t_last, window, split,
+    WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Position of token 0, and the keys [begin, end) that one split of a tile's context attends to."""
+    shift = context - t_last
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(shift + t_first - window + 1, 0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(shift + t_first + BLOCK_T, context)
+    split_size = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
+    begin += split * split_size
+    return shift, begin, tl.minimum(begin + split_size, end)
+
+
+@_jit()
+def _rows(
+    cache, block_N, n_N, end, kv_head, stride_b, stride_h, stride_n,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """K or V of the keys n_N of one KV head; zero from `end` on."""
+    from_N = cache + block_N * stride_b + kv_head * stride_h + n_N % BLOCK_SIZE * stride_n
+    d_D = tl.arange(0, BLOCK_D)
+    return tl.load(
+        from_N[:, None] + d_D[None, :], mask=(n_N < end)[:, None] & (d_D < DIM)[None, :], other=0.0
+    )
+
+
+@_jit()
 def _scores(q_MD, k_ND, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Logits in base 2, so that the softmax can use exp2."""
     score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale
@@ -95,6 +124,16 @@ def _scores(q_MD, k_ND, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.con
         # tanh(y) = 1 - 2 / (exp(2y) + 1), and exp(2y) = inf gives 1
         score_MN = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score_MN / softcap) + 1.0))
     return score_MN * 1.4426950408889634  # log2(e)
+
+
+@_jit()
+def _soften(score_MN, top_M, sum_M):
+    """Running softmax: exponentials, what the sums so far shrink by, new greatest logit, new sum."""
+    new_top_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
+    base_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)  # a row that has seen no key yet
+    p_MN = tl.exp2(score_MN - base_M[:, None])
+    fade_M = tl.exp2(top_M - base_M)
+    return p_MN, fade_M, new_top_M, sum_M * fade_M + tl.sum(p_MN, axis=1)
 
 
 @_jit("n_seqs", "lse_stride_p", "table_stride")
@@ -105,9 +144,8 @@ def _attend(
     out_stride_p, out_stride_t, lse_stride_p, table_stride,
     RATIO: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile's attention over one split of its context; grid (tiles, kv_heads, splits).
 
@@ -123,64 +161,63 @@ def _attend(
     head_M = kv_head * RATIO + row_M % GROUP
     real_M = (t_M < t_last) & (row_M % GROUP < RATIO)
     d_D, e_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q_MD = tl.load(
-        query + (t_M.to(tl.int64) * query_stride_t + head_M * query_stride_h)[:, None] + d_D[None, :],
-        mask=real_M[:, None] & (d_D < K_DIM)[None, :],
-        other=0.0,
-    )
+    from_M = query + t_M.to(tl.int64) * query_stride_t + head_M * query_stride_h
+    q_MD = tl.load(from_M[:, None] + d_D[None, :], mask=real_M[:, None] & (d_D < K_DIM)[None, :], other=0.0)
 
-    context = tl.load(context_lens + s)
-    shift = context - t_last  # token t stands at position shift + t
-    position_M = shift + t_M
-    end = tl.minimum(shift + t_first + BLOCK_T, context)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(shift + t_first - window + 1, 0) // BLOCK_N * BLOCK_N
-    split_size = tl.cdiv(end - begin, SPLITS * BLOCK_N) * BLOCK_N
-    begin += split * split_size
-    end = tl.minimum(begin + split_size, end)
-
-    # the running softmax: greatest logit, sum of exponentials, weighted sum of values
     top_M = tl.full([BLOCK_T * GROUP], float("-inf"), dtype=tl.float32)
     sum_M = tl.zeros([BLOCK_T * GROUP], dtype=tl.float32)
     if SINKS and split == 0:
-        top_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32) * 1.4426950408889634
+        top_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
         sum_M += 1.0
     sum_ME = tl.zeros([BLOCK_T * GROUP, BLOCK_E], dtype=tl.float32)
+    context = tl.load(context_lens + s)
+    shift, begin, end = _span(context, t_first, t_last, window, split, WINDOW, SPLITS, BLOCK_T, BLOCK_N)
+    position_M = shift + t_M
     for n in range(begin, end, BLOCK_N):
         n_N = n + tl.arange(0, BLOCK_N)
-        block_N = tl.load(block_tables + s * table_stride + n_N // BLOCK_SIZE, mask=n_N < end, other=0).to(
-            tl.int64
+        table_N = block_tables + s * table_stride + n_N // BLOCK_SIZE
+        block_N = tl.load(table_N, mask=n_N < end, other=0).to(tl.int64)
+        k_ND = _rows(
+            k_cache,
+            block_N,
+            n_N,
+            end,
+            kv_head,
+            k_stride_b,
+            k_stride_h,
+            k_stride_n,
+            K_DIM,
+            BLOCK_SIZE,
+            BLOCK_D,
         )
-        k_N = k_cache + block_N * k_stride_b + kv_head * k_stride_h + n_N % BLOCK_SIZE * k_stride_n
-        k_ND = tl.load(
-            k_N[:, None] + d_D[None, :], mask=(n_N < end)[:, None] & (d_D < K_DIM)[None, :], other=0.0
-        )
+        score_MN = _scores(q_MD, k_ND, scale, softcap, SOFTCAP, PRECISION)
         seen_MN = (n_N <= position_M[:, None]) & (n_N < end)[None, :]
         if WINDOW:
             seen_MN &= n_N[None, :] > position_M[:, None] - window
-        score_MN = _scores(q_MD, k_ND, scale, softcap, SOFTCAP, PRECISION)
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
-        base_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)  # a row that has seen no key yet
-        p_MN = tl.exp2(score_MN - base_M[:, None])
-        fade_M = tl.exp2(top_M - base_M)
-        sum_M = sum_M * fade_M + tl.sum(p_MN, axis=1)
-        v_N = v_cache + block_N * v_stride_b + kv_head * v_stride_h + n_N % BLOCK_SIZE * v_stride_n
-        v_NE = tl.load(
-            v_N[:, None] + e_E[None, :], mask=(n_N < end)[:, None] & (e_E < V_DIM)[None, :], other=0.0
+        p_MN, fade_M, top_M, sum_M = _soften(score_MN, top_M, sum_M)
+        v_NE = _rows(
+            v_cache,
+            block_N,
+            n_N,
+            end,
+            kv_head,
+            v_stride_b,
+            v_stride_h,
+            v_stride_n,
+            V_DIM,
+            BLOCK_SIZE,
+            BLOCK_E,
         )
         sum_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, sum_ME * fade_M[:, None], input_precision=PRECISION)
-        top_M = new_top_M
 
     sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # a row that sees nothing in this split: lse = -inf
-    row_at_M = t_M.to(tl.int64) * out_stride_t + head_M * V_DIM
-    to_ME = out + split * out_stride_p + row_at_M[:, None] + e_E[None, :]
+    to_M = out + split * out_stride_p + t_M.to(tl.int64) * out_stride_t + head_M * V_DIM
     out_ME = (sum_ME / sum_M[:, None]).to(out.dtype.element_ty)
-    tl.store(to_ME, out_ME, mask=real_M[:, None] & (e_E < V_DIM)[None, :])
+    tl.store(to_M[:, None] + e_E[None, :], out_ME, mask=real_M[:, None] & (e_E < V_DIM)[None, :])
     if SPLITS > 1:
-        to_M = lse + split * lse_stride_p + t_M * (tl.num_programs(1) * RATIO) + head_M
-        tl.store(to_M, top_M + tl.log2(sum_M), mask=real_M)
+        at_M = lse + split * lse_stride_p + t_M * (tl.num_programs(1) * RATIO) + head_M
+        tl.store(at_M, top_M + tl.log2(sum_M), mask=real_M)
 
 
 @_jit("lse_stride_p")
@@ -229,7 +266,7 @@ class Launch:
             block_s = max(16, _power_of_2(plan.num_seqs))
             tiles = tokens // block_t + plan.num_seqs
         most_splits = min(32, -(-plan.max_context_len // (2 * block_n)))
-        splits = 1 << max(1, min(most_splits, programs // (tiles * kv_heads))).bit_length() - 1  # not above
+        splits = _power_of_2_below(max(1, min(most_splits, programs // (tiles * kv_heads))))
         return cls(
             group, block_t, block_s, tiles, splits, block_n, num_warps=8 if block_t * group > 64 else 4
         )
@@ -242,6 +279,11 @@ _SHAPES = ((256, 128, 64), (512, 64, 32), (1 << 30, 16, 32))
 def _power_of_2(n: int) -> int:
     """The smallest power of two >= n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def _power_of_2_below(n: int) -> int:
+    """The largest power of two <= n, n >= 1."""
+    return 1 << (n.bit_length() - 1)
 
 
 class PagedTritonAttention:

@@ -1,0 +1,142 @@
+"""The whole HTTP face on a fake engine and a real registry; in the test's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from concurrent import futures
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from server.api.app import create_app
+from server.api.face import Face
+from server.base_model import BaseModel
+from server.config import Settings
+from tests.api.fake_engine import FakeEngine
+from tests.registry import adapter_files
+from tests.text import tiny_tokenizer
+
+ADAPTERS = ("sql", "team/json")
+
+
+class Site:
+    """`client` talks to the app in-process; `listen` puts it on a port."""
+
+    def __init__(self, app: FastAPI, engine: FakeEngine, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.engine = engine
+        self.client = client
+        self.failures: list[str] = []
+
+    @property
+    def face(self) -> Face:
+        face: Face = self.app.state.face
+        return face
+
+    def say(self, text: str) -> None:
+        """What the engine answers from now on."""
+        assert self.face.tokenizer is not None
+        self.engine.tokens = self.face.tokenizer.encode(text)
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/completions", json={"model": "base", "prompt": "hello"} | fields)
+
+    async def chat(self, **fields: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": "hello"}]
+        return await self.client.post(
+            "/v1/chat/completions", json={"model": "base", "messages": messages} | fields
+        )
+
+    def digest(self, name: str) -> str:
+        registry = self.face.require_registry()
+        with registry.acquire(name) as lease:
+            return lease.version.digest
+
+    def leases(self) -> int:
+        """How many adapters somebody holds still: deletes them all, and their files go if nobody does."""
+        registry = self.face.require_registry()
+        gone = [retired.gone for name in ADAPTERS for retired in registry.delete(name)]
+        return len(futures.wait(gone, timeout=2).not_done)
+
+
+def model_folder(root: Path, *, tokenizer: bool = True) -> Path:
+    folder = root / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
+    if tokenizer:
+        tiny_tokenizer.write(folder)
+    return folder
+
+
+@asynccontextmanager
+async def open_site(
+    root: Path, engine: FakeEngine | None = None, *, tokenizer: bool = True, wait: bool = True, **fields: Any
+) -> AsyncIterator[Site]:
+    for at, name in enumerate(ADAPTERS):
+        adapter_files.write(root / "adapters" / name, adapter_files.files(seed=at))
+    settings = Settings(
+        model=str(model_folder(root, tokenizer=tokenizer)),
+        served_model_name="base",
+        load_format="dummy",
+        adapters=root / "adapters",
+        data_dir=root / "data",
+        **fields,
+    )
+    engine = engine or FakeEngine()
+    ready = asyncio.Event()
+    failures: list[str] = []
+
+    def on_failed(reason: str) -> None:
+        failures.append(reason)
+        ready.set()
+
+    app = create_app(
+        settings, engine, BaseModel.resolve(settings), on_ready=lambda _: ready.set(), on_failed=on_failed
+    )
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://chorus") as client,
+    ):
+        site = Site(app, engine, client)
+        site.failures = failures
+        if wait:
+            await ready.wait()
+        yield site
+
+
+@asynccontextmanager
+async def listen(app: FastAPI) -> AsyncIterator[str]:
+    """The app (whose lifespan runs already) on a free port; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+    task = asyncio.create_task(server.serve([listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+def events(text: str) -> list[Any]:
+    """The payloads of a stream; checks its frame and its end."""
+    *payloads, end = text.split("\n\n")
+    assert end == ""
+    assert payloads.pop() == "data: [DONE]"
+    assert all(payload.startswith("data: ") for payload in payloads)
+    return [json.loads(payload.removeprefix("data: ")) for payload in payloads]
+
+
+async def eventually(condition: Any) -> None:
+    """Waits until `condition()`; the test's own time limit ends it."""
+    while not condition():
+        await asyncio.sleep(0.005)

@@ -1,0 +1,156 @@
+"""An engine without a model: answers by a script, and keeps books on what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from server.engine.client import EngineStartFailed, State
+from server.engine.messages import (
+    AdapterRef,
+    AdapterResult,
+    EngineInfo,
+    EngineStats,
+    ErrorCode,
+    Logprobs,
+    Request,
+    TokenOutput,
+)
+from server.errors import EngineDied, Unavailable
+from tests.registry import adapter_files
+
+EOS = 1
+VOCABULARY = 310  # a little more than the tokenizer has, as padded models do
+
+
+def engine_info(**fields: object) -> EngineInfo:
+    values = {
+        "pid": 1, "model_type": "llama", "device": "cpu", "dtype": "float32", "vocab_size": VOCABULARY,
+        "max_model_len": 128, "max_num_seqs": 8, "eos_token_ids": (EOS,), "load_seconds": 0.0,
+        "parameters": adapter_files.BASE_PARAMETERS, "weights_bytes": 4 * adapter_files.BASE_PARAMETERS,
+        "block_size": 16, "kv_blocks": 64, "kv_bytes": 1 << 20, "arena_bytes": 1 << 16,
+        "lora_targets": adapter_files.TARGETS,
+    }  # fmt: skip
+    return EngineInfo(**values | fields)  # type: ignore[arg-type]  # fields of many types
+
+
+class FakeEngine:
+    """Gives each request `tokens`, one an output, then the end-of-sequence token.
+
+    `pause_after`: outputs before it waits for `resume`. `error` ends a request after `error_after` outputs.
+    """
+
+    def __init__(self, **info: object) -> None:
+        self.info: EngineInfo | None = None
+        self.state: State = "starting"
+        self.stats: EngineStats | None = None
+        self.last_heartbeat = time.monotonic()
+        self.restarts = 0
+        self.failure: str | None = None
+        self.tokens: list[int] = []
+        self.per_output = 1
+        self.pause_after: int | None = None
+        self.resume = asyncio.Event()
+        self.error: ErrorCode | None = None
+        self.error_after = 0
+        self.load_gate: asyncio.Event | None = None
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.pinned: list[str] = []
+        self._info = engine_info(**info)
+        self._died = asyncio.Event()
+
+    @property
+    def healthy(self) -> bool:
+        return self.state == "ready"
+
+    async def start(self) -> None:
+        pass
+
+    async def wait_ready(self) -> None:
+        if self.load_gate is not None:
+            await self.load_gate.wait()
+        if self.failure is not None:
+            self.state = "failed"
+            raise EngineStartFailed(self.failure)
+        self.info, self.state = self._info, "ready"
+
+    async def stop(self) -> None:
+        self.state = "stopped"
+
+    def die(self) -> None:
+        self.state = "restarting"
+        self._died.set()
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
+        if self.state != "ready":
+            raise Unavailable("The engine is restarting.")
+        self.requests.append(request)
+        assert request.request_id not in self.running
+        self.running.add(request.request_id)
+        ended = False
+        try:
+            for at, output in enumerate(self._outputs(request)):
+                if self.pause_after is not None and at >= self.pause_after:
+                    await self._wait()
+                await asyncio.sleep(0)
+                ended = output.finish_reason is not None
+                yield output
+                if ended:
+                    return
+        finally:
+            self.running.discard(request.request_id)
+            if not ended:
+                self.aborted.append(request.request_id)
+
+    async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
+        assert (Path(ref.path) / "adapter_model.safetensors").is_file()
+        if pin:
+            self.pinned.append(ref.digest)
+        return AdapterResult(0, "arena", milliseconds=1.0)
+
+    async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult:
+        return AdapterResult(0, "disk")
+
+    async def _wait(self) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.resume, self._died)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._died.is_set():
+            raise EngineDied("The engine ended while it worked on this request.")
+
+    def _outputs(self, request: Request) -> list[TokenOutput]:
+        sampling = request.sampling
+        tokens = [*self.tokens, EOS]
+        if sampling.ignore_eos:
+            tokens = (self.tokens or [5]) * sampling.max_tokens
+        tokens = tokens[: sampling.max_tokens]
+        made = []
+        for at in range(0, len(tokens), self.per_output):
+            ids = tokens[at : at + self.per_output]
+            stop = EOS if ids[-1] == EOS and not sampling.ignore_eos else None
+            last = at + self.per_output >= len(tokens)
+            logprobs = None
+            if sampling.logprobs is not None:
+                top = [(token, -0.5) for token in range(2, 2 + sampling.logprobs)]
+                logprobs = [Logprobs(token_id, -0.25, top) for token_id in ids]
+            made.append(
+                TokenOutput(
+                    request.request_id,
+                    ids,
+                    finish_reason=("stop" if stop else "length") if last else None,
+                    stop_token=stop,
+                    cached_tokens=min(3, len(request.prompt_token_ids)) if at == 0 else 0,
+                    logprobs=logprobs,
+                )
+            )
+        if self.error is not None:
+            failed = TokenOutput(request.request_id, [], finish_reason="error", error=self.error, message="")
+            made[self.error_after :] = [failed]
+        return made

@@ -1,0 +1,136 @@
+"""`/v1/models`, `/tokenize`, `/detokenize`, probes and `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.engine.messages import EngineStats
+from tests.api.face_site import ADAPTERS, Site, eventually, open_site
+from tests.api.fake_engine import FakeEngine
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with open_site(tmp_path) as site:
+        yield site
+
+
+def stats(**fields: object) -> EngineStats:
+    values: dict[str, object] = dict.fromkeys(EngineStats.__struct_fields__, 0)
+    return EngineStats(**values | {"resident": (), "waiting_digests": ()} | fields)  # type: ignore[arg-type]  # many types
+
+
+async def test_models(site: Site) -> None:
+    listed = (await site.client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["base", *ADAPTERS]
+    base, sql = listed["data"][:2]
+    assert (base["parent"], base["max_model_len"], base["adapter_version"]) == (None, 128, None)
+    assert (sql["parent"], sql["adapter_version"]) == ("base", site.digest("sql"))
+    assert "/tmp" not in sql["root"]
+    assert (await site.client.get("/v1/models/base")).json() == base
+    assert (await site.client.get("/v1/models/team/json")).json() == listed["data"][2]
+    assert (await site.client.get("/v1/models/sql@1")).json() == sql | {"id": "sql@1"}
+    missing = await site.client.get("/v1/models/nobody")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_tokenize_and_back(site: Site) -> None:
+    answer = (await site.client.post("/tokenize", json={"prompt": "hello", "return_token_strs": True})).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    text = (await site.client.post("/detokenize", json={"tokens": answer["tokens"]})).json()
+    assert text == {"prompt": "hello"}
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    assert (await site.client.post("/tokenize", json=chat)).json()["tokens"][0] == 0
+    for path, body, param in [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", **chat}, "prompt"),
+        ("/detokenize", {"tokens": [10**6]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ]:
+        refused = await site.client.post(path, json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+
+
+async def test_before_and_after_the_engine_is_ready(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.load_gate = asyncio.Event()
+    async with open_site(tmp_path, engine, wait=False) as site:
+        assert (await site.client.get("/health/live")).status_code == 200
+        for path in ("/health", "/health/ready"):
+            response = await site.client.get(path)
+            assert (response.status_code, response.json()) == (503, {"status": "starting"})
+        for response in (await site.complete(), await site.client.get("/v1/adapters")):
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+        assert (await site.client.get("/v1/models")).status_code == 503
+        assert (await site.client.get("/metrics")).status_code == 200
+        engine.load_gate.set()
+        await eventually(lambda: site.face.ready)
+        assert (await site.client.get("/health")).status_code == 200
+        assert (await site.client.get("/v1/adapters")).status_code == 200
+
+
+async def test_silence_makes_it_not_ready_then_not_live(site: Site) -> None:
+    site.engine.last_heartbeat = time.monotonic() - 61
+    assert (await site.client.get("/health/ready")).json() == {"status": "unresponsive"}
+    assert (await site.client.get("/health/live")).status_code == 200
+    site.engine.last_heartbeat = time.monotonic() - 200
+    assert (await site.client.get("/health/live")).status_code == 503
+
+
+async def test_engine_that_cannot_start(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.failure = "qwen3_next is not supported"
+    async with open_site(tmp_path, engine) as site:
+        assert site.failures == ["qwen3_next is not supported"]
+        assert (await site.client.get("/health/live")).status_code == 503
+
+
+async def test_pinned_adapters_come_back(tmp_path: Path) -> None:
+    async with open_site(tmp_path / "a") as site:
+        site.face.require_registry().set_pinned("sql", True)
+        await site.face.restore_pins()
+        assert site.engine.pinned == [site.digest("sql")]
+
+
+async def test_metrics(site: Site) -> None:
+    site.say("the quick brown fox")
+    await site.complete(model="team/json")
+    await site.complete(n=0)
+    digest = site.digest("team/json")
+    site.engine.stats = stats(
+        running=3, waiting=2, kv_blocks_total=64, kv_blocks_free=16, kv_blocks_cached=16,
+        resident=(digest, "f" * 64), waiting_digests=(digest,), preemptions=4,
+    )  # fmt: skip
+    text = (await site.client.get("/metrics")).text
+    lines = text.splitlines()
+    for line in (
+        "vllm:num_requests_running 3.0",
+        "vllm:num_requests_waiting 2.0",
+        "vllm:kv_cache_usage_perc 0.5",
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="64"} 1.0',
+        'chorus_requests_total{outcome="completed"} 1.0',
+        'chorus_requests_total{outcome="rejected"} 1.0',
+        "chorus_preemptions_total 4.0",
+        "chorus_engine_ready 1.0",
+        "chorus_time_to_first_token_seconds_count 1.0",
+    ):
+        assert line in lines
+    (adapters,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
+    assert f'running_lora_adapters="{"f" * 12},team/json",waiting_lora_adapters="team/json"' in adapters
+    assert abs(float(adapters.rsplit(" ", 1)[1]) - time.time()) < 60
+
+
+async def test_metrics_stay_flat(site: Site) -> None:
+    size = len((await site.client.get("/metrics")).text.splitlines())
+    for at in range(50):
+        await site.complete(model=f"nobody-{at}")
+    assert len((await site.client.get("/metrics")).text.splitlines()) == size

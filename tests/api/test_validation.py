@@ -1,0 +1,275 @@
+"""Requests that cannot be served as asked: each refused with the name of the field."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api import schemas
+from server.errors import InvalidRequest
+from tests.api.face_site import Site, open_site
+from tests.api.fake_engine import VOCABULARY, FakeEngine
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with open_site(tmp_path) as site:
+        site.say("the quick brown fox")
+        yield site
+
+
+def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"n": 10**6}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": True}, "n"),
+    ({"n": 128, "prompt": ["a", "b", "c"]}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"min_tokens": 20}, "min_tokens"),
+    ({"logprobs": VOCABULARY}, "logprobs"),
+    ({"logprobs": 1, "echo": True}, "logprobs"),
+    ({"prompt": ["a"] * 10**4}, "prompt"),
+    ({"prompt": [[5]] * 257}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [5, -1]}, "prompt"),
+    ({"prompt": [5, VOCABULARY]}, "prompt"),
+    ({"prompt": [5, "a"]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"stop": ["x"] * 10**4}, "stop"),
+    ({"stop": ["x" * 2000]}, "stop[0]"),
+    ({"stop": [""]}, "stop[0]"),
+    ({"stop": 5}, "stop"),
+    ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids"),
+    ({"logit_bias": {str(i): 0 for i in range(10**4)}}, "logit_bias"),
+    ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 1e9}}, "logit_bias.5"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"temperature": 1e308}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"seed": 2**64}, "seed"),
+    ({"priority": 1}, "priority"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
+    ({"best_of": 3}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"no_such_field": None}, "no_such_field"),
+    ({"model": None}, "model"),
+    ({"adapter_scale": 1}, "adapter_scale"),
+    ({"adapter_scale": float("inf"), "adapter": "sql"}, "adapter_scale"),
+    ({"model": "sql", "adapter": "team/json"}, "adapter"),
+    ({"model": "sql", "adapters": [{"name": "team/json"}]}, "adapters"),
+    ({"adapters": [{"name": "sql"}, {"name": "sql"}]}, "adapters"),
+    ({"adapters": [{"name": "sql", "weight": float("nan")}]}, "adapters[0].weight"),
+    ({"adapters": [{"name": "sql"}] * 17}, "adapters"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD, ids=lambda value: str(value)[:40])
+async def test_bad_fields(site: Site, fields: dict[str, Any], param: str) -> None:
+    body = json.dumps({"model": "base", "prompt": "hello"} | fields)
+    error = error_of(await site.client.post("/v1/completions", content=body))
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert site.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"functions": [{}]}, "functions"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+async def test_bad_chats(site: Site, fields: dict[str, Any], param: str) -> None:
+    assert error_of(await site.chat(**fields))["param"] == param
+
+
+async def test_what_asks_for_nothing_is_accepted(site: Site) -> None:
+    harmless = {
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "tools": None,
+        "response_format": {"type": "text"}, "temperature": None, "stop": None, "logit_bias": None, "n": None,
+    }  # fmt: skip
+    earlier = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}
+    messages = [{"role": "developer", "content": [{"type": "text", "text": "be kind"}]}, earlier]
+    assert (await site.chat(**harmless, messages=messages)).status_code == 200
+    assert (await site.complete(best_of=2, n=2, suffix=None)).status_code == 200
+
+
+async def test_sampling_reaches_the_engine(site: Site) -> None:
+    await site.complete(temperature=0, top_k=-1, top_p=0.5, logit_bias={"7": -100}, seed=3, ignore_eos=True)
+    sampling = site.engine.requests[0].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0, 0, 0.5)
+    assert (sampling.logit_bias, sampling.seed, sampling.ignore_eos) == ({7: -100}, 3, True)
+    await site.complete()
+    assert site.engine.requests[1].sampling.temperature == 1.0
+
+
+async def test_context_is_stated(site: Site) -> None:
+    error = error_of(await site.complete(prompt=[5] * 20, max_tokens=109))
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
+    assert "128" in error["message"]
+    assert "20" in error["message"]
+    assert error_of(await site.complete(prompt=[5] * 128))["param"] == "prompt"
+    assert (await site.complete(prompt=[5] * 120)).status_code == 200  # omitted: what fits
+
+
+async def test_what_can_never_fit(tmp_path: Path) -> None:
+    async with open_site(tmp_path, FakeEngine(kv_blocks=2)) as site:
+        site.engine.tokens = [7] * 100
+        error = error_of(await site.complete(prompt=[5] * 20, max_tokens=20))
+        assert error["code"] == "never_fits"
+        assert "never fit" in error["message"]
+        assert error_of(await site.complete(prompt=[5] * 40))["code"] == "never_fits"
+        answer = (await site.chat(messages=[{"role": "user", "content": "h"}])).json()
+        assert answer["usage"]["total_tokens"] == 32
+
+
+@pytest.mark.parametrize("name", ["nobody", "../x", "a\0b", "x" * 10_000, "sql@99", "sql@", "Team/json"])
+async def test_unknown_model(site: Site, name: str) -> None:
+    error = error_of(await site.complete(model=name), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert len(error["message"]) < 300
+    assert error_of(await site.complete(adapter=name), 404)["param"] == "adapter"
+    listed = error_of(await site.complete(adapters=[{"name": "sql"}, {"name": name}]), 404)
+    assert listed["param"] == "adapters[1].name"
+    assert site.leases() == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[1]", b"null", b'{"prompt": "\xff"}', b'{"model": "base", "prompt": ' + b"[" * 10**5,
+        b"[" * 10**6, b'{"model":"base","prompt":"x","n":' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+async def test_bodies_that_are_not_json_objects(site: Site, body: bytes) -> None:
+    error_of(await site.client.post("/v1/completions", content=body))
+
+
+async def test_body_over_the_limit(tmp_path: Path) -> None:
+    async with open_site(tmp_path, max_request_bytes=100_000) as site:
+        read = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal read
+            for _ in range(2_000):
+                read += 100_000
+                yield b"[" * 100_000
+
+        error = error_of(await site.client.post("/v1/completions", content=endless()), 413)
+        assert error["code"] == "too_large"
+        assert read <= 300_000
+        announced = await site.client.post("/v1/completions", content=b"x" * 100_001)
+        error_of(announced, 413)
+
+
+_N = 4 * 2**20
+LARGE = {
+    "nested lists": (b'{"model":"base","prompt":[' + b"[]," * (_N // 3) + b"[]]}", "prompt"),
+    "strings": (b'{"model":"base","prompt":[' + b'"",' * (_N // 3) + b'""]}', "prompt"),
+    "one string then lists": (b'{"model":"base","prompt":["",' + b"[]," * (_N // 3) + b"[]]}", "prompt"),
+    "numbers": (b'{"model":"base","prompt":[' + b"1," * (_N // 2) + b"1]}", "prompt"),
+    "objects": (b'{"model":"base","prompt":[' + b"{}," * (_N // 3) + b"{}]}", "prompt"),
+    "messages": (b'{"model":"base","messages":[' + b"{}," * (_N // 3) + b"{}]}", "messages"),
+    "keys": (b"{" + b",".join(b'"%d":1' % i for i in range(_N // 10)) + b"}", None),
+    "stops": (b'{"prompt":"x","stop":[' + b'"",' * (_N // 3) + b'""]}', None),
+    "twice": (b'{"prompt":[' + b"[]," * (_N // 3) + b'[]],"prompt":"x"}', None),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_bodies_are_refused_before_they_become_objects(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(_: bytes) -> None:
+        raise AssertionError("the body reached the parser")
+
+    monkeypatch.setattr(schemas.pydantic_core, "from_json", parsed)
+    body, param = LARGE[name]
+    with pytest.raises(InvalidRequest) as caught:
+        schemas.parse(schemas.CompletionRequest, body, longest=4096)
+    assert caught.value.param == param
+
+
+async def test_large_prompt_leaves_the_loop_alone(site: Site) -> None:
+    """A text that takes long to tokenise, while a ticker runs in the same loop."""
+    text = "the quick brown fox " * 40_000
+    began = time.monotonic()
+    request = asyncio.create_task(site.complete(prompt=text))
+    ticks = 0
+    while not request.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    took = time.monotonic() - began
+    assert error_of(await request)["code"] == "context_length_exceeded"
+    assert ticks > 3, f"{ticks} turns of the loop in {took:.1f} s"
+
+
+async def test_errors_of_routing(site: Site) -> None:
+    assert error_of(await site.client.get("/v1/nothing"), 404)["code"] == "not_found"
+    wrong = await site.client.get("/v1/completions")
+    error_of(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
+    error_of(await site.client.post("//v1/completions", json={}), 404)
+
+
+async def test_unexpected_errors_say_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(type(site.face), "require_engine", broken)
+    error = error_of(await site.complete(), 500)
+    assert error["code"] == "internal_error"
+    assert "secret" not in error["message"]
+
+
+async def test_request_ids(site: Site) -> None:
+    kept = await site.client.get("/health", headers={"x-request-id": "abc-1.2:3"})
+    assert kept.headers["x-request-id"] == "abc-1.2:3"
+    for strange in ("a b", "x" * 200, "é".encode()):
+        made = await site.client.get("/health", headers={"x-request-id": strange})
+        assert len(made.headers["x-request-id"]) == 32

@@ -1,0 +1,61 @@
+"""The options of the server. A new one is a decision: add it here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from server.config import Settings, parse_bytes, user_data_dir
+
+OPTIONS = [
+    "model", "revision", "served_model_name", "tokenizer", "load_format", "dtype", "device", "threads", "seed",
+    "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "max_unpacked_bytes",
+    "max_header_bytes", "max_adapter_tensors",
+    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
+    "host_cache_bytes", "prefix_caching",
+    "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
+]  # fmt: skip
+
+
+def test_the_list_of_options() -> None:
+    assert list(Settings.model_fields) == OPTIONS
+
+
+def test_each_option_says_what_it_is() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        unit = {"bytes": "bytes", "s": "seconds"}.get(name.rsplit("_", 1)[-1])
+        assert unit is None or unit in field.description, name
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 * 2**20), ("2GB", 2 * 10**9), ("1.5g", 1_500_000_000), (" 7 ", 7), (7, 7)],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "5i", "-1", "1e3", "5 mb x"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_environment_and_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHORUS_KV_CACHE_BYTES", "1GiB")
+    monkeypatch.setenv("CHORUS_PORT", "1234")
+    settings = Settings(model="m", port=99)
+    assert (settings.kv_cache_bytes, settings.port) == (2**30, 99)
+    with pytest.raises(pydantic.ValidationError):
+        Settings(model="m", no_such_option=1)  # type: ignore[call-arg]  # the point of the test
+
+
+def test_user_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert user_data_dir() == tmp_path
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_data_dir() == tmp_path / ".local" / "share"
