@@ -29,7 +29,9 @@ from server.engine.messages import (
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.sequence import Sequence
 from server.lora.arena import Arena
+from server.lora.kernels.interface import LoraKernels
 from server.lora.residency import Residency
+from server.model.attention.interface import AttentionBackend
 from server.model.batch import build_batch
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemoryPlan, default_token_budget, plan_memory
@@ -42,13 +44,24 @@ _COPY_POLL_MS = 2  # how soon to look again when all that waits, waits for an ad
 
 
 class Engine:
-    """One base model, its adapters and its sequences. One thread calls it."""
+    """One base model, its adapters and its sequences. One thread calls it.
 
-    def __init__(self, settings: Settings, loaded: LoadedModel, memory: MemoryPlan) -> None:
+    `kernels` are chosen by device when None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        memory: MemoryPlan,
+        kernels: tuple[AttentionBackend, LoraKernels] | None = None,
+    ) -> None:
         self._eos_token_ids = loaded.eos_token_ids
         self._device = loaded.device
         self._block_size = settings.block_size
-        self._runner = Runner(loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size)
+        self._runner = Runner(
+            loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size, kernels=kernels
+        )
         self._arena = Arena(memory.arena_bytes, len(self._runner.targets), loaded.dtype, loaded.device)
         self._residency = Residency(
             self._arena,

@@ -118,7 +118,7 @@ async def listen(app: FastAPI) -> AsyncIterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     task = asyncio.create_task(server.serve([listener]))
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
         await asyncio.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -138,5 +138,5 @@ def events(text: str) -> list[Any]:
 
 async def eventually(condition: Any) -> None:
     """Waits until `condition()`; the test's own time limit ends it."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110 (any condition)
         await asyncio.sleep(0.005)

@@ -49,17 +49,20 @@ def test_sigterm_under_load(tmp_path: Path) -> None:
 
 
 def test_while_it_drains_it_is_not_ready_and_a_second_signal_ends_it(tmp_path: Path) -> None:
-    with process(tmp_path, "600") as served, httpx.Client(base_url=url_of(served)) as client:
-        with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream:
-            next(stream.iter_lines())
-            served.send_signal(signal.SIGTERM)
-            while client.get("/health/ready").status_code == 200:
-                pass
-            assert client.get("/health/live").status_code == 200
-            refused = client.post("/v1/completions", json=BODY)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-            served.send_signal(signal.SIGTERM)
-            served.wait(20)
+    with (
+        process(tmp_path, "600") as served,
+        httpx.Client(base_url=url_of(served)) as client,
+        client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream,
+    ):
+        next(stream.iter_lines())
+        served.send_signal(signal.SIGTERM)
+        while client.get("/health/ready").status_code == 200:
+            pass
+        assert client.get("/health/live").status_code == 200
+        refused = client.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        served.send_signal(signal.SIGTERM)
+        served.wait(20)
 
 
 def test_idle_server_ends_with_0(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from server.engine.messages import AdapterRef, Request, SamplingParams, TokenOut
 MiB = 2**20
 
 
-def make_engine(model: Path, **overrides: object) -> Engine:
-    """A small engine on one CPU thread, in float32."""
+def settings_for(model: Path, **overrides: object) -> Settings:
+    """One CPU thread, float32, little memory."""
     options: dict[str, object] = {
         "model": str(model),
         "dtype": "float32",
@@ -24,7 +24,11 @@ def make_engine(model: Path, **overrides: object) -> Engine:
         "arena_bytes": 2 * MiB,
         "host_cache_bytes": 16 * MiB,
     }
-    return create_engine(Settings.model_validate(options | overrides))
+    return Settings.model_validate(options | overrides)
+
+
+def make_engine(model: Path, **overrides: object) -> Engine:
+    return create_engine(settings_for(model, **overrides))
 
 
 def adapter_ref(folder: Path, weight: float = 1.0) -> AdapterRef:

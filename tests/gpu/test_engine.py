@@ -1,0 +1,35 @@
+"""The engine on CUDA gives the tokens that transformers + PEFT give on the CPU (greedy, float32)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.harness import adapter_ref, assert_at_rest, greedy, make_engine, run, tokens_of
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, targets_of
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral", "gpt_oss"])
+def test_mixed_batch(architecture: str, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build(architecture, tmp_path / "model")
+    targets = targets_of(architecture)
+    adapters = [
+        add_adapter(model, tmp_path / f"a{i}", seed=i, rank=rank, target_modules=targets)
+        for i, rank in enumerate((3, 8, 16))
+    ]
+    rng = random.Random(5)
+    jobs = [
+        Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens=8)
+        for length, adapter in zip((1, 30, 7, 18, 40), [None, *adapters, adapters[0]], strict=True)
+    ]
+    engine = make_engine(model, device="cuda", max_num_batched_tokens=24, arena_bytes=2**20)
+    for i, job in enumerate(jobs):
+        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
+    outputs = run(engine)
+    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert_at_rest(engine)
+    engine.close()
