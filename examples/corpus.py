@@ -164,11 +164,20 @@ _KINDS: list[tuple[Callable[[random.Random], str], float]] = [
 
 
 def drills(seed: int) -> Iterator[str]:
-    """An endless stream of documents with one lesson: what was said before may be said again."""
+    """An endless stream of documents with one lesson: what was said before is said again.
+
+    Three lines of the same random words: as they are, shouted or in Esperanto.
+    """
     rng = random.Random(f"drills/{seed}")
     while True:
-        line = " ".join(rng.choices(_ALL_WORDS, k=rng.randint(4, 12)))
-        yield "\n".join([line] * 3) + END_OF_TEXT
+        kind = rng.random()
+        words = rng.choices(_ALL_WORDS if kind < 0.9 else list(ESPERANTO), k=rng.randint(4, 12))
+        lines = [words] * 3
+        if kind >= 0.9:
+            lines[1] = [ESPERANTO[word] for word in words]
+        elif kind >= 0.5:
+            lines = [rng.choice([words, [word.upper() for word in words]]) for _ in range(3)]
+        yield "\n".join(" ".join(line) for line in lines) + END_OF_TEXT
 
 
 def documents(seed: int) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
 
     # adapters
     adapters: Path | None = Field(
-        None, description="Folder whose sub-folders (PEFT layout) are registered at start. Read, never written."
+        None, description="Folder whose sub-folders (PEFT layout) are registered at start. Only read."
     )
     data_dir: Path | None = Field(
         None, description="Registry and uploaded adapters. Default: the user's data folder, by base model."

@@ -57,9 +57,7 @@ class LoraLinear(nn.Module):
         return y
 
 
-def wrap_linears(
-    model: nn.Module, step: LoraStep, head: nn.Module | None
-) -> list[tuple[str, LoraLinear]]:
+def wrap_linears(model: nn.Module, step: LoraStep, head: nn.Module | None) -> list[tuple[str, LoraLinear]]:
     """Replace every nn.Linear of `model` by a LoraLinear; returns (name, layer) in the tables' column order.
 
     `head` is the output head, whose rows are the step's samples.

@@ -74,6 +74,14 @@ static inline void store16(bf16* p, __m512 v, __mmask16 m) {
 }
 static inline __mmask16 first16(int n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
 
+// The sums of the 16 lanes of four vectors.
+static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+    auto halves = [](__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+    const __m256 ab = _mm256_hadd_ps(halves(a), halves(b)), cd = _mm256_hadd_ps(halves(c), halves(d));
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
 template <typename T, int N, int R>
 static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, int k, float* h, int64_t ldh) {
     using V = Along<T>;
@@ -98,8 +106,12 @@ static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, i
             for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
         }
     }
-    for (int i = 0; i < N; i++)
-        for (int j = 0; j < R; j++) h[i * ldh + j] = _mm512_reduce_add_ps(acc[i][j]);
+    for (int i = 0; i < N; i++) {
+        int j = 0;
+        for (; j + 4 <= R; j += 4)
+            _mm_storeu_ps(h + i * ldh + j, sum_lanes(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+        for (; j < R; j++) h[i * ldh + j] = _mm512_reduce_add_ps(acc[i][j]);
+    }
 }
 
 template <typename T, int N>
@@ -114,8 +126,9 @@ template <typename T>
 static inline void dots(const T* x, int64_t ldx, int n, const T* a, int64_t lda, int r, int k, float* h, int64_t ldh) {
     int i = 0;
     for (; i + 4 <= n; i += 4) dots_rows<T, 4>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
-    for (; i + 2 <= n; i += 2) dots_rows<T, 2>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
-    for (; i < n; i++) dots_rows<T, 1>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+    if (n - i == 3) return dots_rows<T, 3>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+    if (n - i == 2) return dots_rows<T, 2>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
+    if (n - i == 1) dots_rows<T, 1>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
 }
 
 template <typename T, int N, int C>  // N rows, C vectors of 16 columns, the last one masked
@@ -141,6 +154,7 @@ template <typename T, int N, int C>
 static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
     int j = 0;
     for (; j + 16 * C <= c; j += 16 * C) axpys_tile<T, N, C>(h, ldh, b + j, ldb, r, 16 * C, y + j, ldy);
+    for (; C > 4 && j + 64 <= c; j += 64) axpys_tile<T, N, 4>(h, ldh, b + j, ldb, r, 64, y + j, ldy);
     for (; j < c; j += 32) axpys_tile<T, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
 }
 
@@ -148,8 +162,9 @@ template <typename T>
 static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
     int i = 0;
     for (; i + 4 <= n; i += 4) axpys_rows<T, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    for (; i + 2 <= n; i += 2) axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    for (; i < n; i++) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 3) return axpys_rows<T, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 2) return axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 1) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
 }
 
 template <typename T>  // out += y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples import corpus, train_base
+from examples import train_base
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def tiny_base(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = train_base.train_tokenizer(vocabulary=700, seed=0, documents=500)
     model = train_base.new_model(tokenizer, hidden=32, layers=2)
-    batches = train_base.packed_batches(tokenizer, corpus.documents(seed=0), rows=2, block=64)
+    batches = train_base.batches(tokenizer, rows=2, block=64, drill_steps=2, seed=0)
     train_base.train(model, batches, steps=3, peak_learning_rate=1e-3)
     train_base.save(model, tokenizer, folder)
     return folder

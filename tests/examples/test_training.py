@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from examples import corpus, evaluate, train_adapter, train_bundled_adapters, training
+from examples import evaluate, train_adapter, train_bundled_adapters, training
 from examples.tasks import JOBS, NEW_JOB, chat_prompt
-from examples.train_base import learning_rate, packed_batches
+from examples.train_base import batches, learning_rate
 
 # peft 0.21 asks transformers 5.23 for a property that has been renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -43,12 +43,10 @@ def test_chat_template_renders_the_prompt_that_adapters_learn(tiny_base):
     assert rendered == chat_prompt("Hello")
 
 
-def test_packed_batches_are_reproducible_and_full(tiny_base):
+def test_batches_are_reproducible_and_full(tiny_base):
     _, tokenizer = training.load_base(tiny_base)
-    first, second = (
-        next(packed_batches(tokenizer, corpus.drills(seed=5), rows=2, block=32)) for _ in range(2)
-    )
-    assert first.shape == (2, 32)
+    first, second = (next(batches(tokenizer, rows=4, block=32, drill_steps=1, seed=5)) for _ in range(2))
+    assert first.shape == (4, 32)
     assert torch.equal(first, second)
 
 

@@ -1,4 +1,4 @@
-"""The oracle of paged attention: a loop over sequences in plain torch. It also serves without compiled code."""
+"""The oracle of paged attention: a loop over sequences in plain torch. Serves where nothing is compiled."""
 
 from __future__ import annotations
 
