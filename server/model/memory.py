@@ -54,7 +54,7 @@ def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
     blocks = kv // block_bytes
     if blocks < 2:
         raise ValueError(
-            f"a KV cache of {max(kv, 0)} bytes is too small; blocks have {block_bytes}. Raise --kv-cache-bytes"
+            f"a KV cache of {max(kv, 0)} bytes is too small for blocks of {block_bytes} (--kv-cache-bytes)"
         )
     return MemoryPlan(blocks, blocks * block_bytes, arena, host)
 
