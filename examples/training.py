@@ -149,5 +149,6 @@ def exact_match(
 def save_adapter(model: PeftModel, out: Path, base_path: Path, card: str) -> None:
     """Plain PEFT layout and our own card; the base is named by its folder, never by this machine's path."""
     model.peft_config["default"].base_model_name_or_path = f"models/{base_path.name}"
-    model.save_pretrained(out)
+    # the embeddings never change here; PEFT's own check of that would ask the hub about the base
+    model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").write_text(card, encoding="utf-8")

@@ -64,10 +64,15 @@ class Sampler:
             greedy_N = scores_NV.argmax(dim=-1)
         drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
         token_ids = greedy_N.tolist()
-        if drawn:
-            picked = scores_NV if len(drawn) == len(rows) else scores_NV[drawn]
-            for n, token in zip(drawn, self._draw(picked, [rows[n] for n in drawn]).tolist(), strict=True):
-                token_ids[n] = token
+        # The two ways give a row different tokens, so which one it takes must not depend on its neighbours.
+        for draw, group in (
+            (_draw, [n for n in drawn if not _cuts(rows[n].params)]),
+            (_draw_cut, [n for n in drawn if _cuts(rows[n].params)]),
+        ):
+            if group:
+                picked_NV = scores_NV if len(group) == len(rows) else scores_NV[group]
+                for n, token in zip(group, draw(picked_NV, [rows[n] for n in group]).tolist(), strict=True):
+                    token_ids[n] = token
         logprobs = [
             self._logprobs(raw_NV[n], token_ids[n], row.params.logprobs)
             if row.params.logprobs is not None and finite[n]
@@ -86,40 +91,49 @@ class Sampler:
             _adjust_row(scores_NV[n], rows[n])
         return scores_NV
 
-    def _draw(self, scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
-        """One token id for each row, from softmax(scores / temperature) cut by top-k, top-p and min-p."""
-        device = scores_NV.device
-
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
-        temperature_N1 = column([row.params.temperature for row in rows]).float()
-        u_N1 = column([uniform(row.seed, row.position) for row in rows])
-        # The largest score becomes 0 before the division, so that a tiny temperature cannot overflow.
-        scaled_NV = (scores_NV - scores_NV.amax(dim=-1, keepdim=True)) / temperature_N1
-        if not any(_cuts(row.params) for row in rows):
-            return _invert(scaled_NV.softmax(dim=-1), u_N1)
-        probs_NV, ids_NV = scaled_NV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        vocabulary = probs_NV.shape[1]
-        top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
-        rank_V = torch.arange(vocabulary, device=device)
-        keep_NV = rank_V < torch.tensor(top_k, device=device)[:, None]
-        kept_NV = probs_NV * keep_NV
-        kept_NV = kept_NV / kept_NV.sum(dim=-1, keepdim=True)
-        # Nucleus (Holtzman et al. 2019): a token stays while the mass before it is below top_p.
-        before_NV = kept_NV.double().cumsum(dim=-1) - kept_NV
-        keep_NV &= before_NV < column([row.params.top_p for row in rows])
-        keep_NV &= probs_NV >= probs_NV[:, :1] * column([row.params.min_p for row in rows])
-        keep_NV[:, 0] = True
-        chosen_N1 = _invert(probs_NV * keep_NV, u_N1)[:, None]
-        return ids_NV.gather(1, chosen_N1)[:, 0]
-
     @staticmethod
     def _logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> Logprobs:
         logprobs_V = raw_V.log_softmax(dim=-1)
         values, ids = logprobs_V.topk(min(count, raw_V.numel()))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return Logprobs(token_id, float(logprobs_V[token_id]), top)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _softmax(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+    """softmax(scores / temperature): [N, V]."""
+    temperature_N1 = _column([row.params.temperature for row in rows], scores_NV.device).float()
+    # The largest score becomes 0 before the division, so that a tiny temperature cannot overflow.
+    return ((scores_NV - scores_NV.amax(dim=-1, keepdim=True)) / temperature_N1).softmax(dim=-1)
+
+
+def _uniforms(rows: Seq[SampleRow], device: torch.device) -> torch.Tensor:
+    return _column([uniform(row.seed, row.position) for row in rows], device)
+
+
+def _draw(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+    """One token id for each row, from the whole distribution: [N]."""
+    return _invert(_softmax(scores_NV, rows), _uniforms(rows, scores_NV.device))
+
+
+def _draw_cut(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+    """One token id for each row, from the distribution cut by top-k, top-p and min-p: [N]."""
+    device, vocabulary = scores_NV.device, scores_NV.shape[1]
+    probs_NV, ids_NV = _softmax(scores_NV, rows).sort(dim=-1, descending=True, stable=True)
+    top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
+    keep_NV = torch.arange(vocabulary, device=device) < _column([float(k) for k in top_k], device)
+    kept_NV = probs_NV * keep_NV
+    kept_NV = kept_NV / kept_NV.sum(dim=-1, keepdim=True)
+    # Nucleus (Holtzman et al. 2019): a token stays while the mass before it is below top_p.
+    before_NV = kept_NV.double().cumsum(dim=-1) - kept_NV
+    keep_NV &= before_NV < _column([row.params.top_p for row in rows], device)
+    keep_NV &= probs_NV >= probs_NV[:, :1] * _column([row.params.min_p for row in rows], device)
+    keep_NV[:, 0] = True
+    chosen_N1 = _invert(probs_NV * keep_NV, _uniforms(rows, device))[:, None]
+    return ids_NV.gather(1, chosen_N1)[:, 0]
 
 
 def _invert(weights_NV: torch.Tensor, u_N1: torch.Tensor) -> torch.Tensor:

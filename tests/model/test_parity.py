@@ -68,6 +68,20 @@ def test_mixed_batches_equal_transformers_and_peft(model_and_jobs: tuple[Path, l
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's advice on merging
+def test_an_adapter_on_a_tied_output_head(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "model", tie_word_embeddings=True)
+    adapter = add_adapter(model, tmp_path / "a", seed=1, rank=4, target_modules=["lm_head", "o_proj"])
+    rng = random.Random(1)
+    jobs = [Job([rng.randrange(3, VOCAB) for _ in range(9)], who, 8) for who in (adapter, None, adapter)]
+    engine = make_engine(model, max_num_batched_tokens=16)
+    for i, job in enumerate(jobs):
+        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
+    outputs = run(engine)
+    engine.close()
+    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled")
 def test_the_triton_kernels_serve_the_same_tokens(tmp_path: Path) -> None:
     """The whole engine on the CUDA kernels, in Triton's interpreter."""

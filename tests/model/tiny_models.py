@@ -77,7 +77,7 @@ def add_adapter(model_folder: Path, out: Path, *, seed: int, rank: int, **option
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.15)
-    peft.save_pretrained(out)
+    peft.save_pretrained(out, save_embedding_layers=False)
     return out
 
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.model.loader import LoadedModel, load
+from server.model.memory import kv_bytes_per_token, plan_memory
+from tests.engine.harness import settings_for
+from tests.model.tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(settings_for(build("llama", tmp_path_factory.mktemp("model"))))
+
+
+def test_kv_bytes_follow_the_shape(loaded: LoadedModel) -> None:
+    assert kv_bytes_per_token(loaded) == 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, dims, float32
+
+
+def test_what_is_set_is_taken(loaded: LoadedModel, tmp_path: Path) -> None:
+    plan = plan_memory(
+        settings_for(tmp_path, kv_cache_bytes="1MiB", arena_bytes=12345, host_cache_bytes=0), loaded
+    )
+    assert plan.kv_blocks == 2**20 // (16 * kv_bytes_per_token(loaded))
+    assert plan.kv_bytes == plan.kv_blocks * 16 * kv_bytes_per_token(loaded)
+    assert (plan.arena_bytes, plan.host_cache_bytes) == (12345, 0)
+
+
+def test_by_default_the_kv_cache_is_what_can_be_used_at_most(loaded: LoadedModel, tmp_path: Path) -> None:
+    unset = {"kv_cache_bytes": None, "arena_bytes": None, "host_cache_bytes": None}
+    plan = plan_memory(settings_for(tmp_path, max_num_seqs=3, **unset), loaded)
+    assert plan.kv_blocks == 3 * 256 // 16
+    assert 2**20 < plan.arena_bytes <= 4 * 2**30
+    assert 2**20 < plan.host_cache_bytes <= 4 * 2**30
+
+
+def test_too_small_a_cache_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--kv-cache-bytes"):
+        plan_memory(settings_for(tmp_path, kv_cache_bytes=100), loaded)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.messages import SamplingParams
+from server.model.sampler import Sampler, SampleRow, uniform
+
+VOCAB = 50
+
+
+def row(
+    seed: int = 0, position: int = 0, prompt: Iterable[int] = (), output: Iterable[int] = (), **params: object
+) -> SampleRow:
+    return SampleRow(
+        SamplingParams(**({"max_tokens": 100} | params)),
+        seed,
+        position,
+        np.array(list(prompt), np.int64),
+        np.array(list(output), np.int64),
+        eos_token_ids=(1,),
+    )
+
+
+def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def frequencies(logits_V: torch.Tensor, **params: object) -> torch.Tensor:
+    """How often each token is drawn over many positions: [V]."""
+    draws = 20_000
+    rows = [row(seed=5, position=i, **params) for i in range(draws)]
+    ids = Sampler().sample(logits_V.expand(draws, -1), rows).token_ids
+    return torch.bincount(torch.tensor(ids), minlength=VOCAB) / draws
+
+
+def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
+    values = np.array([uniform(seed, position) for seed in range(100) for position in range(100)])
+    assert len(set(values)) == len(values)
+    assert 0 <= values.min() < 0.001
+    assert 0.999 < values.max() < 1
+    assert abs(values.mean() - 0.5) < 0.01
+    grid = values.reshape(100, 100) - 0.5
+    assert abs((grid[:, 1:] * grid[:, :-1]).mean()) < 0.003
+    assert abs((grid[1:] * grid[:-1]).mean()) < 0.003
+
+
+def test_temperature_zero_is_the_argmax() -> None:
+    batch = logits(rows=4)
+    sampled = Sampler().sample(batch, [row(temperature=0.0)] * 4)
+    assert sampled.token_ids == batch.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    batch = logits(1)
+    want = (batch[0] / temperature).softmax(-1)
+    assert (frequencies(batch, temperature=temperature) - want).abs().max() < 0.015
+
+
+def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
+    batch = logits(2)
+    probs, order = batch[0].softmax(-1).sort(descending=True)
+    nucleus = int((probs.cumsum(0) - probs < 0.7).sum())
+    for params, kept in (
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.7}, nucleus),
+        ({"min_p": 0.2}, int((probs >= 0.2 * probs[0]).sum())),
+        ({"top_k": 2, "top_p": 0.999}, 2),
+        ({"top_p": 1e-9}, 1),
+    ):
+        seen = frequencies(batch, **params)
+        want = torch.zeros(VOCAB)
+        want[order[:kept]] = probs[:kept] / probs[:kept].sum()
+        assert (seen - want).abs().max() < 0.015, params
+        assert set(seen.nonzero()[:, 0].tolist()) <= set(order[:kept].tolist())
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    batch = logits(3, rows=8)
+    rows = [
+        row(seed=1, position=9, temperature=0.7),
+        row(temperature=0.0),
+        row(seed=2, position=4, top_k=5),
+        row(seed=3, position=1, top_p=0.5, temperature=1.3),
+        row(seed=4, position=2, repetition_penalty=1.4, prompt=[3, 4], output=[7, 7]),
+        row(seed=5, position=2, presence_penalty=0.5, frequency_penalty=0.2, output=[7, 7, 8]),
+        row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
+        row(seed=7, min_tokens=3, stop_token_ids=(2,)),
+    ]
+    together = Sampler().sample(batch, rows).token_ids
+    alone = [Sampler().sample(batch[i : i + 1], rows[i : i + 1]).token_ids[0] for i in range(8)]
+    assert together == alone
+
+
+def test_penalties_and_bias() -> None:
+    flat = torch.zeros(1, VOCAB)
+    flat[0, 7], flat[0, 8], flat[0, 9] = 1.0, 0.9, -0.1
+    greedy = {"temperature": 0.0}
+
+    def pick(**params: object) -> int:
+        given = {name: params.pop(name) for name in ("prompt", "output") if name in params}
+        return Sampler().sample(flat, [row(**given, **greedy, **params)]).token_ids[0]  # type: ignore[arg-type]
+
+    assert pick() == 7
+    assert pick(output=[7], presence_penalty=0.5) == 8
+    assert pick(output=[7, 7, 7], frequency_penalty=0.05) == 8
+    assert pick(output=[7], frequency_penalty=0.05) == 7
+    assert pick(prompt=[7], presence_penalty=1.0) == 7, "these penalties are for generated tokens"
+    assert pick(prompt=[7], repetition_penalty=2.0) == 8
+    assert pick(logit_bias={33: 5.0}) == 33
+    assert pick(logit_bias={7: -5.0}) == 8
+    assert pick(stop_token_ids=(7,), min_tokens=1) == 8
+    assert pick(stop_token_ids=(7,), min_tokens=1, output=[4]) == 7
+
+
+def test_eos_is_banned_until_the_minimum_length() -> None:
+    sure = torch.zeros(1, VOCAB)
+    sure[0, 1] = 50.0
+    assert Sampler().sample(sure, [row(min_tokens=2)]).token_ids != [1]
+    assert Sampler().sample(sure, [row(min_tokens=2, output=[5, 6])]).token_ids == [1]
+    assert Sampler().sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
+
+
+def test_logprobs_are_of_the_unmodified_logits() -> None:
+    batch = logits(4)
+    found = Sampler().sample(batch, [row(temperature=0.0, logprobs=3, logit_bias={11: 100.0})]).logprobs[0]
+    want = batch[0].log_softmax(-1)
+    assert found is not None
+    assert found.token_id == 11
+    assert found.logprob == pytest.approx(float(want[11]), abs=1e-5)
+    assert [token for token, _ in found.top] == want.topk(3).indices.tolist()
+    assert [value for _, value in found.top] == pytest.approx(want.topk(3).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_logits_are_told_row_by_row(bad: float) -> None:
+    batch = logits(5, rows=3)
+    batch[1, 17] = bad
+    sampled = Sampler().sample(batch, [row(temperature=0.0), row(), row(seed=3)])
+    assert sampled.finite == [True, False, True]
+    good = Sampler().sample(batch[[0, 2]], [row(temperature=0.0), row(seed=3)])
+    assert [sampled.token_ids[0], sampled.token_ids[2]] == good.token_ids
+
+
+def test_extreme_temperatures_stay_finite() -> None:
+    batch = logits(6) * 1e4
+    for temperature in (1e-6, 1e6):
+        (token,) = Sampler().sample(batch, [row(temperature=temperature)]).token_ids
+        assert 0 <= token < VOCAB
