@@ -64,6 +64,7 @@ RUN apt-get update \
 COPY --from=build /opt/venv /opt/venv
 COPY models /app/models
 COPY adapters /app/adapters
+RUN chmod --recursive a+rX /app
 
 # Everything that is written lies under /data: the registry (XDG_DATA_HOME, one folder for each base model),
 # models from the hub, Triton's compiled kernels. The rest of the file system can be read-only.

@@ -202,6 +202,6 @@ def engine_error(output: TokenOutput) -> ChorusError:
             return ChorusError(
                 text or "The model gave logits that are not finite numbers.", code="non_finite_logits"
             )
-        case ErrorCode.INTERNAL:
-            return ChorusError(text or "The engine made an error.", code="internal_error")
+        case ErrorCode.INTERNAL:  # its text is an exception's, for the log
+            return ChorusError("The engine made an error.", code="internal_error")
     return Unavailable("The engine ended this request.", code="aborted")

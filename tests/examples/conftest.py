@@ -1,4 +1,4 @@
-"""A base model of a few thousand weights, trained for three steps: enough to drive every script."""
+"""A base model of a few thousand weights, trained for a few steps: enough to drive every script."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def tiny_base(tmp_path_factory):
     tokenizer = train_base.train_tokenizer(vocabulary=700, seed=0, documents=500)
     model = train_base.new_model(tokenizer, hidden=32, layers=2)
     batches = train_base.batches(tokenizer, rows=2, block=64, drill_steps=2, seed=0)
-    train_base.train(model, batches, steps=3, peak_learning_rate=1e-3)
+    train_base.train(model, batches, steps=20, peak_learning_rate=2e-2)
     train_base.save(model, tokenizer, folder)
     return folder

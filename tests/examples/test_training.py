@@ -82,7 +82,7 @@ def test_training_lowers_the_loss_saves_plain_peft_and_leaves_the_base_alone(tin
         report=said.append,
     )
     losses = [float(line.split("loss ")[1].split()[0]) for line in said[1:]]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0]
     training.save_adapter(model, tmp_path / "a", tiny_base, "# card\n")
 
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
