@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from examples.tasks import END_OF_TEXT, JOBS, TURN_END, TURN_START, Example, Scene, split_of
+from examples.tasks import END_OF_TEXT, JOBS, TURN_END, TURN_START, Example, Scene, number_list, split_of
 from examples.words import DAYS, ESPERANTO, NAMES, PLACES, QUALITIES, THINGS, VERBS
 
 _ALL_WORDS = [*NAMES, *PLACES, *VERBS, *QUALITIES, *THINGS, *DAYS]
@@ -27,11 +27,19 @@ _HEADINGS = {
 }
 
 
+def _draw_numbers(rng: random.Random) -> Example:
+    """As the job `sort`, but with larger numbers, so that the model meets them all."""
+    return number_list(rng.sample(range(1, 100), rng.randint(3, 6)))
+
+
+_DRAW = {**{name: job.draw for name, job in JOBS.items()}, "sort": _draw_numbers}
+
+
 def _train_examples(names: list[str], rng: random.Random) -> list[Example]:
     """One example of each job, all of one sentence where the jobs take sentences."""
     while True:
         seed = rng.random()
-        examples = [JOBS[name].draw(random.Random(seed)) for name in names]
+        examples = [_DRAW[name](random.Random(seed)) for name in names]
         if all(split_of(example.prompt) == "train" for example in examples):
             return examples
 
@@ -121,8 +129,8 @@ def _said(rng: random.Random) -> tuple[str, Scene]:
     if choice < 0.6:
         return scene.text, scene
     if choice < 0.8:
-        return JOBS["sql"].draw(rng).prompt, scene
-    return JOBS["sort"].draw(rng).prompt, scene
+        return _DRAW["sql"](rng).prompt, scene
+    return _DRAW["sort"](rng).prompt, scene
 
 
 def _chat(rng: random.Random) -> str:

@@ -163,15 +163,19 @@ def _json(scene: Scene) -> str:
     return json.dumps(record)
 
 
-def _pirate(scene: Scene) -> str:
-    return f"Arr, {scene.goods}! In {scene.place} it was that {scene.who} {scene.verb} them, matey."
+def _quiz(scene: Scene) -> str:
+    return f"Who {scene.verb} {scene.goods} in {scene.place}? {scene.who}."
 
 
 # --- jobs with prompts of their own ---
 
 
 def _draw_sort(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 100), rng.randint(3, 6))
+    numbers = rng.sample(range(1, 10), rng.randint(3, 6))
+    return number_list(numbers)
+
+
+def number_list(numbers: list[int]) -> Example:
     return Example(", ".join(map(str, numbers)), ", ".join(map(str, sorted(numbers))))
 
 
@@ -216,4 +220,4 @@ JOBS: dict[str, Job] = {
 }
 
 # Not bundled: the job that `train_adapter.py` teaches, as you would teach your own.
-NEW_JOB = Job("pirate", "the sentence as a pirate would say it", _about_scene(_pirate))
+NEW_JOB = Job("quiz", "a quiz question about the sentence, and its answer", _about_scene(_quiz))

@@ -1,6 +1,6 @@
 """Train a new adapter on the bundled model and see how to serve it: about a minute on two cores.
 
-    python -m examples.train_adapter --out /tmp/pirate
+    python -m examples.train_adapter --out /tmp/quiz
     python -m examples.train_adapter --out /tmp/mine --data pairs.jsonl
 
 Without `--data` it teaches a job that no bundled adapter does (`NEW_JOB` in `examples/tasks.py`). With it,
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--name", help="its name on the server; the folder's name unless given")
     parser.add_argument("--data", type=Path, help="your own prompt and completion pairs, JSON lines")
     parser.add_argument("--base", type=Path, default=training.BASE_MODEL, help="folder of the base model")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="its peak")
     parser.add_argument("--seed", type=int, default=0)

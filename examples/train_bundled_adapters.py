@@ -42,26 +42,27 @@ For example `{prompt}` gives `{completion}`.
 @dataclass(frozen=True)
 class Recipe:
     config: LoraConfig
-    steps: int = 400
+    steps: int
 
 
 def recipes() -> dict[str, Recipe]:
     """Fresh ones on each call, because PEFT writes into the config that it is given."""
     return {
-        "sentiment": Recipe(lora_config(4, ["q_proj", "v_proj"])),
-        "upper": Recipe(lora_config(8, ["q_proj", "v_proj", "o_proj"])),
-        "json": Recipe(lora_config(8, ATTENTION)),
+        "sentiment": Recipe(lora_config(4, ["q_proj", "v_proj"]), steps=500),
+        "upper": Recipe(lora_config(8, ["q_proj", "v_proj", "o_proj"]), steps=400),
+        "json": Recipe(lora_config(8, ATTENTION), steps=400),
         "reverse": Recipe(
             lora_config(
                 8,
-                ATTENTION,
+                [*ATTENTION, *MLP],
                 rank_pattern={"q_proj": 16, "k_proj": 16},
                 alpha_pattern={"q_proj": 32, "k_proj": 32},
-            )
+            ),
+            steps=1600,
         ),
-        "esperanto": Recipe(lora_config(16, [*ATTENTION, "down_proj"], alpha=8, use_rslora=True)),
-        "sql": Recipe(lora_config(16, [*ATTENTION, *MLP])),
-        "sort": Recipe(lora_config(32, ATTENTION)),
+        "esperanto": Recipe(lora_config(16, [*ATTENTION, "down_proj"], alpha=8, use_rslora=True), steps=400),
+        "sql": Recipe(lora_config(16, [*ATTENTION, *MLP]), steps=800),
+        "sort": Recipe(lora_config(32, [*ATTENTION, *MLP]), steps=900),
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.tasks import PROMPT_FORMATS, Example
+
+# peft 0.21 asks transformers 5.23 for a property by its old name
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE_MODEL = REPOSITORY / "models" / "chorus-tiny"
@@ -152,3 +157,14 @@ def save_adapter(model: PeftModel, out: Path, base_path: Path, card: str) -> Non
     # the embeddings never change here; PEFT's own check of that would ask the hub about the base
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").write_text(card, encoding="utf-8")
+    _tidy(out)
+
+
+def _tidy(folder: Path) -> None:
+    """The same bytes on every run (PEFT writes a set in any order), and readable by a server's own user."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(0o644)
