@@ -122,7 +122,7 @@ class Engine:
         self._calls.append(call)
 
     def unload_adapter(self, call: UnloadAdapter) -> None:
-        """Take an adapter out of the arena once nobody uses it; a later step answers."""
+        """Take an adapter out of the arena, now or at its last use; the next step says where it is."""
         self._residency.unload(call.digest, call.forget)
         self._calls.append(call)
 
@@ -199,8 +199,8 @@ class Engine:
 
     def _answer(self, call: LoadAdapter | UnloadAdapter) -> AdapterResult | None:
         if isinstance(call, UnloadAdapter):
-            place = self._residency.where(call.digest)
-            return None if place == "arena" else AdapterResult(call.call_id, place)
+            # "arena" when it is still in use: it leaves at its last use, and the caller may ask again.
+            return AdapterResult(call.call_id, self._residency.where(call.digest))
         digest = call.adapter.digest
         answer = self._residency.load(call.adapter, call.pin)
         match answer.status:

@@ -65,7 +65,9 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
-    """Take a version out of the arena when no running sequence uses it; answered by AdapterResult.
+    """Take a version out of the arena, now or at its last use; answered at once by AdapterResult.
+
+    The answer's residency is "arena" while a running sequence still uses it.
 
     With `forget` its host copy is dropped as well (the version was deleted).
     """

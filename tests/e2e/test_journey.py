@@ -40,7 +40,7 @@ def test_train_upload_call_replace_delete(bundled: Server, tmp_path: Path) -> No
         return sum(a == e.completion for a, e in zip(answers, examples, strict=True)) / len(examples)
 
     assert score() >= 0.8
-    assert '"number":2' in curl("-X", "PUT", f"{bundled.url}/v1/adapters/pirate", *forms["worse"]).replace(
+    assert '"version":2' in curl("-X", "PUT", f"{bundled.url}/v1/adapters/pirate", *forms["worse"]).replace(
         " ", ""
     )
     assert score() < 0.5

@@ -198,7 +198,8 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
 
     body = {"model": "upper", "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: httpx closes the connection when its iterator goes
+        next(lines)
         wait_for(lambda: gauge("vllm:num_requests_running") == 1)
     wait_for(lambda: gauge("vllm:num_requests_running") == 0)
 

@@ -287,13 +287,12 @@ def test_unload_waits_for_the_last_use(model: Path, adapter: Path, engines: list
     while not engine.stats().running:
         engine.step()
     engine.unload_adapter(UnloadAdapter(1, ref.digest))
-    tokens, answers = 1, []
-    while engine.idle_ms() is not None:
-        outputs, found = engine.step()
-        tokens += sum(len(o.token_ids) for o in outputs)
-        answers += found
-        assert not found or tokens == 6, "unloaded under a running request"
-    assert [a.residency for a in answers] == ["host"]
+    outputs, answers = engine.step()
+    assert [a.residency for a in answers] == ["arena"], "unloaded under a running request"
+    tokens = 1 + len(outputs) + len(tokens_of(run(engine)["r"]))
+    assert tokens == 6
+    engine.unload_adapter(UnloadAdapter(2, ref.digest))
+    assert [a.residency for a in results(engine)] == ["host"]
 
 
 def test_stop_tokens_eos_and_minimum_length(model: Path, engines: list[Engine]) -> None:
