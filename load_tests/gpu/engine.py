@@ -65,7 +65,8 @@ def make_engine(shape: str, root: Path, batch: int, rank: int) -> tuple[Engine, 
     )
     for i, ref in enumerate(refs):
         engine.load_adapter(LoadAdapter(i, ref))
-        while engine.idle_ms() is not None:
+        while (idle_ms := engine.idle_ms()) is not None:
+            time.sleep(idle_ms / 1000)  # the loader's thread wants the interpreter
             for answer in engine.step()[1]:
                 assert answer.error is None, answer.message
     return engine, refs

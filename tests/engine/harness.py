@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,11 +46,19 @@ def greedy(
     return Request(request_id, prompt, params, tuple(adapters))
 
 
+def busy(engine: Engine) -> bool:
+    """Whether there is anything left to do; waits as the worker does while adapters are on their way."""
+    idle_ms = engine.idle_ms()
+    if idle_ms:
+        time.sleep(idle_ms / 1000)
+    return idle_ms is not None
+
+
 def run(engine: Engine, steps: int = 10_000) -> dict[str, list[TokenOutput]]:
     """Step until nothing is left to do; outputs by request."""
     outputs: dict[str, list[TokenOutput]] = {}
     for _ in range(steps):
-        if engine.idle_ms() is None:
+        if not busy(engine):
             return outputs
         for output in engine.step()[0]:
             outputs.setdefault(output.request_id, []).append(output)

@@ -20,7 +20,7 @@ from server.engine.messages import (
     Request,
     UnloadAdapter,
 )
-from tests.engine.harness import adapter_ref, assert_at_rest, greedy, make_engine, run, tokens_of
+from tests.engine.harness import adapter_ref, assert_at_rest, busy, greedy, make_engine, run, tokens_of
 from tests.model.tiny_models import VOCAB, add_adapter, build, targets_of
 
 RANK = 4
@@ -72,7 +72,7 @@ def packed_bytes(engine: Engine, ref: AdapterRef) -> int:
 def results(engine: Engine) -> list[AdapterResult]:
     """Step until every adapter call is answered."""
     answers: list[AdapterResult] = []
-    while engine.idle_ms() is not None:
+    while busy(engine):
         answers += engine.step()[1]
     return answers
 
