@@ -94,21 +94,6 @@ inline float softmax_row(float* score, int keys, int first_visible, int last_vis
     return shrink;
 }
 
-// Blocks lie anywhere in the cache, so the processor cannot guess where the next keys are: ask ahead.
-template <typename T>
-void prefetch(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv_head, int64_t key0, int64_t keys) {
-    for (int64_t j = 0; j < keys; j += p.block_size - (key0 + j) % p.block_size) {
-        const int64_t block = p.block_tables[s * p.table_stride + (key0 + j) / p.block_size];
-        const int64_t offset = (key0 + j) % p.block_size;
-        const int64_t n = p.block_size - offset < keys - j ? p.block_size - offset : keys - j;
-        const int64_t row = (block * a.kv_heads + kv_head) * p.block_size + offset;
-        const char* k = reinterpret_cast<const char*>(static_cast<const T*>(a.k_cache) + row * a.k_dim);
-        const char* v = reinterpret_cast<const char*>(static_cast<const T*>(a.v_cache) + row * a.v_dim);
-        for (int64_t byte = 0; byte < n * a.k_dim * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(k + byte, 0, 2);
-        for (int64_t byte = 0; byte < n * a.v_dim * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(v + byte, 0, 2);
-    }
-}
-
 template <typename T>
 struct Scratch {
     std::vector<T> q;
@@ -138,14 +123,11 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv
     int64_t first = a.window > 0 ? position(0) - a.window + 1 : 0;
     first = first < 0 ? 0 : first / p.block_size * p.block_size;
     const int64_t per_round = p.block_size >= kKeys ? kKeys : kKeys / p.block_size * p.block_size;
-    prefetch<T>(p, a, s, kv_head, first, per_round < last + 1 - first ? per_round : last + 1 - first);
     for (int64_t key0 = first; key0 <= last;) {
         // A round never crosses a block when blocks are large, and is several whole blocks when small.
         int64_t keys = per_round;
         if (p.block_size >= kKeys && key0 % p.block_size + keys > p.block_size) keys = p.block_size - key0 % p.block_size;
         if (keys > last + 1 - key0) keys = last + 1 - key0;
-        const int64_t next = key0 + keys, left = last + 1 - next;
-        if (left > 0) prefetch<T>(p, a, s, kv_head, next, per_round < left ? per_round : left);
         for (int64_t j = 0; j < keys;) {
             const int64_t block = p.block_tables[s * p.table_stride + (key0 + j) / p.block_size];
             const int64_t offset = (key0 + j) % p.block_size;
