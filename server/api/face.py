@@ -57,10 +57,7 @@ class Face:
     @property
     def ready(self) -> bool:
         """Takes inference requests: the engine runs and shows life, and the server stays."""
-        fresh = time.monotonic() - self.engine.last_heartbeat <= self.settings.watchdog_s
-        return (
-            self.engine.state == "ready" and self.registry is not None and fresh and not self.drain.draining
-        )
+        return self.engine.healthy and self.registry is not None and not self.drain.draining
 
     def require_engine(self) -> EngineInfo:
         """What the engine is. Raises Unavailable when requests cannot be taken now."""

@@ -65,7 +65,7 @@ class FakeEngine:
 
     @property
     def healthy(self) -> bool:
-        return self.state == "ready"
+        return self.state == "ready" and time.monotonic() - self.last_heartbeat <= 60
 
     async def start(self) -> None:
         pass
