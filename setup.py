@@ -6,11 +6,12 @@ optional: without a compiler, Chorus installs all the same and uses its torch pa
 """
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 COMMON = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-COMMON += ["-Wno-maybe-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
 VARIANTS = {"_generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS |= {"_avx2": ["-march=x86-64-v3"], "_avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"]}
@@ -19,8 +20,8 @@ setup(
     ext_modules=[
         Extension(
             f"server.native.{name}",
-            sources=[f"server/native/{unit}.cpp" for unit in ("attention", "linear", "lora")],
-            depends=["server/native/simd.h"],
+            sources=[f"server/native/{unit}.cpp" for unit in ("attention", "decoder", "linear", "lora")],
+            depends=[str(header) for header in Path("server/native").glob("*.h")],
             extra_compile_args=COMMON + flags,
             optional=True,
         )

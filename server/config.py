@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -28,13 +28,22 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * (_UNITS | _BINARY_UNITS)[match[2]])
 
 
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Folder = Annotated[Path, BeforeValidator(_not_empty)]  # Path("") is the working directory
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Sizes accept `512MiB` or `2GB`."""
+    """Everything that can be set. Sizes accept `512MiB` or `2GB`. An empty value is as good as none."""
 
-    model_config = SettingsConfigDict(env_prefix="CHORUS_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CHORUS_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
     # base model
     model: str = Field(description="Base model: a local folder, or a Hugging Face hub id.")
@@ -62,7 +71,7 @@ class Settings(BaseSettings):
     data_dir: Path | None = Field(
         None, description="Registry and uploaded adapters. Default: the user's data folder, by base model."
     )
-    allowed_lora_roots: tuple[Path, ...] = Field(
+    allowed_lora_roots: tuple[Folder, ...] = Field(
         (), description="Folders that `lora_path` may point into, besides --adapters."
     )
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
@@ -103,6 +112,15 @@ class Settings(BaseSettings):
         60.0, gt=0, description="A step that takes longer makes the server not ready, seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: object, info: ValidationInfo) -> object:
+        """Of flags, as `env_ignore_empty` is of the environment."""
+        if value != "" or info.field_name is None:
+            return value
+        field = cls.model_fields[info.field_name]
+        return _not_empty(value) if field.is_required() else field.get_default()
 
 
 def user_data_dir() -> Path:

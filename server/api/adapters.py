@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.adapter_upload import in_thread, receive, register_folder
-from server.api.adapter_views import adapter_view, version_view
+from server.api.adapter_views import Places, adapter_view, loaded_view, published_view
 from server.api.body import read_body
 from server.api.schemas import from_validation
 from server.config import Settings
@@ -95,11 +95,11 @@ async def replace_adapter(request: Request, name: str) -> Response:
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> Response:
-    registry, resident = _registry(request), _resident(request)
+    registry, places = _registry(request), _places(request)
 
     def encode() -> bytes:
         """In a thread: there may be many thousands."""
-        data = [adapter_view(record, registry.base_parameters, resident) for record in registry.records()]
+        data = [adapter_view(record, registry.base_parameters, places) for record in registry.records()]
         return msgspec.json.encode({"object": "list", "data": data})
 
     return Response(await in_thread(encode), media_type="application/json")
@@ -108,7 +108,7 @@ async def list_adapters(request: Request) -> Response:
 @router.get("/v1/adapters/{name:path}")
 async def get_adapter(request: Request, name: str) -> Response:
     registry = _registry(request)
-    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, _resident(request)))
+    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, _places(request)))
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -132,7 +132,7 @@ async def load_adapter(request: Request, name: str) -> Response:
         result = await _load(registry, engine, lease.version, body.pin)
         if body.pin:
             await in_thread(lambda: registry.set_pinned(lease.version.name, True))
-    return JSONResponse(_residency(lease.version, result))
+    return JSONResponse(loaded_view(lease.version, result))
 
 
 @router.post("/v1/adapters/{name:path}/unload")
@@ -146,8 +146,7 @@ async def unload_adapter(request: Request, name: str) -> Response:
     if result.residency == "arena":
         await _until_out(engine, version.digest)
         result = await engine.unload_adapter(version.digest)
-    registry.loaded(version.digest, result.residency)
-    return JSONResponse(_residency(version, result))
+    return JSONResponse(loaded_view(version, result))
 
 
 @router.post("/v1/load_lora_adapter")
@@ -181,8 +180,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 def _published(request: Request, published: Published) -> Response:
     _follow_up(request, published)
-    view = version_view(published.version) | {"object": "adapter.version", "state": "ready"}
-    return JSONResponse(view, 201 if published.outcome == "created" else 200)
+    return JSONResponse(published_view(published.version), 201 if published.outcome == "created" else 200)
 
 
 def _follow_up(request: Request, published: Published) -> None:
@@ -238,7 +236,7 @@ async def _load(
         )
     if result.error is not None:
         raise ChorusError("The engine could not load this adapter.", code=str(result.error))
-    registry.loaded(version.digest, result.residency, result.milliseconds)
+    registry.loaded(version.digest, result.milliseconds)
     return result
 
 
@@ -274,10 +272,8 @@ def _engine(request: Request) -> EngineClient:
     return engine
 
 
-def _resident(request: Request) -> frozenset[str]:
-    """Digests in the arena, by the engine's last heartbeat."""
-    stats = _engine(request).stats
-    return frozenset(stats.resident) if stats else frozenset()
+def _places(request: Request) -> Places:
+    return Places.of(_engine(request).stats)
 
 
 async def _json(request: Request, kind: type[Body]) -> Body:
@@ -289,17 +285,6 @@ def _parse(raw: bytes, kind: type[Body]) -> Body:
         return kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
         raise from_validation(error.errors(include_url=False, include_context=False)) from None
-
-
-def _residency(version: AdapterVersion, result: AdapterResult) -> dict[str, Any]:
-    return {
-        "object": "adapter",
-        "name": version.name,
-        "version": version.number,
-        "digest": version.digest,
-        "residency": result.residency,
-        "milliseconds": result.milliseconds,
-    }
 
 
 def _as_compatible(error: ChorusError) -> ChorusError:

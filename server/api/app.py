@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import Depends, FastAPI
 
@@ -17,7 +17,7 @@ from server.base_model import BaseModel, StartError, default_data_dir
 from server.config import Settings
 from server.engine.client import EngineClient, EngineStartFailed
 from server.registry.registry import Registry
-from server.registry.store import DataDirInUseError
+from server.registry.store import ContentStore, DataDirInUseError
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def create_app(
     on_ready: Callable[[Face], None] | None = None,
     on_failed: Callable[[str], None] | None = None,
 ) -> FastAPI:
-    """The app. Its lifespan starts the engine beside it, then opens the registry, then calls `on_ready`.
+    """The app. Its lifespan locks the data folder, starts the engine, opens the registry, calls `on_ready`.
 
     `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat
     template that cannot be read.
@@ -87,9 +87,13 @@ async def _boot(
     on_failed: Callable[[str], None] | None,
 ) -> None:
     try:
-        await face.engine.start()
-        await face.engine.wait_ready()
-        registry = await asyncio.to_thread(_open_registry, face)
+        with ExitStack() as undo:
+            store = _open_store(face)  # first: to load a model in vain may take minutes
+            undo.callback(store.close)
+            await face.engine.start()
+            await face.engine.wait_ready()
+            undo.pop_all()  # from here on it is the registry's, whose thread ends even if this task does not
+            registry = await asyncio.to_thread(_open_registry, face, store)
     except Exception as error:
         expected = isinstance(error, (EngineStartFailed, DataDirInUseError, OSError))
         logger.log(logging.DEBUG if expected else logging.ERROR, "the start failed", exc_info=error)
@@ -105,13 +109,20 @@ async def _boot(
         on_ready(face)
 
 
-def _open_registry(face: Face) -> Registry:
-    """Reads and writes files: in a thread."""
+def _open_store(face: Face) -> ContentStore:
+    """Raises DataDirInUseError, OSError."""
+    return ContentStore(face.settings.data_dir or default_data_dir(face.base.fingerprint))
+
+
+def _open_registry(face: Face, store: ContentStore) -> Registry:
+    """Takes the store over. Reads and writes files: in a thread."""
     info = face.engine.info
     if info is None:
+        store.close()
         raise EngineStartFailed("the engine ended before it was ready")
-    data_dir = face.settings.data_dir or default_data_dir(face.base.fingerprint)
-    registry = Registry.open(data_dir, info.lora_targets, info.parameters, face.settings)
+    registry = Registry.open(
+        store, info.lora_targets, info.parameters, face.settings, max_rank=info.max_mix_rank
+    )
     try:
         registry.register_folder_tree(face.settings.adapters)
     except BaseException:

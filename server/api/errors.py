@@ -10,12 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from server.api.schemas import from_validation
 from server.errors import ChorusError
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _WORTH_A_RETRY = {408, 429, 503}
 
 
@@ -62,9 +64,21 @@ def as_chorus_error(error: Exception) -> ChorusError:
 
 async def _handle(request: Request, error: Exception) -> Response:
     response = error_response(as_chorus_error(error))
-    if isinstance(error, HTTPException) and error.headers:
-        response.headers.update(error.headers)  # Allow, of 405
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        response.headers["allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the path takes (RFC 9110, 15.5.6). A route tells its own only, and a path may have several."""
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def install(app: FastAPI) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from server.api.face import Face
 from server.api.schemas import GenerationRequest
-from server.engine.messages import AdapterRef
+from server.engine.messages import AdapterRef, EngineInfo
 from server.errors import InvalidRequest, ModelNotFound
 from server.registry.records import AdapterVersion
 
@@ -22,6 +23,14 @@ class HeldMix:
     @property
     def refs(self) -> tuple[AdapterRef, ...]:
         return tuple(AdapterRef(v.digest, str(v.path), weight) for v, weight in self.members)
+
+    @property
+    def rank(self) -> int:
+        """An upper bound of the ranks on one module together: the registry knows each version's largest."""
+        ranks = Counter[str]()
+        for version, _ in self.members:
+            ranks.update(dict.fromkeys(version.targets, version.rank))
+        return max(ranks.values(), default=0)
 
     @property
     def version(self) -> str | None:
@@ -46,7 +55,8 @@ class AdapterMix:
 
     @contextmanager
     def hold(self, face: Face) -> Iterator[HeldMix]:
-        """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound."""
+        """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound,
+        and InvalidRequest for ranks that the engine's kernels cannot take."""
         if not self._members:
             yield HeldMix()
             return
@@ -62,7 +72,19 @@ class AdapterMix:
                 version = lease.version
                 face.names.remember(version.digest, version.name)
                 members.append((version, weight))
-            yield HeldMix(tuple(members))
+            held = HeldMix(tuple(members))
+            self._judge_rank(held, face.engine.info)
+            yield held
+
+    def _judge_rank(self, held: HeldMix, info: EngineInfo | None) -> None:
+        limit = info.max_mix_rank if info else None
+        if limit is not None and held.rank > limit:
+            param = self._members[0][2].partition("[")[0]  # of a composition, the list
+            raise InvalidRequest(
+                f"{param}: ranks of {held.rank} on one module, the limit of this server is {limit}",
+                param=param,
+                code="unsupported",
+            )
 
 
 def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.body import beside_loop, read_body
 from server.api.chat import chat_prompt
 from server.api.face import Face, face_of
-from server.api.replies import Model, ModelList
+from server.api.replies import Detokenized, Model, ModelList, Tokenized
 from server.api.schemas import DetokenizeRequest, TokenizeRequest, parse
 from server.engine.messages import EngineInfo
 from server.errors import InvalidRequest
@@ -73,7 +72,7 @@ async def tokenize(request: Request) -> Response:
     info = _known(face)
     body = await read_body(request, face.settings.max_request_bytes)
 
-    def work() -> dict[str, Any]:
+    def work() -> Tokenized:
         asked = parse(TokenizeRequest, body, info.max_model_len)
         tokenizer = face.require_tokenizer("prompt")
         if (asked.prompt is None) == (asked.messages is None):
@@ -83,10 +82,8 @@ async def tokenize(request: Request) -> Response:
         else:
             encode = tokenizer.encode if asked.add_special_tokens else tokenizer.encode_chat
             ids = encode(asked.prompt or "")
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids}
-        if asked.return_token_strs:
-            answer["token_strs"] = [tokenizer.token(token_id) for token_id in ids]
-        return answer
+        token_strs = [tokenizer.token(token_id) for token_id in ids] if asked.return_token_strs else UNSET
+        return Tokenized(len(ids), info.max_model_len, ids, token_strs)
 
     return _json(await beside_loop(len(body), work))
 
@@ -97,13 +94,13 @@ async def detokenize(request: Request) -> Response:
     info = _known(face)
     body = await read_body(request, face.settings.max_request_bytes)
 
-    def work() -> dict[str, str]:
+    def work() -> Detokenized:
         asked = parse(DetokenizeRequest, body, info.max_model_len)
         tokenizer = face.require_tokenizer("tokens")
         if asked.tokens and max(asked.tokens) >= info.vocab_size:
             raise InvalidRequest(
                 f"tokens: {max(asked.tokens)} is not in the vocabulary of {info.vocab_size}", param="tokens"
             )
-        return {"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)}
+        return Detokenized(tokenizer.decode(asked.tokens, skip_special_tokens=False))
 
     return _json(await beside_loop(len(body), work))

@@ -134,3 +134,18 @@ class Model(msgspec.Struct, frozen=True):
 class ModelList(msgspec.Struct, frozen=True):
     data: list[Model]
     object: str = "list"
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """A prompt as token ids."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    """Token ids as text."""
+
+    prompt: str

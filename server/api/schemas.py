@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import pydantic
 import pydantic_core
-from pydantic import BeforeValidator, Field, FiniteFloat, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, FiniteFloat, PlainValidator
 
 from server.errors import InvalidRequest
 
@@ -24,7 +24,6 @@ MAX_MIX = 16
 _LARGE = 64 * 2**10  # bytes; a body above this is looked at with care
 _MOST_BESIDE = 256 * 2**10  # bytes; all fields but the prompt
 _INT64 = 2**63
-_PROMPT_FORMS = "a string, a list of strings, token ids, or a list of lists of token ids"
 
 # Accepted and without effect: they change nothing in what is answered.
 IGNORED_FIELDS = frozenset(
@@ -76,13 +75,20 @@ def _prompts(value: object) -> list[str | list[int]]:
     return prompts
 
 
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+TokenId = Annotated[int, Field(ge=0)]
+_Few = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompts = Annotated[
     list[str | list[int]],
-    PlainValidator(_prompts),
-    WithJsonSchema({"description": _PROMPT_FORMS}),
+    PlainValidator(
+        _prompts,
+        json_schema_input_type=str
+        | Annotated[list[str], _Few]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], _Few],
+    ),
 ]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -101,8 +107,18 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None  # no effect
 
 
+def _known_besides(schema: dict[str, Any]) -> None:
+    """Fields that are taken off before the others are judged, as the JSON schema says them."""
+    for name in sorted(IGNORED_FIELDS):
+        schema["properties"][name] = {"description": "Accepted and without effect."}
+    for name, values in _NEUTRAL.items():
+        schema["properties"][name] = {"enum": list(values), "description": "Asks for nothing."}
+
+
 class GenerationRequest(_Strict):
     """What both inference routes share."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_known_besides)
 
     model: str | None = None
     adapter: Annotated[str | None, Field(min_length=1)] = None
@@ -124,9 +140,10 @@ class GenerationRequest(_Strict):
     ] = None
     seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
 
-    stop: Annotated[list[StopString] | None, Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] = (
-        None
-    )
+    stop: Annotated[
+        StopStrings | None,
+        BeforeValidator(_one_or_many, json_schema_input_type=StopString | StopStrings | None),
+    ] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOPS)] = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -168,7 +185,7 @@ class Message(_Strict):
     """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_content)]
+    content: Annotated[list[TextPart], BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
     refusal: None = None
     audio: None = None

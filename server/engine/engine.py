@@ -160,6 +160,7 @@ class Engine:
             arena_bytes_used=self._arena.bytes_used,
             host_bytes_used=residency.host_bytes_used,
             resident=residency.resident,
+            on_host=residency.on_host,
             preemptions=scheduler.preemptions,
             adapter_loads=residency.loads,
             adapter_evictions=residency.evictions,

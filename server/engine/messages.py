@@ -129,6 +129,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     arena_bytes_used: int
     host_bytes_used: int
     resident: tuple[str, ...]  # digests in the arena, most recently used last
+    on_host: tuple[str, ...]  # digests with an image in host memory, in the arena as well or not
     preemptions: int
     adapter_loads: int  # copies into the arena so far
     adapter_evictions: int
@@ -182,6 +183,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     arena_bytes: int
     lora_targets: list[LoraTarget]
     load_seconds: float
+    max_mix_rank: int | None = None  # most that a mix's ranks on one module may add up to; None: no limit
 
     @property
     def rank16_adapters(self) -> int:

@@ -192,15 +192,16 @@ class Worker:
         self._refuse(str(fields["request_id"]), error)
 
     def _publish(self, outputs: list[TokenOutput], results: list[AdapterResult]) -> None:
-        for result in results:
-            self.send(result)
+        """Answers come after stats that show what they say: a caller with its answer can read there on."""
         now = time.monotonic()
         stats = None
-        if now >= self._stats_due():
+        if results or now >= self._stats_due():
             stats = self._engine.stats()
             self._stats_at, self._stats_stale = now, False
         if outputs or stats is not None:
             self.send(StepOutputs(outputs, stats))
+        for result in results:
+            self.send(result)
 
 
 def main() -> NoReturn:

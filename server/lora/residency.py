@@ -206,6 +206,11 @@ class Residency:
         return tuple(self._resident)
 
     @property
+    def on_host(self) -> tuple[str, ...]:
+        """Digests with an image in host memory, in the arena as well or not."""
+        return tuple(self._on_host)
+
+    @property
     def pinned(self) -> frozenset[str]:
         return frozenset(digest for digest in self._resident if self._versions[digest].pinned)
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from server.config import Settings
 from server.model.attention.hf import NAME, ProbeStep, UnsupportedModel
@@ -39,6 +40,7 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     cache_specs: dict[int, LayerCacheSpec]  # by layer index
+    attention_options: dict[int, dict[str, Any]]  # by layer index: what each hands to `AttentionBackend.forward`
     parameters: int
     weights_bytes: int
     load_seconds: float
@@ -48,6 +50,7 @@ def load(settings: Settings) -> LoadedModel:
     """Load the base model. Raises UnsupportedModel, with the reason, where it would be served wrongly."""
     started = time.monotonic()
     device = _device(settings.device)
+    disable_progress_bar()  # a bar that redraws itself is noise in a server's log
     try:
         config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     except (OSError, ValueError) as error:
@@ -65,7 +68,7 @@ def load(settings: Settings) -> LoadedModel:
         )
     model = model.to(device).eval().requires_grad_(False)
     vocab_size = config.get_text_config().vocab_size
-    specs = probe(model, vocab_size, device)
+    specs, attention_options = probe(model, vocab_size, device)
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
     return LoadedModel(
         model=model,
@@ -76,6 +79,7 @@ def load(settings: Settings) -> LoadedModel:
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(settings, config),
         cache_specs=specs,
+        attention_options=attention_options,
         parameters=sum(p.numel() for p in unique),
         weights_bytes=sum(p.nbytes for p in unique),
         load_seconds=time.monotonic() - started,
@@ -83,8 +87,10 @@ def load(settings: Settings) -> LoadedModel:
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel, vocab_size: int, device: torch.device) -> dict[int, LayerCacheSpec]:
-    """Run a few tokens and refuse a model that is not computed right; returns each layer's KV shape.
+def probe(
+    model: PreTrainedModel, vocab_size: int, device: torch.device
+) -> tuple[dict[int, LayerCacheSpec], dict[int, dict[str, Any]]]:
+    """Run a few tokens and refuse a model that is not computed right; returns each layer's KV shape and options.
 
     Two packed sequences must give the logits that the second gives alone under the model's own (eager)
     attention. This catches, whatever the architecture, layers that mix tokens without calling the attention
@@ -115,7 +121,7 @@ def probe(model: PreTrainedModel, vocab_size: int, device: torch.device) -> dict
             f"a packed batch gives other logits than the model's own attention (relative error {error:.2g}); "
             "this architecture is not supported"
         )
-    return step.specs
+    return step.specs, step.options
 
 
 def forward(

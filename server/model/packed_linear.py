@@ -1,4 +1,4 @@
-"""A Linear whose weight is packed for the CPU once, at load; see native/linear.cpp."""
+"""A Linear whose weight is packed for the CPU once, at load; see native/linear.h."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from server.native import library
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+class LinearStruct(ctypes.Structure):
+    """`ChorusLinear` of native/linear.h."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("module", ctypes.c_int64),
+    )
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + bias through the compiled kernel. The unpacked weight is not kept."""
 
@@ -19,21 +31,36 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight_OI = linear.weight.detach().contiguous()
         self.out_features, self.in_features = weight_OI.shape
-        self.dtype = weight_OI.dtype
-        suffix = _SUFFIX[self.dtype]
+        suffix = _SUFFIX[weight_OI.dtype]
         elements = lib[f"chorus_packed_elements_{suffix}"]
         elements.restype = ctypes.c_int64
         elements.argtypes = [ctypes.c_int64] * 2
-        self._packed = torch.empty(elements(self.out_features, self.in_features), dtype=self.dtype)
+        self._packed = torch.empty(elements(self.out_features, self.in_features), dtype=weight_OI.dtype)
         pack = lib[f"chorus_pack_{suffix}"]
         pack.restype = None
         pack.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
         pack(self._packed.data_ptr(), weight_OI.data_ptr(), *weight_OI.shape, torch.get_num_threads())
         self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self._struct = self.struct(module=0)
         self._function = lib[f"chorus_linear_{suffix}"]
         self._function.restype = None
         matrix = (ctypes.c_void_p, ctypes.c_int64)
-        self._function.argtypes = [*matrix, *matrix, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4]
+        self._function.argtypes = [
+            ctypes.POINTER(LinearStruct),
+            *matrix,
+            ctypes.c_int64,
+            *matrix,
+            ctypes.c_int64,
+        ]
+
+    def struct(self, module: int) -> LinearStruct:
+        """Where the weights lie, for compiled code; `module` is the layer's column of the arena's tables."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return LinearStruct(self._packed.data_ptr(), bias, self.in_features, self.out_features, module)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What a struct points to."""
+        return [self._packed] if self.bias is None else [self._packed, self.bias]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
@@ -42,14 +69,11 @@ class PackedLinear(nn.Module):
             x_TI = x_TI.contiguous()
         y_TO = x.new_empty(x_TI.shape[0], self.out_features)
         self._function(
-            y_TO.data_ptr(),
-            self.out_features,
+            self._struct,
             x_TI.data_ptr(),
             x_TI.stride(0),
-            self._packed.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
             x_TI.shape[0],
-            self.in_features,
+            y_TO.data_ptr(),
             self.out_features,
             torch.get_num_threads(),
         )

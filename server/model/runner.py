@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+from torch import nn
 
 from server.engine.messages import LoraTarget
-from server.lora.kernels.cpu import cpu_kernels
+from server.lora.kernels.cpu import CpuKernels, cpu_kernels
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.linear import LoraStep, wrap_linears
 from server.model.attention.hf import PagedStep
-from server.model.attention.interface import AttentionBackend, LayerCache
-from server.model.attention.paged_cpu import paged_cpu_attention
+from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
+from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
+from server.model.fused_layers import NotFusable, fuse_layers
 from server.model.loader import LoadedModel, forward
 from server.model.packed_linear import packed
 from server.model.sampler import Sampled, Sampler
+
+log = logging.getLogger(__name__)
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, LoraKernels]:
@@ -56,6 +62,37 @@ class Runner:
             )
         self._attention = PagedStep(backend, caches)
         self._sampler = Sampler()
+        self.fused = self._fuse(loaded, caches, backend, lora_kernels)
+
+    def _fuse(
+        self, loaded: LoadedModel, caches: dict[int, LayerCache], backend: AttentionBackend, kernels: LoraKernels
+    ) -> bool:
+        """Let compiled code run the decoder layers, where it gives the logits that the modules give."""
+        if not isinstance(backend, PagedCpuAttention) or not isinstance(kernels, CpuKernels):
+            return False
+        decoder = loaded.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            return False
+        batch = _probe_batch(caches[0], loaded.vocab_size)
+        try:
+            slots = fuse_layers(
+                layers, caches, loaded.attention_options, self._attention, backend, self._lora, kernels
+            )
+        except NotFusable as reason:
+            log.info("the decoder layers run as torch modules: %s", reason)
+            return False
+        want = self.logits(batch, None).float()
+        del decoder.layers
+        decoder.layers = slots
+        got = self.logits(batch, None).float()
+        error = float((got - want).norm() / want.norm())
+        if error < (1e-3 if loaded.dtype == torch.float32 else 0.05):
+            return True
+        log.info("the decoder layers run as torch modules: fused, their logits differ (by %.2g)", error)
+        del decoder.layers
+        decoder.layers = layers
+        return False
 
     @torch.inference_mode()
     def run(self, batch: Batch, arena: ArenaView) -> Sampled:
@@ -66,10 +103,33 @@ class Runner:
         return self._sampler.sample(logits_NV, batch.samples)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, arena: ArenaView) -> torch.Tensor:
+    def logits(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
         """[N, vocabulary] for the batch's sample rows; writes the batch's K and V into the cache."""
         self._attention.plan = batch.attention
         self._lora.arena = arena
         self._lora.segments = batch.segments
         self._lora.samples = batch.sample_segments if self._head_is_target else None
         return forward(self._model, batch.token_ids, batch.positions, batch.sample_rows, self._attention)
+
+
+def _probe_batch(cache: LayerCache, vocab_size: int) -> Batch:
+    """A prompt of some tokens in the first blocks of the cache, base model only."""
+    blocks, _, block_size, _ = cache.k.shape
+    tokens = min(16, blocks * block_size)
+    return Batch(
+        token_ids=(torch.arange(tokens) * 7919 + 11) % vocab_size,
+        positions=torch.arange(tokens),
+        sample_rows=torch.tensor([tokens - 1]),
+        attention=AttentionPlan(
+            query_starts=torch.tensor([0, tokens], dtype=torch.int32),
+            context_lens=torch.tensor([tokens], dtype=torch.int32),
+            block_tables=torch.arange(-(-tokens // block_size), dtype=torch.int32)[None],
+            slot_mapping=torch.arange(tokens),
+            num_seqs=1,
+            max_query_len=tokens,
+            max_context_len=tokens,
+        ),
+        segments=None,
+        sample_segments=None,
+        samples=[],
+    )

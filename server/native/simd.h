@@ -1,4 +1,4 @@
-// The two tile operations that LoRA, linear layers and attention are made of, for float and bfloat16 data:
+// The two tile operations that LoRA and attention are made of, for float and bfloat16 data:
 //
 //   dots:  H[n, r]  = X[n, k] . A[r, k]^T     both operands contiguous along k
 //   axpys: Y[n, c] += H[n, r] . B[r, c]       H and Y float32
@@ -35,6 +35,10 @@ static inline void from_float(float x, bf16* out) {  // round to nearest even; N
     }
     out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
+
+// Tiles of accumulators only stay in registers when the loops over them are unrolled, which -O3 alone does not
+// do: without this, kernels run at a third of their speed.
+#define UNROLL _Pragma("GCC unroll 16")
 
 #ifdef CHORUS_AVX512
 
@@ -86,30 +90,41 @@ template <typename T, int N, int R>
 static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, int k, float* h, int64_t ldh) {
     using V = Along<T>;
     __m512 acc[N][R];
+    UNROLL
     for (int i = 0; i < N; i++)
+        UNROLL
         for (int j = 0; j < R; j++) acc[i][j] = _mm512_setzero_ps();
     int p = 0;
     for (; p + V::width <= k; p += V::width) {
         typename V::reg_t xs[N];
+        UNROLL
         for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p);
+        UNROLL
         for (int j = 0; j < R; j++) {
             auto as = V::load(a + j * lda + p);
+            UNROLL
             for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
         }
     }
     if (p < k) {
         auto m = V::tail(k - p);
         typename V::reg_t xs[N];
+        UNROLL
         for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p, m);
+        UNROLL
         for (int j = 0; j < R; j++) {
             auto as = V::load(a + j * lda + p, m);
+            UNROLL
             for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
         }
     }
+    UNROLL
     for (int i = 0; i < N; i++) {
         int j = 0;
+        UNROLL
         for (; j + 4 <= R; j += 4)
             _mm_storeu_ps(h + i * ldh + j, sum_lanes(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+        UNROLL
         for (; j < R; j++) h[i * ldh + j] = _mm512_reduce_add_ps(acc[i][j]);
     }
 }
@@ -135,18 +150,26 @@ template <typename T, int N, int C>  // N rows, C vectors of 16 columns, the las
 static inline void axpys_tile(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
     __m512 acc[N][C];
     __mmask16 m[C];
+    UNROLL
     for (int v = 0; v < C; v++) m[v] = c - 16 * v > 0 ? first16(c - 16 * v) : __mmask16(0);
+    UNROLL
     for (int i = 0; i < N; i++)
+        UNROLL
         for (int v = 0; v < C; v++) acc[i][v] = load16(y + i * ldy + 16 * v, m[v]);
     for (int j = 0; j < r; j++) {
         __m512 hs[N];
+        UNROLL
         for (int i = 0; i < N; i++) hs[i] = _mm512_set1_ps(h[i * ldh + j]);
+        UNROLL
         for (int v = 0; v < C; v++) {
             __m512 bs = load16(b + j * ldb + 16 * v, m[v]);
+            UNROLL
             for (int i = 0; i < N; i++) acc[i][v] = _mm512_fmadd_ps(hs[i], bs, acc[i][v]);
         }
     }
+    UNROLL
     for (int i = 0; i < N; i++)
+        UNROLL
         for (int v = 0; v < C; v++) store16(y + i * ldy + 16 * v, acc[i][v], m[v]);
 }
 
@@ -172,6 +195,14 @@ static inline void add_into(const float* y, int c, T* out) {
     for (int j = 0; j < c; j += 16) {
         __mmask16 m = first16(c - j);
         store16(out + j, _mm512_add_ps(load16(out + j, m), load16(y + j, m)), m);
+    }
+}
+
+template <typename From, typename To>  // to = from, one of the two float
+static inline void convert(const From* from, int64_t n, To* to) {
+    for (int64_t j = 0; j < n; j += 16) {
+        const __mmask16 m = first16(n - j > 16 ? 16 : int(n - j));
+        store16(to + j, load16(from + j, m), m);
     }
 }
 
@@ -205,6 +236,12 @@ template <typename T>
 static inline void add_into(const float* y, int c, T* out) {
 #pragma omp simd
     for (int j = 0; j < c; j++) from_float(to_float(out[j]) + y[j], out + j);
+}
+
+template <typename From, typename To>
+static inline void convert(const From* from, int64_t n, To* to) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) from_float(to_float(from[j]), to + j);
 }
 
 #endif

@@ -82,6 +82,7 @@ def judge(
     *,
     max_header_bytes: int = MAX_HEADER_BYTES,
     max_tensors: int = MAX_TENSORS,
+    max_rank: int | None = None,
 ) -> LoraAdapter:
     """Read `folder`'s config and tensor header, and check both against the base model's Linears.
 
@@ -95,12 +96,15 @@ def judge(
     tensors = _read_tensors(folder, max_header_bytes, max_tensors)
     rules = Rules(config)
     modules = _match(tensors, targets, rules)
+    widest = max(modules, key=lambda module: module.rank)
+    if max_rank is not None and widest.rank > max_rank:
+        raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {max_rank}")
     spans = [span for module in modules for span in (module.a, module.b)]
     dtypes = {span.dtype for span in spans}
     base_model = config.get("base_model_name_or_path")
     return LoraAdapter(
         modules=modules,
-        rank=max(module.rank for module in modules),
+        rank=widest.rank,
         alpha=rules.alpha,
         target_modules=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
         parameters=sum(math.prod(span.shape) for span in spans),
@@ -250,6 +254,13 @@ def _split(name: str) -> tuple[str, str]:
     ):
         if mark in name:
             raise bad(name, what)
+    if name.startswith(_PREFIX) and name.endswith((".weight", ".bias")) and ".lora_" not in name:
+        raise bad(
+            name,
+            "is a weight of the base model, which all adapters share here. PEFT adds a copy when embeddings "
+            "or lm_head are targets or were resized; if they were not trained themselves, leave it out with "
+            "save_pretrained(..., save_embedding_layers=False)",
+        )
     raise bad(name, f"is unexpected; tensors are named {_PREFIX}<module>.lora_A.weight or .lora_B.weight")
 
 

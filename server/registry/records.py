@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from server.engine.messages import Residency
 from server.errors import InvalidRequest
 from server.registry.catalogue import AdapterRow, VersionRow
 
@@ -68,14 +67,6 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Load:
-    """How the engine last answered for a version."""
-
-    residency: Residency
-    milliseconds: float | None  # of the last copy into the arena; None: none was asked for
-
-
-@dataclass(frozen=True)
 class VersionRecord:
     """A version with what it has served so far. `error` says why it cannot be used."""
 
@@ -83,7 +74,7 @@ class VersionRecord:
     requests: int
     tokens: int
     last_used: float | None
-    load: Load | None
+    load_ms: float | None  # of the last load that was asked for; None: none was
     error: str | None
 
 
@@ -185,15 +176,15 @@ class Adapter:
         matches = {v.info.digest: v for v in self.versions.values() if v.info.digest.startswith(wanted)}
         return next(iter(matches.values())) if len(matches) == 1 else None
 
-    def record(self, state: State, loads: Mapping[str, Load]) -> AdapterRecord:
-        """A snapshot; `loads` by digest."""
+    def record(self, state: State, load_ms: Mapping[str, float]) -> AdapterRecord:
+        """A snapshot; `load_ms` by digest."""
         return AdapterRecord(
             name=self.row.name,
             state=state,
             reason=self.current.error,
             current=self.current.info,
             versions=tuple(
-                VersionRecord(v.info, v.requests, v.tokens, v.last_used, loads.get(v.info.digest), v.error)
+                VersionRecord(v.info, v.requests, v.tokens, v.last_used, load_ms.get(v.info.digest), v.error)
                 for v in self.versions.values()
             ),
             description=self.row.description,

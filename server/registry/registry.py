@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from server.config import Settings
-from server.engine.messages import LoraTarget, Residency
+from server.engine.messages import LoraTarget
 from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
 from server.registry.catalogue import AdapterRow, Catalogue
 from server.registry.folders import register_tree
@@ -31,7 +31,6 @@ from server.registry.records import (
     AdapterRecord,
     AdapterVersion,
     Lease,
-    Load,
     Published,
     Retired,
     Version,
@@ -55,12 +54,14 @@ class Registry:
         targets: Sequence[LoraTarget],
         base_parameters: int,
         settings: Settings,
+        max_rank: int | None = None,
     ) -> None:
         self.base_parameters = base_parameters
         self._store = store
         self._catalogue = catalogue
         self._targets = tuple(targets)
         self._settings = settings
+        self._max_rank = max_rank
         served = settings.served_model_name
         self._base_names = {served} if served else {settings.model, Path(settings.model).resolve().name}
         self._lock = threading.Lock()
@@ -68,24 +69,29 @@ class Registry:
         self._claims: set[str] = set()
         self._failed: dict[str, str] = {}
         self._draining: list[Adapter] = []
-        self._loads: dict[str, Load] = {}
+        self._load_ms: dict[str, float] = {}  # by digest
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="registry-flush")
         self._flush_due = time.monotonic() + _FLUSH_SECONDS
 
     @classmethod
     def open(
-        cls, data_dir: Path, targets: Sequence[LoraTarget], base_parameters: int, settings: Settings
+        cls,
+        store: ContentStore,
+        targets: Sequence[LoraTarget],
+        base_parameters: int,
+        settings: Settings,
+        max_rank: int | None = None,
     ) -> Registry:
-        """Take the data folder over and bring back what it holds; sweep what a killed server left.
+        """Take the store over and bring back what it holds; sweep what a killed server left.
 
-        Raises store.DataDirInUseError, naming the lock file, when another server uses the folder.
+        `max_rank`: of a new adapter, where the engine has a limit. The store is closed with the registry, or
+        here when that cannot be opened.
         """
         with ExitStack() as undo:
-            store = ContentStore(data_dir)
             undo.callback(store.close)
-            catalogue = Catalogue(data_dir / "registry.db")
+            catalogue = Catalogue(store.data_dir / "registry.db")
             undo.callback(catalogue.close)
-            registry = cls(store, catalogue, targets, base_parameters, settings)
+            registry = cls(store, catalogue, targets, base_parameters, settings, max_rank)
             registry._restore()
             undo.pop_all()
         return registry
@@ -176,14 +182,11 @@ class Registry:
                 for version in changed:
                     version.unsaved = True
 
-    def loaded(self, digest: str, residency: Residency, milliseconds: float | None = None) -> None:
-        """Note where the engine said a version's weights are, and how long a load took."""
+    def loaded(self, digest: str, milliseconds: float) -> None:
+        """Note how long a load that was asked for took."""
         with self._lock:
-            before = self._loads.get(digest)
-            if milliseconds is None and before is not None:
-                milliseconds = before.milliseconds
             if self._store.holds(digest):
-                self._loads[digest] = Load(residency, milliseconds)
+                self._load_ms[digest] = milliseconds
 
     # writing
 
@@ -210,12 +213,13 @@ class Registry:
             self._claims.discard(name)
 
     def judge(self, folder: Path) -> LoraAdapter:
-        """Check config and tensor header against the base model; see peft_format.judge."""
+        """Check config and tensor header against base model and engine; see peft_format.judge."""
         return judge(
             folder,
             self._targets,
             max_header_bytes=self._settings.max_header_bytes,
             max_tensors=self._settings.max_adapter_tensors,
+            max_rank=self._max_rank,
         )
 
     def commit(
@@ -316,13 +320,13 @@ class Registry:
 
     def _record(self, name: str) -> AdapterRecord | None:
         if adapter := self._adapters.get(name):
-            return adapter.record("failed" if adapter.current.error else "ready", self._loads)
+            return adapter.record("failed" if adapter.current.error else "ready", self._load_ms)
         if name in self._claims:
             return AdapterRecord(name, "validating", None, None)
         if name in self._failed:
             return AdapterRecord(name, "failed", self._failed[name], None)
         last = next((a for a in reversed(self._draining) if a.row.name == name), None)
-        return last.record("draining", self._loads) if last else None
+        return last.record("draining", self._load_ms) if last else None
 
     def _restore(self) -> None:
         """At start: rows to books, a hold for each version, and the judgement again if the base changed."""
@@ -374,7 +378,7 @@ class Registry:
             with self._lock:
                 version.freed = True
                 if not self._store.holds(version.info.digest):
-                    self._loads.pop(version.info.digest, None)
+                    self._load_ms.pop(version.info.digest, None)
                 self._draining = [a for a in self._draining if not all(v.freed for v in a.versions.values())]
             version.gone.set_result(None)
 

@@ -147,6 +147,7 @@ class ContentStore:
     """
 
     def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
         self._folders = data_dir / "adapters"
         self._staging = data_dir / "staging"
         for folder in (self._folders, self._staging):

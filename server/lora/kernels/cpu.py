@@ -12,8 +12,11 @@ from server.lora.segments import Segments
 from server.native import library
 
 
-class _Segments(ctypes.Structure):
-    """`ChorusSegments` of native/lora.cpp."""
+_MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
+
+
+class SegmentsStruct(ctypes.Structure):
+    """`ChorusSegments` of native/lora.h."""
 
     _fields_ = (
         ("token_starts", ctypes.c_void_p),
@@ -26,12 +29,12 @@ class _Segments(ctypes.Structure):
         ("offsets", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
-        ("threads", ctypes.c_int64),
+        ("scratch_stride", ctypes.c_int64),
     )
 
 
 class CpuKernels:
-    """`LoraKernels` in native/lora.cpp. What is the same for all modules of a step is passed once a step."""
+    """`LoraKernels` in native/lora.h. What is the same for all modules of a step is passed once a step."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._functions = {torch.float32: lib.chorus_lora_f32, torch.bfloat16: lib.chorus_lora_bf16}
@@ -39,24 +42,21 @@ class CpuKernels:
             function.restype = None
             matrix = (ctypes.c_void_p, ctypes.c_int64)
             function.argtypes = [
-                ctypes.POINTER(_Segments),
+                ctypes.POINTER(SegmentsStruct),
                 ctypes.c_int64,
                 *matrix,
                 *matrix,
-                ctypes.c_int64,
-                ctypes.c_int64,
+                *[ctypes.c_int64] * 3,
             ]
         self._prepared: tuple[Segments, ArenaView] | None = None
-        self._step = _Segments()
+        self._step = SegmentsStruct()
         self._scratch = torch.empty(0)
 
     def apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
     ) -> None:
-        if self._prepared is None or self._prepared[0] is not segments or self._prepared[1] is not arena:
-            self._prepare(segments, arena)
         self._functions[out.dtype](
-            self._step,
+            self.struct(segments, arena),
             module,
             out.data_ptr(),
             out.stride(0),
@@ -64,7 +64,14 @@ class CpuKernels:
             x.stride(0),
             x.shape[1],
             out.shape[1],
+            torch.get_num_threads(),
         )
+
+    def struct(self, segments: Segments, arena: ArenaView) -> SegmentsStruct:
+        """The step's segments for compiled code; valid until it is asked for another step's."""
+        if self._prepared is None or self._prepared[0] is not segments or self._prepared[1] is not arena:
+            self._prepare(segments, arena)
+        return self._step
 
     def _prepare(self, segments: Segments, arena: ArenaView) -> None:
         # An upper bound of x A^T over all modules: each entry's tokens times its adapter's largest rank.
@@ -72,9 +79,9 @@ class CpuKernels:
         tokens_E = tokens_G.repeat_interleave(segments.entry_starts.diff())
         ranks_E = arena.ranks[segments.slots.long()].amax(dim=1)
         needed = int((tokens_E * ranks_E).sum())
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed)
-        self._step = _Segments(
+        if self._scratch.numel() < needed * _MODULES_AT_ONCE:
+            self._scratch = torch.empty(needed * _MODULES_AT_ONCE)
+        self._step = SegmentsStruct(
             segments.token_starts.data_ptr(),
             segments.entry_starts.data_ptr(),
             segments.slots.data_ptr(),
@@ -85,7 +92,7 @@ class CpuKernels:
             arena.offsets.data_ptr(),
             arena.ranks.data_ptr(),
             self._scratch.data_ptr(),
-            torch.get_num_threads(),
+            needed,
         )
         self._prepared = (segments, arena)  # keeps the tensors behind the pointers alive
 

@@ -64,11 +64,12 @@ class PagedStep:
 
 
 class ProbeStep:
-    """Attends over packed sequences without a cache, and records each layer's KV shape."""
+    """Attends over packed sequences without a cache, and records each layer's KV shape and options."""
 
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self.specs: dict[int, LayerCacheSpec] = {}
+        self.options: dict[int, dict[str, Any]] = {}
         self.calls = 0
 
     def attend(
@@ -76,6 +77,7 @@ class ProbeStep:
     ) -> torch.Tensor:
         self.calls += 1
         self.specs[layer] = LayerCacheSpec(key.shape[1], key.shape[2], value.shape[2])
+        self.options[layer] = options
         longest, device = max(self._lengths), query.device
         tables = torch.arange(len(self._lengths), device=device, dtype=torch.int32)[:, None]  # a block each
         starts = torch.tensor([0, *self._lengths], device=device).cumsum(0)

@@ -11,8 +11,8 @@ from server.model.attention.paged_reference import PagedReferenceAttention
 from server.native import library
 
 
-class _Plan(ctypes.Structure):
-    """`ChorusPlan` of native/attention.cpp."""
+class PlanStruct(ctypes.Structure):
+    """`ChorusPlan` of native/attention.h."""
 
     _fields_ = (
         ("query_starts", ctypes.c_void_p),
@@ -23,12 +23,11 @@ class _Plan(ctypes.Structure):
         ("table_stride", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
     )
 
 
-class _Attention(ctypes.Structure):
-    """`ChorusAttention` of native/attention.cpp."""
+class AttentionStruct(ctypes.Structure):
+    """`ChorusAttention` of native/attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "k_cache", "v_cache")),
@@ -45,15 +44,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class PagedCpuAttention:
-    """`AttentionBackend` in native/attention.cpp."""
+    """`AttentionBackend` in native/attention.h."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._functions = {torch.float32: lib.chorus_attention_f32, torch.bfloat16: lib.chorus_attention_bf16}
         for function in self._functions.values():
             function.restype = None
-            function.argtypes = [ctypes.POINTER(_Plan), ctypes.POINTER(_Attention)]
+            function.argtypes = [ctypes.POINTER(PlanStruct), ctypes.POINTER(AttentionStruct), ctypes.c_int64]
         self._prepared: AttentionPlan | None = None
-        self._plan = _Plan()
+        self._plan = PlanStruct()
 
     def forward(
         self,
@@ -68,12 +67,10 @@ class PagedCpuAttention:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self._prepared is not plan:
-            self._prepare(plan, cache.k.shape[2])
         query, key, value = _rows(query), _rows(key), _rows(value)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         sinks = None if sinks is None else sinks.float().contiguous()
-        call = _Attention(
+        call = AttentionStruct(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -92,11 +89,17 @@ class PagedCpuAttention:
             softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
         )
-        self._functions[query.dtype](self._plan, call)
+        self._functions[query.dtype](self.struct(plan, cache.k.shape[2]), call, torch.get_num_threads())
         return out
 
+    def struct(self, plan: AttentionPlan, block_size: int) -> PlanStruct:
+        """The step's plan for compiled code; valid until it is asked for another step's."""
+        if self._prepared is not plan:
+            self._prepare(plan, block_size)
+        return self._plan
+
     def _prepare(self, plan: AttentionPlan, block_size: int) -> None:
-        self._plan = _Plan(
+        self._plan = PlanStruct(
             plan.query_starts.data_ptr(),
             plan.context_lens.data_ptr(),
             plan.block_tables.data_ptr(),
@@ -105,7 +108,6 @@ class PagedCpuAttention:
             plan.block_tables.stride(0),
             plan.slot_mapping.numel(),
             block_size,
-            torch.get_num_threads(),
         )
         self._prepared = plan  # keeps the tensors behind the pointers alive
 

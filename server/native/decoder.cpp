@@ -1,0 +1,260 @@
+// All decoder layers of a step in one parallel region: no call, allocation or thread start between the parts
+// of a layer, which together cost more than the arithmetic when a step is a few tokens.
+//
+// A layer is that of Llama and its relatives: x += norm(attention(norm(x))), x += norm(mlp(norm(x))), where
+// each of the four norms may be missing. The sum x is kept in float32. The Python side, which reads a layer off
+// the model and proves that it computes the same, is model/fused_layers.py.
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "maths.h"
+
+extern "C" {
+
+struct ChorusNorm {  // RMSNorm (Zhang & Sennrich 2019)
+    const float* weight;  // null = no norm
+    float eps;
+};
+
+struct ChorusLayer {
+    ChorusNorm attention_in, attention_out, mlp_in, mlp_out;
+    ChorusNorm q_norm, k_norm;
+    int64_t qk_norm_width;  // values normed together: a head's, or all heads'
+    ChorusLinear qkv[3], output, gate_up[2], down;
+    int64_t num_qkv, num_gate_up;  // 1 where the model has them packed in one
+    ChorusAttention attention;     // query, key, value, out and their strides are not read
+    int64_t rotary_dim;            // leading values of a head that are rotated; 0 = none
+    int64_t gelu;                  // 0 = SiLU, 1 = tanh GELU
+    float residual_multiplier;
+};
+
+struct ChorusDecoder {  // one step; T = plan->num_tokens
+    const ChorusLayer* layers;
+    int64_t num_layers, hidden_size;
+    const ChorusPlan* plan;
+    const ChorusSegments* segments;  // null = base model only
+    const void* const* cos;          // of each layer: [T, rotary_dim]
+    const void* const* sin;
+    void* hidden;     // [T, hidden_size], in place
+    float* residual;  // [T, hidden_size]
+    void* normed;     // [T, hidden_size]
+    void* qkv;        // [T, heads * k_dim + kv_heads * (k_dim + v_dim)]
+    void* attended;   // [T, heads * v_dim]
+    void* projected;  // [T, hidden_size]
+    void* gate_up;    // [T, 2 * intermediate size]
+    void* activated;  // [T, intermediate size]
+};
+}
+
+namespace {
+
+using namespace chorus;
+
+void rms_norm(float* x, int64_t n, const float* weight, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += x[j] * x[j];
+    const float scale = 1.0f / std::sqrt(sum / float(n) + eps);
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) x[j] *= scale * weight[j];
+}
+
+// Rotary position embedding on the two halves of the leading `dim` values (Su et al. 2021).
+void rotate(float* x, int64_t dim, const float* cos, const float* sin) {
+    const int64_t half = dim / 2;
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a * cos[j] - b * sin[j];
+        x[j + half] = b * cos[j + half] + a * sin[j + half];
+    }
+}
+
+template <typename T>
+class Forward {  // one thread's walk through the layers
+  public:
+    Forward(Member& me, const ChorusDecoder& d) : me_(me), d_(d), tokens_(d.plan->num_tokens) {}
+
+    void run() {
+        for (int64_t l = 0; l < d_.num_layers; l++) {
+            const ChorusLayer& layer = d_.layers[l];
+            enter(l == 0 ? nullptr : &d_.layers[l - 1], layer);
+            const int64_t qkv = linear_with_lora(layer.qkv, layer.num_qkv, d_.normed, d_.qkv);
+            heads(layer, qkv, static_cast<const T*>(d_.cos[l]), static_cast<const T*>(d_.sin[l]));
+            attend(layer, qkv);
+            linear_with_lora(&layer.output, 1, d_.attended, d_.projected);
+            between(layer);
+            const int64_t gate_up = linear_with_lora(layer.gate_up, layer.num_gate_up, d_.normed, d_.gate_up);
+            activate(layer, gate_up);
+            linear_with_lora(&layer.down, 1, d_.activated, d_.projected);
+        }
+        leave(d_.layers[d_.num_layers - 1]);
+    }
+
+  private:
+    float* space(int64_t n) {
+        if (int64_t(row_.size()) < n) row_.resize(size_t(n));
+        return row_.data();
+    }
+
+    float* residual(int64_t t) { return d_.residual + t * d_.hidden_size; }
+
+    template <typename Row>
+    void rows(Row row) {
+        me_.share_rows(tokens_, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; t++) row(t);
+        });
+    }
+
+    // residual += multiplier * norm(projected)
+    void add_projected(int64_t t, const ChorusNorm& norm, float multiplier) {
+        const int64_t n = d_.hidden_size;
+        float *x = space(n), *sum = residual(t);
+        convert(static_cast<const T*>(d_.projected) + t * n, n, x);
+        if (norm.weight) rms_norm(x, n, norm.weight, norm.eps);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) sum[j] += multiplier * x[j];
+    }
+
+    // normed = norm(residual)
+    void norm_residual(int64_t t, const ChorusNorm& norm) {
+        const int64_t n = d_.hidden_size;
+        float* x = space(n);
+        std::memcpy(x, residual(t), size_t(n) * sizeof(float));
+        if (norm.weight) rms_norm(x, n, norm.weight, norm.eps);
+        convert(x, n, static_cast<T*>(d_.normed) + t * n);
+    }
+
+    void enter(const ChorusLayer* previous, const ChorusLayer& layer) {
+        rows([&](int64_t t) {
+            if (previous)
+                add_projected(t, previous->mlp_out, previous->residual_multiplier);
+            else
+                convert(static_cast<const T*>(d_.hidden) + t * d_.hidden_size, d_.hidden_size, residual(t));
+            norm_residual(t, layer.attention_in);
+        });
+        me_.barrier();
+    }
+
+    void between(const ChorusLayer& layer) {
+        rows([&](int64_t t) {
+            add_projected(t, layer.attention_out, layer.residual_multiplier);
+            norm_residual(t, layer.mlp_in);
+        });
+        me_.barrier();
+    }
+
+    void leave(const ChorusLayer& last) {
+        rows([&](int64_t t) {
+            add_projected(t, last.mlp_out, last.residual_multiplier);
+            convert(residual(t), d_.hidden_size, static_cast<T*>(d_.hidden) + t * d_.hidden_size);
+        });
+    }
+
+    // The outputs of `count` linears of the same x, side by side in y, with their LoRA deltas. Returns y's width.
+    int64_t linear_with_lora(const ChorusLinear* linears, int64_t count, const void* x_from, void* y_to) {
+        const T* x = static_cast<const T*>(x_from);
+        T* y = static_cast<T*>(y_to);
+        const ChorusSegments* s = d_.segments;
+        int64_t width = 0;
+        bool lora = false;
+        for (int64_t i = 0; i < count; i++) {
+            width += linears[i].out;
+            if (s && adapted(*s, linears[i].module)) {
+                lora = true;
+                lora_shrink(me_, *s, linears[i].module, x, linears[i].in, linears[i].in, s->scratch + i * s->scratch_stride);
+            }
+        }
+        int64_t column = 0;
+        for (int64_t i = 0; i < count; column += linears[i].out, i++)
+            linear(me_, linears[i], x, linears[i].in, tokens_, y + column, width);
+        me_.barrier();
+        if (!lora) return width;
+        column = 0;
+        for (int64_t i = 0; i < count; column += linears[i].out, i++)
+            if (adapted(*s, linears[i].module))
+                lora_expand(me_, *s, linears[i].module, s->scratch + i * s->scratch_stride, y + column, width,
+                            linears[i].out);
+        me_.barrier();
+        return width;
+    }
+
+    void norm_heads(float* x, int64_t heads, int64_t dim, const ChorusNorm& norm, int64_t width) {
+        if (!norm.weight) return;
+        if (width == dim)
+            for (int64_t h = 0; h < heads; h++) rms_norm(x + h * dim, dim, norm.weight, norm.eps);
+        else
+            rms_norm(x, heads * dim, norm.weight, norm.eps);
+    }
+
+    // Norms and rotates Q in place, and K on its way into the cache, with V.
+    void heads(const ChorusLayer& layer, int64_t width, const T* cos_rows, const T* sin_rows) {
+        const ChorusAttention& a = layer.attention;
+        const int64_t dim = a.k_dim, rotary = layer.rotary_dim;
+        rows([&](int64_t t) {
+            float* x = space(a.heads * dim + 2 * rotary);
+            float *cos = x + a.heads * dim, *sin = cos + rotary;
+            if (rotary) {
+                convert(cos_rows + t * rotary, rotary, cos);
+                convert(sin_rows + t * rotary, rotary, sin);
+            }
+            T *q = static_cast<T*>(d_.qkv) + t * width, *k = q + a.heads * dim, *v = k + a.kv_heads * dim;
+            convert(q, a.heads * dim, x);
+            norm_heads(x, a.heads, dim, layer.q_norm, layer.qk_norm_width);
+            for (int64_t h = 0; h < a.heads; h++) rotate(x + h * dim, rotary, cos, sin);
+            convert(x, a.heads * dim, q);
+            convert(k, a.kv_heads * dim, x);
+            norm_heads(x, a.kv_heads, dim, layer.k_norm, layer.qk_norm_width);
+            for (int64_t h = 0; h < a.kv_heads; h++) {
+                rotate(x + h * dim, rotary, cos, sin);
+                convert(x + h * dim, dim, cache_row<T>(*d_.plan, a, t, h, 0));
+                std::memcpy(cache_row<T>(*d_.plan, a, t, h, 1), v + h * a.v_dim, size_t(a.v_dim) * sizeof(T));
+            }
+        });
+        me_.barrier();
+    }
+
+    void attend(const ChorusLayer& layer, int64_t width) {
+        ChorusAttention a = layer.attention;
+        a.query = d_.qkv;
+        a.q_token = width;
+        a.q_head = a.k_dim;
+        a.out = d_.attended;
+        attention(me_, *d_.plan, a, scratch_);
+        me_.barrier();
+    }
+
+    void activate(const ChorusLayer& layer, int64_t width) {
+        const int64_t n = width / 2;
+        rows([&](int64_t t) {
+            float *gate = space(2 * n), *up = gate + n;
+            convert(static_cast<const T*>(d_.gate_up) + t * width, width, gate);
+            if (layer.gelu) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) gate[j] = gelu_tanh(gate[j]) * up[j];
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) gate[j] = silu(gate[j]) * up[j];
+            }
+            convert(gate, n, static_cast<T*>(d_.activated) + t * n);
+        });
+        me_.barrier();
+    }
+
+    Member& me_;
+    const ChorusDecoder& d_;
+    const int64_t tokens_;
+    Scratch<T> scratch_;
+    std::vector<float> row_;
+};
+
+}  // namespace
+
+extern "C" {
+void chorus_decoder_f32(const ChorusDecoder* d, int64_t threads) {
+    run_team(threads, [&](Member& me) { Forward<float>(me, *d).run(); });
+}
+void chorus_decoder_bf16(const ChorusDecoder* d, int64_t threads) {
+    run_team(threads, [&](Member& me) { Forward<bf16>(me, *d).run(); });
+}
+}
