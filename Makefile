@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= models/chorus-tiny
 SERVE_FLAGS ?=
+PEERS_BENCH ?= ../shared/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint types unit format clean
+.PHONY: help setup serve test lint types unit bench format clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +32,9 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+bench: setup  ## Chorus and its peers on the CPU, three rounds of models S and M (hours), into build/bench
+	load_tests/peers.sh $(PEERS_BENCH) build/bench
 
 format: setup  ## format and sort imports
 	$(BIN)/ruff format .

@@ -1,56 +1,26 @@
-"""`python -m load_tests trace | adapters | run | report`."""
+"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 
+from load_tests import benchmarks
 from load_tests.adapters import write_adapters
+from load_tests.options import DTypeOption, counts, parsed, token_range
 from load_tests.trace import Lengths, TraceSpec, adapter_names, generate, read_trace, write_trace
 
-# `run` and `report` import aiohttp and matplotlib themselves: the other two commands work without the
-# load-tests extra.
+# `run`, `report` and those of benchmarks.py import aiohttp, matplotlib and torch themselves: `trace` and
+# `adapters` work without the load-tests extra.
 
 app = typer.Typer(
     help="Load tests for OpenAI-style completion servers.", no_args_is_help=True, add_completion=False
 )
-S = TypeVar("S")
-T = TypeVar("T")
-
-
-class DTypeOption(StrEnum):
-    """Types that adapters can be written in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-def _parsed(parse: Callable[[S], T], source: S) -> T:
-    """`parse(source)`, with a ValueError shown as a wrong option."""
-    try:
-        return parse(source)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _token_range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
-    return int(low), int(high)
-
-
-def _ranks(text: str) -> list[int]:
-    ranks = [int(rank) for rank in text.split(",")]
-    if min(ranks) < 1:
-        raise ValueError("ranks must be at least 1")
-    return ranks
 
 
 @app.command()
@@ -108,9 +78,9 @@ def trace(
             base_share=base_share if names else 1.0,
             rate=rate,
             burstiness=burstiness,
-            prompt_tokens=_parsed(Lengths.parse, prompt_tokens),
-            output_tokens=_parsed(Lengths.parse, output_tokens),
-            token_ids=_parsed(_token_range, token_ids),
+            prompt_tokens=parsed(Lengths.parse, prompt_tokens),
+            output_tokens=parsed(Lengths.parse, output_tokens),
+            token_ids=parsed(token_range, token_ids),
             prompts=tuple(line for line in prompts.read_text().splitlines() if line) if prompts else (),
             seed=seed,
         )
@@ -139,7 +109,7 @@ def adapters(
         model,
         out,
         adapter_names(count),
-        _parsed(_ranks, ranks),
+        parsed(counts, ranks),
         dtype=dtype.value,
         strength=strength,
         seed=seed,
@@ -190,7 +160,7 @@ def run(
     from load_tests import runner
     from load_tests.client import Target
 
-    requests = _parsed(read_trace, trace)
+    requests = parsed(read_trace, trace)
     if record is not None:
         if concurrency not in (None, 1) or check or expect:
             raise typer.BadParameter("--record runs one request at a time and checks nothing")
@@ -206,7 +176,7 @@ def run(
             label=label or out.stem,
             concurrency=concurrency,
             check=check,
-            expected=_parsed(runner.read_answers, expect) if expect else None,
+            expected=parsed(runner.read_answers, expect) if expect else None,
             console=console,
         )
     )
@@ -233,8 +203,13 @@ def report(
     from load_tests.report import rich_table, write_report
     from load_tests.runner import read_result
 
-    loaded = [_parsed(read_result, path) for path in results]
+    loaded = [parsed(read_result, path) for path in results]
     Console().print(rich_table(write_report(out, loaded)))
+
+
+app.add_typer(benchmarks.scaling, name="scaling")
+app.command("engine-overhead")(benchmarks.engine_overhead)
+app.command("face")(benchmarks.face)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 
 from load_tests.client import Record
+from load_tests.rendering import as_markdown, as_rich, new_plot, write_json, write_plot
 from load_tests.runner import RunResult
 
 
@@ -256,21 +254,19 @@ _ROWS: dict[str, Callable[[Report], str]] = {
 }
 
 
+def _cells(reports: Sequence[Report]) -> list[list[str]]:
+    headings = ["", *(report.label for report in reports)]
+    return [headings, *([name, *map(cell, reports)] for name, cell in _ROWS.items())]
+
+
 def rich_table(reports: Sequence[Report]) -> Table:
     """One column for each run, for the terminal."""
-    table = Table()
-    for heading in ("", *(report.label for report in reports)):
-        table.add_column(escape(heading), overflow="fold")
-    for name, cell in _ROWS.items():
-        table.add_row(name, *(escape(cell(report)) for report in reports))
-    return table
+    return as_rich(_cells(reports))
 
 
 def markdown_table(reports: Sequence[Report]) -> str:
     """One column for each run, for a document."""
-    lines = [["", *(report.label for report in reports)], ["---"] * (len(reports) + 1)]
-    lines += [[name, *map(cell, reports)] for name, cell in _ROWS.items()]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return as_markdown(_cells(reports))
 
 
 # plots: one line or set of points for each run
@@ -349,26 +345,19 @@ _PLOTS: dict[str, tuple[Callable[[Axes, RunResult, Report], None], str, str, str
 def write_plots(out: Path, results: Sequence[RunResult], reports: Sequence[Report]) -> list[Path]:
     """Write the four PNG files; their paths."""
     paths = []
-    for name, (plot, title, x_label, y_label) in _PLOTS.items():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    for name, (plot, *titles) in _PLOTS.items():
+        figure, axes = new_plot(*titles)
         for result, report in zip(results, reports, strict=True):
             plot(axes, result, report)
-        axes.set(title=title, xlabel=x_label, ylabel=y_label)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
         paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        write_plot(paths[-1], figure)
     return paths
 
 
 def write_report(out: Path, results: Sequence[RunResult]) -> list[Report]:
     """Write report.json, report.md and the plots of `results` into `out`."""
     reports = [summarise(result) for result in results]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode({"runs": reports}), indent=1))
+    write_json(out / "report.json", {"runs": reports})
     (out / "report.md").write_text(markdown_table(reports))
     write_plots(out, results, reports)
     return reports

@@ -39,6 +39,13 @@ def test_help_has_every_setting() -> None:
         (["--model", "m", "--dtype", "int3"], {}, "chorus: --dtype: "),
         (["--model", "m"], {"CHORUS_PORT": "x"}, "chorus: CHORUS_PORT: "),
         (["--model", "m"], {"CHORUS_ALLOWED_LORA_ROOTS": "x"}, "chorus: "),
+        ([], {"CHORUS_MODEL": ""}, "chorus: --model is missing (or CHORUS_MODEL)\n"),
+        (["--model", ""], {}, "chorus: --model: must not be empty\n"),
+        (
+            ["--model", "m", "--allowed-lora-roots", ""],
+            {},
+            "chorus: --allowed-lora-roots: must not be empty\n",
+        ),
     ],
 )
 def test_bad_values_are_one_line(arguments: list[str], environment: dict[str, str], line: str) -> None:

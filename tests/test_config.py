@@ -54,6 +54,27 @@ def test_environment_and_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings(model="m", no_such_option=1)  # type: ignore[call-arg]  # the point of the test
 
 
+def test_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CHORUS_ADAPTERS=` of a compose file, `--adapters "$UNSET"`: never the working directory."""
+    plain = Settings(model="m")
+    for name in set(OPTIONS) - {"model"}:
+        monkeypatch.setenv(f"CHORUS_{name.upper()}", "")
+    assert Settings(model="m") == plain
+    given = dict.fromkeys(set(OPTIONS) - {"model", "allowed_lora_roots"}, "")
+    assert Settings(model="m", **given) == plain  # type: ignore[arg-type]  # text, as flags are
+
+
+def test_an_empty_flag_undoes_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHORUS_ADAPTERS", "/adapters")
+    assert Settings(model="m", adapters="").adapters is None
+
+
+@pytest.mark.parametrize("fields", [{"model": ""}, {"model": "m", "allowed_lora_roots": ["/a", ""]}])
+def test_what_must_not_be_empty(fields: dict[str, object]) -> None:
+    with pytest.raises(pydantic.ValidationError, match="must not be empty"):
+        Settings(**fields)  # type: ignore[arg-type]  # the point of the test
+
+
 def test_user_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert user_data_dir() == tmp_path

@@ -37,7 +37,7 @@ def _image_environment() -> dict[str, str]:
 
 def _stats() -> EngineStats:
     counts: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 1)
-    return EngineStats(**counts | {"resident": ("a",), "waiting_digests": ()})
+    return EngineStats(**counts | {"resident": ("a",), "on_host": (), "waiting_digests": ()})
 
 
 def _metric_names() -> set[str]:

@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI
 import server
 from server.api import adapters, chat, completions, errors, health, models
 from server.api.face import AdapterNames, Face, require_ready
+from server.api.openapi import DescribedApp
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.config import Settings
@@ -55,7 +56,7 @@ def create_app(
             if face.registry is not None:
                 await asyncio.to_thread(face.registry.close)
 
-    app = FastAPI(title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False)
+    app = DescribedApp(title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.face = face
     app.state.settings = settings
     app.state.engine = engine

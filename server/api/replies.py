@@ -142,7 +142,7 @@ class Tokenized(msgspec.Struct, frozen=True):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | UnsetType = UNSET
+    token_strs: list[str | None] | UnsetType = UNSET
 
 
 class Detokenized(msgspec.Struct, frozen=True):

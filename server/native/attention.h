@@ -31,6 +31,13 @@ namespace chorus {
 constexpr int kRows = 32;  // (query token, query head of the KV head) pairs in one tile
 constexpr int kKeys = 64;  // keys scored at once at most; whole blocks
 
+constexpr int kAheadKeys = 32;  // keys and values asked for ahead of use: blocks lie scattered, which the processor can't foresee
+
+template <typename T>
+inline void prefetch(const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
+
 // Where a token's K (which = 0) or V of one KV head lies in the cache.
 template <typename T>
 T* cache_row(const ChorusPlan& p, const ChorusAttention& a, int64_t token, int64_t kv_head, int which) {
@@ -93,9 +100,15 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv
     }
     std::memset(scratch.acc.data(), 0, size_t(rows * a.v_dim) * sizeof(float));
 
+    auto block_of = [&](const void* cache, int64_t key, int64_t dim) {
+        const int64_t block = p.block_tables[s * p.table_stride + key / p.block_size];
+        return static_cast<const T*>(cache) + ((block * a.kv_heads + kv_head) * p.block_size + key % p.block_size) * dim;
+    };
     const int64_t last = position(rows - 1);  // no row of the tile sees a key after this
     int64_t first = a.window > 0 ? position(0) - a.window + 1 : 0;
     first = first < 0 ? 0 : first / p.block_size * p.block_size;
+    for (int64_t key = first; key < first + kAheadKeys && key <= last; key += p.block_size - key % p.block_size)
+        prefetch(block_of(a.v_cache, key, a.v_dim), (p.block_size - key % p.block_size) * a.v_dim);
     const int64_t per_round = p.block_size >= kKeys ? kKeys : kKeys / p.block_size * p.block_size;
     for (int64_t key0 = first; key0 <= last;) {
         // A round never crosses a block when blocks are large, and is several whole blocks when small.
@@ -103,10 +116,10 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv
         if (p.block_size >= kKeys && key0 % p.block_size + keys > p.block_size) keys = p.block_size - key0 % p.block_size;
         if (keys > last + 1 - key0) keys = last + 1 - key0;
         for (int64_t j = 0; j < keys;) {
-            const int64_t block = p.block_tables[s * p.table_stride + (key0 + j) / p.block_size];
             const int64_t offset = (key0 + j) % p.block_size;
             const int64_t n = p.block_size - offset < keys - j ? p.block_size - offset : keys - j;
-            const T* k = static_cast<const T*>(a.k_cache) + ((block * a.kv_heads + kv_head) * p.block_size + offset) * a.k_dim;
+            const T* k = block_of(a.k_cache, key0 + j, a.k_dim);
+            if (key0 + j + kAheadKeys <= last) prefetch(block_of(a.k_cache, key0 + j + kAheadKeys, a.k_dim), n * a.k_dim);
             dots(scratch.q.data(), a.k_dim, rows, k, a.k_dim, int(n), int(a.k_dim), scratch.score + j, kKeys);
             j += n;
         }
@@ -122,10 +135,10 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv
             }
         }
         for (int64_t j = 0; j < keys;) {
-            const int64_t block = p.block_tables[s * p.table_stride + (key0 + j) / p.block_size];
             const int64_t offset = (key0 + j) % p.block_size;
             const int64_t n = p.block_size - offset < keys - j ? p.block_size - offset : keys - j;
-            const T* v = static_cast<const T*>(a.v_cache) + ((block * a.kv_heads + kv_head) * p.block_size + offset) * a.v_dim;
+            const T* v = block_of(a.v_cache, key0 + j, a.v_dim);
+            if (key0 + j + kAheadKeys <= last) prefetch(block_of(a.v_cache, key0 + j + kAheadKeys, a.v_dim), n * a.v_dim);
             axpys(scratch.score + j, kKeys, rows, v, a.v_dim, int(n), int(a.v_dim), scratch.acc.data(), a.v_dim);
             j += n;
         }

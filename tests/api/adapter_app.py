@@ -15,6 +15,7 @@ from server.api.adapters import router
 from server.config import Settings
 from server.engine.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
 from server.registry.registry import Registry
+from server.registry.store import ContentStore
 from tests.registry import adapter_files
 
 
@@ -23,6 +24,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.resident: dict[str, bool] = {}  # digest -> pinned
+        self.on_host: set[str] = set()
         self.in_use: set[str] = set()
         self.forgotten: list[str] = []
         self.refusal: ErrorCode | None = None
@@ -32,9 +34,14 @@ class FakeEngine:
         numbers = {
             field: 0
             for field in EngineStats.__struct_fields__
-            if field not in ("resident", "waiting_digests")
+            if field not in ("resident", "on_host", "waiting_digests")
         }
-        return EngineStats(**numbers, resident=tuple(self.resident))
+        return EngineStats(**numbers, resident=tuple(self.resident), on_host=tuple(self.on_host))
+
+    def restart(self) -> None:
+        """Another life: nothing is loaded."""
+        self.resident.clear()
+        self.on_host.clear()
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
         await asyncio.sleep(0)
@@ -42,6 +49,7 @@ class FakeEngine:
             return AdapterResult(0, "disk", error=self.refusal, message=f"cannot load {ref.path}")
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
         self.resident[ref.digest] = self.resident.get(ref.digest, False) or pin
+        self.on_host.add(ref.digest)
         return AdapterResult(0, "arena", milliseconds=1.5)
 
     async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult:
@@ -50,6 +58,7 @@ class FakeEngine:
             return AdapterResult(0, "arena")
         self.resident.pop(digest, None)
         if forget:
+            self.on_host.discard(digest)
             self.forgotten.append(digest)
         return AdapterResult(0, "disk" if forget else "host")
 
@@ -61,7 +70,7 @@ class Site:
         self.data_dir = data_dir
         self.engine = FakeEngine()
         self.registry = Registry.open(
-            data_dir, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, settings
+            ContentStore(data_dir), adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, settings
         )
         self.app = FastAPI()
         self.app.include_router(router)

@@ -62,13 +62,14 @@ class FakeEngine:
         self.pinned: list[str] = []
         self._info = engine_info(**info)
         self._died = asyncio.Event()
+        self.starts = 0
 
     @property
     def healthy(self) -> bool:
         return self.state == "ready" and time.monotonic() - self.last_heartbeat <= 60
 
     async def start(self) -> None:
-        pass
+        self.starts += 1
 
     async def wait_ready(self) -> None:
         if self.load_gate is not None:

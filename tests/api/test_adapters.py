@@ -114,6 +114,25 @@ async def test_unknown_adapters(site: Site) -> None:
         assert error_of(await site.client.request(method, path), 404)["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PATCH", "/v1/adapters/a", "DELETE, GET, PUT"),
+        ("DELETE", "/v1/adapters", "GET, POST"),
+        ("PATCH", "/v1/adapters/a/load", "DELETE, GET, POST, PUT"),  # `a/load` may be an adapter's name too
+        ("GET", "/v1/load_lora_adapter", "POST"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_told_all_right_ones(
+    site: Site, method: str, path: str, allowed: str
+) -> None:
+    response = await site.client.request(method, path)
+    error = error_of(response, 405)
+    assert (error["type"], error["code"]) == ("invalid_request_error", None)
+    assert response.headers["allow"] == allowed
+
+
 async def test_names(site: Site) -> None:
     for name in ("../x", "a\0b", "x" * 10_000, "a//b", ""):
         assert error_of(await site.upload(name), 400)["param"] == "name"
@@ -373,6 +392,41 @@ async def test_load_and_unload(site: Site) -> None:
     assert (unloaded.status_code, unloaded.json()["residency"]) == (200, "host")
     shown = (await site.client.get("/v1/adapters/a")).json()
     assert (shown["residency"], shown["last_load_ms"]) == ("host", 1.5)
+
+
+async def residency(site: Site, name: str) -> list[str]:
+    """As both routes show it, for the name and for its one version."""
+    shown = (await site.client.get(f"/v1/adapters/{name}")).json()
+    listed = (await site.client.get("/v1/adapters")).json()["data"]
+    assert [view for view in listed if view["name"] == name] == [shown]
+    return [shown["residency"], *(version["residency"] for version in shown["versions"])]
+
+
+async def test_residency_is_where_the_engine_says_it_is(site: Site) -> None:
+    """Whoever moved it: a request brings an adapter in and pushes others out without any call."""
+    digest = (await site.upload("a")).json()["digest"]
+    assert await residency(site, "a") == ["disk", "disk"]
+    site.engine.on_host.add(digest)
+    assert await residency(site, "a") == ["host", "host"]
+    site.engine.resident[digest] = False
+    assert await residency(site, "a") == ["arena", "arena"]
+    site.engine.resident.clear()
+    assert await residency(site, "a") == ["host", "host"]
+    site.engine.on_host.clear()
+    assert await residency(site, "a") == ["disk", "disk"]
+
+
+async def test_residency_dies_with_the_engine(site: Site) -> None:
+    await site.upload("a")
+    await site.client.post("/v1/adapters/a/load")
+    await site.upload("b", files(seed=1))
+    await site.client.post("/v1/adapters/b/load")
+    await site.client.post("/v1/adapters/b/unload")
+    assert await residency(site, "a") == ["arena", "arena"]
+    assert await residency(site, "b") == ["host", "host"]
+    site.engine.restart()
+    assert await residency(site, "a") == await residency(site, "b") == ["disk", "disk"]
+    assert (await site.client.get("/v1/adapters/a")).json()["last_load_ms"] == 1.5
 
 
 async def test_load_of_an_old_version(site: Site) -> None:

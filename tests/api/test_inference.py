@@ -12,7 +12,7 @@ import pytest
 
 from server.engine.messages import ErrorCode
 from tests.api.face_site import Site, events, eventually, open_site
-from tests.api.fake_engine import FakeEngine
+from tests.api.fake_engine import FakeEngine, engine_info
 
 
 @pytest.fixture
@@ -20,6 +20,40 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     async with open_site(tmp_path) as site:
         site.say("the quick brown fox")
         yield site
+
+
+MIX = [{"name": "sql"}, {"name": "team/json", "weight": 0.0}]  # each of rank 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields", "param"),
+    [
+        (7, {"adapters": MIX}, "adapters"),
+        (3, {"model": "sql"}, "model"),
+        (3, {"adapter": "sql@1"}, "adapter"),
+        (3, {"adapters": MIX[:1]}, "adapters"),
+    ],
+)
+async def test_mixes_that_the_kernels_cannot_take(
+    tmp_path: Path, limit: int, fields: dict[str, Any], param: str
+) -> None:
+    engine = FakeEngine()
+    async with open_site(tmp_path, engine) as site:
+        engine.info = engine_info(max_mix_rank=limit)  # lower than when they were registered
+        for response in (await site.complete(**fields), await site.chat(stream=True, **fields)):
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert (error["param"], error["code"]) == (param, "unsupported")
+            assert str(limit) in error["message"]
+        assert (await site.complete()).status_code == 200
+        assert len(engine.requests) == 1
+        assert site.leases() == 0
+
+
+async def test_mixes_within_the_limit_of_the_kernels(tmp_path: Path) -> None:
+    async with open_site(tmp_path, FakeEngine(max_mix_rank=8)) as site:
+        site.say("yes")
+        assert (await site.complete(adapters=MIX)).status_code == 200
 
 
 async def test_completion(site: Site) -> None:

@@ -22,7 +22,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 def stats(**fields: object) -> EngineStats:
     values: dict[str, object] = dict.fromkeys(EngineStats.__struct_fields__, 0)
-    return EngineStats(**values | {"resident": (), "waiting_digests": ()} | fields)  # type: ignore[arg-type]  # many types
+    return EngineStats(**values | {"resident": (), "on_host": (), "waiting_digests": ()} | fields)  # type: ignore[arg-type]  # many types
 
 
 async def test_models(site: Site) -> None:

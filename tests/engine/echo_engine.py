@@ -93,7 +93,7 @@ class EchoEngine:
         return EngineStats(
             steps=self.steps, running=len(self.requests), waiting=0, waiting_for_adapter=len(self.copies),
             kv_blocks_total=0, kv_blocks_free=0, kv_blocks_cached=0, arena_bytes_total=0, arena_bytes_used=0,
-            host_bytes_used=0, resident=tuple(self.resident), preemptions=0, adapter_loads=0,
+            host_bytes_used=0, resident=tuple(self.resident), on_host=(), preemptions=0, adapter_loads=0,
             adapter_evictions=0, prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=self.generated,
             waiting_digests=tuple(self.aborted),
         )  # fmt: skip

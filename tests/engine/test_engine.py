@@ -276,7 +276,9 @@ def test_load_pin_unload(model: Path, adapter: Path, tmp_path: Path, engines: li
     engine.load_adapter(LoadAdapter(5, refs[2]))
     answers = results(engine)
     assert {a.call_id: (a.residency, a.error) for a in answers} == {4: ("host", None), 5: ("arena", None)}
-    assert set(engine.stats().resident) == {refs[1].digest, refs[2].digest}
+    stats = engine.stats()
+    assert set(stats.resident) == {refs[1].digest, refs[2].digest}
+    assert set(stats.on_host) >= {refs[0].digest}
 
 
 def test_unload_waits_for_the_last_use(model: Path, adapter: Path, engines: list[Engine]) -> None:

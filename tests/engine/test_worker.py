@@ -153,6 +153,19 @@ def test_adapter_calls_are_answered_when_the_copy_landed(border: Border) -> None
     assert border.engine.steps < 30  # it slept meanwhile
 
 
+def test_who_has_its_answer_sees_in_the_stats_what_the_call_did(border: Border) -> None:
+    border.send(LoadAdapter(1, AdapterRef("d", "")))
+    received: list[FromEngine] = []
+    while not any(isinstance(message, AdapterResult) for message in received):
+        border.worker.turn()
+        received += border.received()
+    answer = next(at for at, message in enumerate(received) if isinstance(message, AdapterResult))
+    stats = [message.stats for message in received[:answer] if isinstance(message, StepOutputs)]
+    assert stats
+    assert stats[-1] is not None
+    assert stats[-1].resident == ("d",)
+
+
 def test_adapter_calls_that_raise_are_answered_with_an_error(border: Border) -> None:
     border.send(LoadAdapter(1, AdapterRef("broken", "")), UnloadAdapter(2, "unknown"))
     border.worker.turn()

@@ -90,6 +90,14 @@ def test_the_seed_alone_decides_the_weights(base: Path, tmp_path: Path) -> None:
     assert bytes_of("c", 2)[0] != one[0]
 
 
+def test_many_small_adapters_all_differ(base: Path, tmp_path: Path) -> None:
+    """Or the server's content-addressed store would hold fewer than were asked for."""
+    folders = write_adapters(base, tmp_path / "out", adapter_names(500), (1,))
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert len(set(files)) == 500
+    assert len({len(file) for file in files}) == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_files_hold_what_torch_would_write(dtype: DType, tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((37, 11), np.float32)
@@ -109,7 +117,8 @@ def test_a_config_that_is_not_llama_like_is_refused() -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import load_tests.__main__, load_tests.report, load_tests.runner, sys; "
+        "import load_tests.__main__, load_tests.report, load_tests.runner; "
+        "import load_tests.scaling, load_tests.face, sys; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The four commands as a user types them."""
+"""The commands that load any server, as a user types them."""
 
 from __future__ import annotations
 

@@ -462,6 +462,10 @@ def check(b: Bench, adapters: Adapters, held: list[tuple[AdapterRef, ...]], pinn
     assert len({residency.slot(digest) for digest in residency.resident}) == len(residency.resident)
     for digest in residency.resident:
         assert b.holds(adapters.images[digest], digest)
+    assert sum(adapters.images[digest].nbytes for digest in residency.on_host) == residency.host_bytes_used
+    for digest in adapters.images:
+        place = "arena" if digest in residency.resident else "host" if digest in residency.on_host else "disk"
+        assert residency.where(digest) == place
 
 
 def test_twenty_adapters_through_room_for_two(adapters, bench):

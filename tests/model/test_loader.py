@@ -35,6 +35,14 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(tmp_path: Path) ->
     assert {spec.num_kv_heads for spec in one.cache_specs.values()} == {1}
 
 
+def test_loading_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bar that redraws itself is noise in a server's log."""
+    folder = build("llama", tmp_path / "m")
+    capfd.readouterr()
+    load(settings_for(folder))
+    assert capfd.readouterr().err == ""
+
+
 def test_linear_attention_is_refused(tmp_path: Path) -> None:
     folder = bare_config(
         "qwen3_next",

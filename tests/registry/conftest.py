@@ -9,6 +9,7 @@ import pytest
 from server.registry.records import Published
 from server.registry.registry import Registry
 from server.registry.sources import copy_folder
+from server.registry.store import ContentStore
 from tests.registry import adapter_files
 
 Publish = Callable[..., Published]
@@ -29,7 +30,10 @@ def reopen(data_dir: Path) -> Iterator[Callable[[], Registry]]:
             open_now.pop().close()
         open_now.append(
             Registry.open(
-                data_dir, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, adapter_files.settings()
+                ContentStore(data_dir),
+                adapter_files.TARGETS,
+                adapter_files.BASE_PARAMETERS,
+                adapter_files.settings(),
             )
         )
         return open_now[0]

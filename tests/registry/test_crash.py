@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.registry.registry import Registry
+from server.registry.store import ContentStore
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
@@ -19,6 +20,7 @@ import os, signal, sys
 from pathlib import Path
 from server.registry.registry import Registry
 from server.registry.sources import copy_folder
+from server.registry.store import ContentStore
 from tests.registry import adapter_files
 import sqlalchemy as sa
 
@@ -34,7 +36,7 @@ def dies(real):
         return result
     return call
 
-registry = Registry.open(data_dir, adapter_files.TARGETS, 1, adapter_files.settings())
+registry = Registry.open(ContentStore(data_dir), adapter_files.TARGETS, 1, adapter_files.settings())
 os.copy_file_range, os.fsync, Path.rename = dies(os.copy_file_range), dies(os.fsync), dies(Path.rename)
 sa.event.listen(sa.Engine, "commit", dies(lambda connection: None))
 with registry.publication(create=True, replace=True) as publication:
@@ -61,7 +63,7 @@ def test_killed_while_it_publishes(
     data_dir: Path, tmp_path: Path, publish: Publish, point: str, number: int
 ) -> None:
     def reopened() -> Registry:
-        return Registry.open(data_dir, adapter_files.TARGETS, 1, adapter_files.settings())
+        return Registry.open(ContentStore(data_dir), adapter_files.TARGETS, 1, adapter_files.settings())
 
     registry = reopened()
     publish(registry, "a", seed=1)

@@ -61,6 +61,21 @@ def test_names_with_the_adapters_own_name(tmp_path):
     assert len(judged(write(tmp_path, tensors)).modules) == 6
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.lm_head.base_layer.weight",  # lm_head or embed_tokens is a target
+        "base_model.model.lm_head.weight",  # the vocabulary was resized, or save_embedding_layers=True
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias",
+    ],
+)
+def test_copies_of_base_weights(tmp_path, name):
+    """PEFT would load them over the base model's own, which here belong to all adapters."""
+    copy = {name: np.zeros((8, 12), np.float32)}
+    refused(write(tmp_path, weights() | copy), name, "base model", "save_embedding_layers=False")
+
+
 def test_modules_come_in_the_order_of_the_targets(tmp_path):
     tensors = dict(reversed(weights().items()))
     assert [module.target for module in judged(write(tmp_path, tensors)).modules] == list(range(6))

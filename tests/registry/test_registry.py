@@ -16,7 +16,7 @@ from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest,
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources import copy_folder
-from server.registry.store import DataDirInUseError
+from server.registry.store import ContentStore, DataDirInUseError
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
@@ -24,7 +24,8 @@ Reopen = Callable[[], Registry]
 
 
 def open_with(data_dir: Path, targets: list[LoraTarget]) -> Registry:
-    return Registry.open(data_dir, targets, adapter_files.BASE_PARAMETERS, adapter_files.settings())
+    store = ContentStore(data_dir)
+    return Registry.open(store, targets, adapter_files.BASE_PARAMETERS, adapter_files.settings())
 
 
 def test_a_published_adapter_can_be_acquired(registry: Registry, publish: Publish) -> None:
@@ -280,6 +281,15 @@ def test_another_base_model_judges_again(reopen: Reopen, publish: Publish, data_
         registry.close()
     registry = reopen()
     assert registry.get("a").state == "ready"
+
+
+def test_a_rank_that_can_never_run_is_refused(data_dir: Path, publish: Publish) -> None:
+    store = ContentStore(data_dir)
+    registry = Registry.open(
+        store, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, adapter_files.settings(), max_rank=3
+    )
+    with closing(registry), pytest.raises(InvalidAdapter, match="has rank 4, the limit of this server is 3"):
+        publish(registry, "a")
 
 
 def test_a_second_server_is_refused_by_the_name_of_the_lock(registry: Registry, data_dir: Path) -> None:

@@ -13,6 +13,7 @@ from server.errors import ModelNotFound
 from server.registry.records import Lease, Retired
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources import copy_folder
+from server.registry.store import ContentStore
 from tests.registry import adapter_files
 
 SEEDS = 4
@@ -39,7 +40,10 @@ class RegistryTrace(RuleBasedStateMachine):
 
     def open(self) -> Registry:
         return Registry.open(
-            self.data_dir, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, adapter_files.settings()
+            ContentStore(self.data_dir),
+            adapter_files.TARGETS,
+            adapter_files.BASE_PARAMETERS,
+            adapter_files.settings(),
         )
 
     @rule(name=NAMES, seed=st.integers(0, SEEDS - 1))
