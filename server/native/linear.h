@@ -19,7 +19,8 @@ namespace chorus {
 constexpr int kPanel = 32;
 constexpr int kRowBlock = 96;   // tokens of one task: x stays in the L2 cache while panels pass
 constexpr int kPanelRows = 12;  // tokens that a panel is read for at once: 24 of the 32 vector registers
-constexpr int kAhead = 96 * 32;  // how far ahead weights are asked for, in 4-byte words: the time memory takes
+constexpr int64_t kLargePanel = 1 << 18;  // bytes; two smaller ones fit the L2 cache beside what else is there
+constexpr int64_t kAhead = 12288;         // bytes that a large panel is asked for ahead of use
 
 template <typename T>
 struct Pair {
@@ -48,10 +49,10 @@ static inline __m512 broadcast_last(const bf16* x) {  // half a pair
     return _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(x->bits)));
 }
 
-// y[R, columns <= 32] = x[R, in] . panel + bias
+// y[R, columns <= 32] = x[R, in] . panel + bias; meanwhile memory is asked for `ahead`, of the panel's size.
 template <typename T, int R>
 static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const float* bias, T* y, int64_t ldy,
-                       int columns) {
+                       int columns, const char* ahead, int lines) {
     constexpr int P = Pair<T>::value;
     const __mmask16 m0 = first16(columns), m1 = columns > 16 ? first16(columns - 16) : __mmask16(0);
     __m512 acc[R][2];
@@ -64,8 +65,7 @@ static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, cons
     const float* w = reinterpret_cast<const float*>(panel);  // 32 pairs or floats are 128 bytes
     for (int64_t k = 0; k < whole; k++, w += 32) {
         const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 16), _MM_HINT_T0);
+        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + (k * lines + i) * 64, _MM_HINT_T1);
         UNROLL
         for (int i = 0; i < R; i++) {
             const __m512 xs = broadcast(x + i * ldx + k * P);
@@ -93,7 +93,7 @@ static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, cons
 
 template <typename T, int R>
 static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const float* bias, T* y, int64_t ldy,
-                       int columns) {
+                       int columns, const char*, int) {
     constexpr int P = Pair<T>::value;
     for (int i = 0; i < R; i++) {
         float acc[kPanel] = {};
@@ -112,9 +112,9 @@ static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, cons
 
 template <typename T, int R = kPanelRows>
 static void panel_rows_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t in, const float* bias, T* y,
-                          int64_t ldy, int columns) {
-    if (rows == R) return panel_rows<T, R>(x, ldx, panel, in, bias, y, ldy, columns);
-    if constexpr (R > 1) panel_rows_of<T, R - 1>(rows, x, ldx, panel, in, bias, y, ldy, columns);
+                          int64_t ldy, int columns, const char* ahead, int lines) {
+    if (rows == R) return panel_rows<T, R>(x, ldx, panel, in, bias, y, ldy, columns, ahead, lines);
+    if constexpr (R > 1) panel_rows_of<T, R - 1>(rows, x, ldx, panel, in, bias, y, ldy, columns, ahead, lines);
 }
 
 // One team's share of y[tokens, out] = x[tokens, in] W^T + bias.
@@ -122,15 +122,21 @@ template <typename T>
 void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t tokens, T* y, int64_t ldy) {
     const int64_t panels = (l.out + kPanel - 1) / kPanel, blocks = (tokens + kRowBlock - 1) / kRowBlock;
     const int64_t panel_size = groups<T>(l.in) * kPanel * Pair<T>::value;
+    const T* packed = static_cast<const T*>(l.packed);
     me.share(panels * blocks, [&](int64_t task) {
         const int64_t p = task % panels, first = task / panels * kRowBlock, column = p * kPanel;
         const int rows = int(tokens - first < kRowBlock ? tokens - first : kRowBlock);
         const int columns = int(l.out - column < kPanel ? l.out - column : kPanel);
+        const T* panel = packed + p * panel_size;
+        const T* next = me.upcoming() < 0 ? nullptr : packed + me.upcoming() % panels * panel_size;
+        if (panel_size * int64_t(sizeof(T)) > kLargePanel) next = panel + kAhead / sizeof(T);
         const int parts = (rows + kPanelRows - 1) / kPanelRows;  // of nearly equal size
         for (int part = 0; part < parts; part++) {
             const int64_t from = first + rows * part / parts, to = first + rows * (part + 1) / parts;
-            panel_rows_of<T>(int(to - from), x + from * ldx, ldx, static_cast<const T*>(l.packed) + p * panel_size, l.in,
-                             l.bias ? l.bias + column : nullptr, y + from * ldy + column, ldy, columns);
+            panel_rows_of<T>(int(to - from), x + from * ldx, ldx, panel, l.in, l.bias ? l.bias + column : nullptr,
+                             y + from * ldy + column, ldy, columns,
+                             reinterpret_cast<const char*>(next) + (part == 1 ? groups<T>(l.in) * 64 : 0),
+                             !next || part > 1 ? 0 : parts == 1 ? 2 : 1);
         }
     });
 }

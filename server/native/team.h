@@ -1,7 +1,8 @@
 // The threads of one parallel region: they share out tiles of work and meet at barriers.
 //
 // All threads walk the same sequence of `share` and `barrier` calls. Tiles are numbered through the whole walk
-// and drawn one at a time, so a thread that the machine delays takes fewer of them.
+// and drawn as threads get to them, so a thread that the machine delays takes fewer; each knows one tile ahead,
+// so that it can ask memory for it.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -21,15 +22,18 @@ class Team {  // what the threads share
 
 class Member {
   public:
-    Member(Team& team, int threads) : team_(team), threads_(threads), tile_(team.next_tile_.fetch_add(1)) {}
+    Member(Team& team, int threads) : team_(team), threads_(threads), tile_(draw()), upcoming_(draw()) {}
 
     // Runs run(0) .. run(tiles - 1), each on some thread. Returns when no tile is left to draw, not when all are
     // done: a `barrier` says that.
     template <typename Run>
     void share(int64_t tiles, Run run) {
-        for (; tile_ < seen_ + tiles; tile_ = team_.next_tile_.fetch_add(1)) run(tile_ - seen_);
+        for (shared_ = tiles; tile_ < seen_ + tiles; tile_ = upcoming_, upcoming_ = draw()) run(tile_ - seen_);
         seen_ += tiles;
     }
+
+    // Within run: the tile that this thread will run next, or -1 where that is not one of this `share`.
+    int64_t upcoming() const { return upcoming_ < seen_ + shared_ ? upcoming_ - seen_ : -1; }
 
     // As `share`, for work on each of `rows` rows: run(first, last), in pieces of a few rows.
     template <typename Run>
@@ -55,6 +59,8 @@ class Member {
     }
 
   private:
+    int64_t draw() { return team_.next_tile_.fetch_add(1, std::memory_order_relaxed); }
+
     static constexpr int kSpins = 2000;
     static void pause() {
 #if defined(__x86_64__)
@@ -64,7 +70,7 @@ class Member {
 
     Team& team_;
     const int threads_;
-    int64_t tile_, seen_ = 0;
+    int64_t tile_, upcoming_, seen_ = 0, shared_ = 0;
 };
 
 // Runs body(Member&) on `threads` threads, or on as many as the OpenMP runtime gives.
