@@ -22,7 +22,7 @@ namespace chorus {
 
 constexpr int kLoraTokens = 32;    // tokens of one task
 constexpr int kLoraRanks = 16;     // rows of A in one shrink task
-constexpr int kLoraColumns = 256;  // columns of B in one expand task
+constexpr int kLoraColumns = 256;  // columns of B in one expand task; more where it has fewer tokens
 
 inline int rank_of(const ChorusSegments& s, int entry, int64_t module) {
     return s.ranks[s.slots[entry] * s.modules + module];
@@ -70,26 +70,29 @@ template <typename T>
 void lora_expand(Member& me, const ChorusSegments& s, int64_t module, const float* h, T* y, int64_t ldy, int64_t out) {
     for (int64_t g = 0; g < s.num_segments; g++) {
         const int first = s.token_starts[g], n = s.token_starts[g + 1] - first;
-        const int column_tiles = int((out + kLoraColumns - 1) / kLoraColumns);
         const int token_tiles = (n + kLoraTokens - 1) / kLoraTokens;
+        // Whole rows of B are read best; but a lone short segment must leave work for every thread.
+        const int most = kLoraTokens * kLoraColumns / (n < kLoraTokens ? n : kLoraTokens);
+        const int width = s.num_segments > 4 && n < kLoraTokens ? most : kLoraColumns;
+        const int column_tiles = int((out + width - 1) / width);
         int64_t segment_h = 0;
         for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) segment_h += int64_t(n) * rank_of(s, e, module);
         if (segment_h == 0) continue;
         me.share(column_tiles * token_tiles, [&](int64_t tile) {
             alignas(64) float delta[kLoraTokens * kLoraColumns];
-            const int c = int(tile % column_tiles) * kLoraColumns, i = int(tile / column_tiles) * kLoraTokens;
-            const int columns = out - c < kLoraColumns ? int(out - c) : kLoraColumns;
+            const int c = int(tile % column_tiles) * width, i = int(tile / column_tiles) * kLoraTokens;
+            const int columns = out - c < width ? int(out - c) : width;
             const int tokens = n - i < kLoraTokens ? n - i : kLoraTokens;
-            std::memset(delta, 0, sizeof(float) * size_t(tokens) * kLoraColumns);
+            std::memset(delta, 0, sizeof(float) * size_t(tokens) * size_t(columns));
             const float* from = h;
             for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) {
                 const int r = rank_of(s, e, module);
                 if (r == 0) continue;
                 axpys(from + int64_t(i) * r, r, tokens, weight_of<T>(s, e, module, 1) + c, out, r, columns, delta,
-                      kLoraColumns);
+                      columns);
                 from += int64_t(n) * r;
             }
-            for (int t = 0; t < tokens; t++) add_into(delta + t * kLoraColumns, columns, y + (first + i + t) * ldy + c);
+            for (int t = 0; t < tokens; t++) add_into(delta + t * columns, columns, y + (first + i + t) * ldy + c);
         });
         h += segment_h;
     }

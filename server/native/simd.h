@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define CHORUS_AVX512 1
@@ -101,6 +102,7 @@ static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, i
         for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p);
         UNROLL
         for (int j = 0; j < R; j++) {
+            if (N == 1) __builtin_prefetch(a + (j + R) * lda + p);  // one token reads A but once, from memory
             auto as = V::load(a + j * lda + p);
             UNROLL
             for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
@@ -181,13 +183,37 @@ static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t l
     for (; j < c; j += 32) axpys_tile<T, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
 }
 
+// One row: B is read but once, from memory, so in the order it lies there, four of its rows side by side.
+template <typename T>
+static inline void axpys_row(const float* h, const T* b, int64_t ldb, int r, int c, float* y) {
+    auto rows = [&](auto count, int j) {
+        constexpr int R = decltype(count)::value;
+        __m512 hs[R];
+        UNROLL
+        for (int i = 0; i < R; i++) hs[i] = _mm512_set1_ps(h[j + i]);
+        for (int p = 0; p < c; p += 16) {
+            const __mmask16 m = first16(c - p);
+            __m512 acc = load16(y + p, m);
+            UNROLL
+            for (int i = 0; i < R; i++) {
+                __builtin_prefetch(b + (j + R + i) * ldb + p);
+                acc = _mm512_fmadd_ps(hs[i], load16(b + (j + i) * ldb + p, m), acc);
+            }
+            store16(y + p, acc, m);
+        }
+    };
+    int j = 0;
+    for (; j + 4 <= r; j += 4) rows(std::integral_constant<int, 4>(), j);
+    for (; j < r; j++) rows(std::integral_constant<int, 1>(), j);
+}
+
 template <typename T>
 static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
     int i = 0;
     for (; i + 4 <= n; i += 4) axpys_rows<T, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
     if (n - i == 3) return axpys_rows<T, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
     if (n - i == 2) return axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 1) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 1) axpys_row(h + i * ldh, b, ldb, r, c, y + i * ldy);
 }
 
 template <typename T>  // out += y
