@@ -99,6 +99,7 @@ class Engine:
             kv_bytes=memory.kv_bytes,
             arena_bytes=self._arena.bytes_total,
             lora_targets=self._runner.targets,
+            max_mix_rank=self._runner.max_mix_rank,
             load_seconds=loaded.load_seconds,
         )
 

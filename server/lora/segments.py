@@ -7,6 +7,7 @@ first `num_tokens` rows only and a base-only step has no segments at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Segments:
 
     @classmethod
     def build(
-        cls, mixes: list[tuple[tuple[tuple[int, float], ...], int]], device: torch.device | str = "cpu"
+        cls, mixes: Sequence[tuple[Sequence[tuple[int, float]], int]], device: torch.device | str = "cpu"
     ) -> Segments | None:
         """`mixes`: for each segment in batch order, ((slot, weight), ...) and its number of tokens.
 
@@ -50,10 +51,11 @@ class Segments:
         slots: list[int] = []
         weights: list[float] = []
         for entries, tokens in mixes:
+            for slot, weight in entries:
+                slots.append(slot)
+                weights.append(weight)
             token_starts.append(token_starts[-1] + tokens)
-            entry_starts.append(entry_starts[-1] + len(entries))
-            slots.extend(slot for slot, _ in entries)
-            weights.extend(weight for _, weight in entries)
+            entry_starts.append(len(slots))
 
         def on_device(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from server.engine.scheduler import ScheduledRun
-from server.engine.sequence import MixKey
+from server.engine.sequence import MixKey, Tokens
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.sampler import SampleRow
@@ -43,24 +44,32 @@ def build_batch(
     np.cumsum(lengths_S, out=query_starts[1:])
     sequence_T = np.repeat(np.arange(len(runs)), lengths_S)
     positions_T = np.arange(query_starts[-1]) - (query_starts[:-1] - starts_S)[sequence_T]
-    tokens_T = np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
 
     context_S = (starts_S + lengths_S).astype(np.int32)
-    widest = -(-int(context_S.max()) // block_size)
-    tables = np.zeros((len(runs), widest), dtype=np.int32)
-    for row, run, length in zip(tables, runs, context_S.tolist(), strict=True):
-        blocks = -(-length // block_size)
-        row[:blocks] = run.seq.block_ids[:blocks]
+    blocks_S = -(-context_S // block_size)
+    tables = np.zeros((len(runs), int(blocks_S.max())), dtype=np.int32)
+    in_use = chain.from_iterable(
+        run.seq.block_ids[:blocks] for run, blocks in zip(runs, blocks_S.tolist(), strict=True)
+    )
+    tables[np.arange(tables.shape[1]) < blocks_S[:, None]] = np.fromiter(
+        in_use, np.int32, int(blocks_S.sum())
+    )
     slots_T = tables[sequence_T, positions_T // block_size].astype(np.int64) * block_size
     slots_T += positions_T % block_size
 
     sampling = [i for i, run in enumerate(runs) if run.samples]
 
+    segments = _segments([(run.seq.mix_key, run.num_tokens) for run in runs], slot_of, device)
+    if len(sampling) == query_starts[-1]:  # every token is sampled from
+        sample_segments = segments
+    else:
+        sample_segments = _segments([(runs[i].seq.mix_key, 1) for i in sampling], slot_of, device)
+
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Batch(
-        token_ids=on_device(tokens_T),
+        token_ids=on_device(_token_ids(runs)),
         positions=on_device(positions_T),
         sample_rows=on_device(query_starts[1:][sampling].astype(np.int64) - 1),
         attention=AttentionPlan(
@@ -72,28 +81,34 @@ def build_batch(
             max_query_len=int(lengths_S.max()),
             max_context_len=int(context_S.max()),
         ),
-        segments=_segments([(run.seq.mix_key, run.num_tokens) for run in runs], slot_of, device),
-        sample_segments=_segments([(runs[i].seq.mix_key, 1) for i in sampling], slot_of, device),
+        segments=segments,
+        sample_segments=sample_segments,
         samples=[_sample_row(runs[i], eos_token_ids) for i in sampling],
     )
+
+
+def _token_ids(runs: Ordered[ScheduledRun]) -> Tokens:
+    """The tokens of all runs: [T]. Nearly all runs of nearly all steps are the one token sampled last."""
+    if all(run.num_tokens == 1 and run.samples for run in runs):
+        return np.array([run.seq.last_token for run in runs])
+    return np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
 
 
 def _segments(
     mixes: list[tuple[MixKey, int]], slot_of: Callable[[str], int], device: torch.device
 ) -> Segments | None:
-    """Neighbours of one mix become one segment; what follows the last adapter is the base model's."""
-    merged: list[tuple[MixKey, int]] = []
+    """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
+    merged: list[tuple[list[tuple[int, float]], int]] = []
+    last: MixKey = ()
     for mix, tokens in mixes:
-        if merged and merged[-1][0] == mix:
-            merged[-1] = (mix, merged[-1][1] + tokens)
+        if not mix:
+            break
+        if mix == last:
+            merged[-1] = (merged[-1][0], merged[-1][1] + tokens)
         else:
-            merged.append((mix, tokens))
-    if merged and not merged[-1][0]:
-        merged.pop()
-    return Segments.build(
-        [(tuple((slot_of(digest), weight) for digest, weight in mix), tokens) for mix, tokens in merged],
-        device,
-    )
+            merged.append(([(slot_of(digest), weight) for digest, weight in mix], tokens))
+            last = mix
+    return Segments.build(merged, device)
 
 
 def _sample_row(run: ScheduledRun, eos_token_ids: tuple[int, ...]) -> SampleRow:
@@ -102,7 +117,7 @@ def _sample_row(run: ScheduledRun, eos_token_ids: tuple[int, ...]) -> SampleRow:
         params=seq.sampling,
         seed=seq.seed,
         position=seq.num_tokens,
-        prompt=seq.tokens[: seq.num_prompt_tokens],
-        output=seq.output_tokens,
+        tokens=seq.tokens,
+        num_prompt_tokens=seq.num_prompt_tokens,
         eos_token_ids=eos_token_ids,
     )

@@ -40,7 +40,9 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     cache_specs: dict[int, LayerCacheSpec]  # by layer index
-    attention_options: dict[int, dict[str, Any]]  # by layer index: what each hands to `AttentionBackend.forward`
+    attention_options: dict[
+        int, dict[str, Any]
+    ]  # by layer index: what each hands to `AttentionBackend.forward`
     parameters: int
     weights_bytes: int
     load_seconds: float
@@ -90,7 +92,7 @@ def load(settings: Settings) -> LoadedModel:
 def probe(
     model: PreTrainedModel, vocab_size: int, device: torch.device
 ) -> tuple[dict[int, LayerCacheSpec], dict[int, dict[str, Any]]]:
-    """Run a few tokens and refuse a model that is not computed right; returns each layer's KV shape and options.
+    """Run a few tokens, refuse a model that is not computed right; returns each layer's KV shape and options.
 
     Two packed sequences must give the logits that the second gives alone under the model's own (eager)
     attention. This catches, whatever the architecture, layers that mix tokens without calling the attention

@@ -15,7 +15,8 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
-from server.model.fused_layers import NotFusable, fuse_layers
+from server.model.fused_layers import fuse_layers
+from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
 from server.model.packed_linear import packed
 from server.model.sampler import Sampled, Sampler
@@ -47,6 +48,7 @@ class Runner:
         backend, lora_kernels = kernels or choose_kernels(loaded.device, loaded.dtype)
         self._model = loaded.model
         self._lora = LoraStep(lora_kernels)
+        self.max_mix_rank = lora_kernels.max_mix_rank
         layers = wrap_linears(loaded.model, self._lora, loaded.model.get_output_embeddings())
         if loaded.device.type == "cpu":
             for _, layer in layers:
@@ -64,8 +66,13 @@ class Runner:
         self._sampler = Sampler()
         self.fused = self._fuse(loaded, caches, backend, lora_kernels)
 
+    @torch.inference_mode()
     def _fuse(
-        self, loaded: LoadedModel, caches: dict[int, LayerCache], backend: AttentionBackend, kernels: LoraKernels
+        self,
+        loaded: LoadedModel,
+        caches: dict[int, LayerCache],
+        backend: AttentionBackend,
+        kernels: LoraKernels,
     ) -> bool:
         """Let compiled code run the decoder layers, where it gives the logits that the modules give."""
         if not isinstance(backend, PagedCpuAttention) or not isinstance(kernels, CpuKernels):

@@ -29,16 +29,20 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampleRow:
     """One sequence that gets a token this step."""
 
     params: SamplingParams
     seed: int
     position: int  # of the token to be drawn, in the sequence
-    prompt: Tokens  # read only when a penalty asks for it
-    output: Tokens
+    tokens: Tokens  # prompt and output
+    num_prompt_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def output(self) -> Tokens:
+        return self.tokens[self.num_prompt_tokens :]
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Sampler:
     def sample(self, logits_NV: torch.Tensor, rows: Seq[SampleRow]) -> Sampled:
         """logits_NV: [N, vocabulary], any float type; `rows`: N of them."""
         raw_NV = logits_NV.float()
-        top_N, greedy_N = raw_NV.max(dim=-1)
+        greedy_N = _argmax(raw_NV)
         # A row's maximum is NaN if any logit is, and infinite if one overflowed.
-        finite = torch.isfinite(top_N).tolist()
+        finite = torch.isfinite(raw_NV.gather(1, greedy_N[:, None])[:, 0]).tolist()
         scores_NV = self._adjust(raw_NV, rows)
         if scores_NV is not raw_NV:
-            greedy_N = scores_NV.argmax(dim=-1)
+            greedy_N = _argmax(scores_NV)
         drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
         token_ids = greedy_N.tolist()
         # The two ways give a row different tokens, so which one it takes must not depend on its neighbours.
@@ -97,6 +101,13 @@ class Sampler:
         values, ids = logprobs_V.topk(min(count, raw_V.numel()))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return Logprobs(token_id, float(logprobs_V[token_id]), top)
+
+
+def _argmax(scores_NV: torch.Tensor) -> torch.Tensor:
+    """The index of each row's largest score, or of a NaN: [N]."""
+    if scores_NV.device.type == "cpu":  # NumPy's is vectorised: ten times as fast as torch's
+        return torch.from_numpy(scores_NV.numpy().argmax(axis=1))
+    return scores_NV.argmax(dim=-1)
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
@@ -151,7 +162,7 @@ def _cuts(params: SamplingParams) -> bool:
 
 
 def _needs_eos_ban(row: SampleRow) -> bool:
-    return len(row.output) < row.params.min_tokens
+    return len(row.tokens) - row.num_prompt_tokens < row.params.min_tokens
 
 
 def _changes_logits(row: SampleRow) -> bool:
@@ -169,12 +180,12 @@ def _adjust_row(scores_V: torch.Tensor, row: SampleRow) -> None:
     """In place. Repetition penalty over prompt and output (Keskar et al. 2019), the others as OpenAI's."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.as_tensor(np.union1d(row.prompt, row.output), device=scores_V.device)
+        seen = torch.as_tensor(np.unique(row.tokens), device=scores_V.device)
         scores = scores_V[seen]
         scores_V[seen] = torch.where(
             scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
         )
-    if (params.presence_penalty or params.frequency_penalty) and len(row.output):
+    if (params.presence_penalty or params.frequency_penalty) and len(row.output) > 0:
         counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
         scores_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
     if params.logit_bias:

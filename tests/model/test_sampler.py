@@ -19,8 +19,8 @@ def row(
         SamplingParams(**({"max_tokens": 100} | params)),
         seed,
         position,
-        np.array(list(prompt), np.int64),
-        np.array(list(output), np.int64),
+        np.array([*prompt, *output], np.int64),
+        len(list(prompt)),
         eos_token_ids=(1,),
     )
 

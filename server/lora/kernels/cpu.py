@@ -11,7 +11,6 @@ from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 from server.native import library
 
-
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
 
 
@@ -35,6 +34,8 @@ class SegmentsStruct(ctypes.Structure):
 
 class CpuKernels:
     """`LoraKernels` in native/lora.h. What is the same for all modules of a step is passed once a step."""
+
+    max_mix_rank = None
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._functions = {torch.float32: lib.chorus_lora_f32, torch.bfloat16: lib.chorus_lora_bf16}

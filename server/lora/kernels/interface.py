@@ -25,7 +25,13 @@ class ArenaView:
 
 
 class LoraKernels(Protocol):
-    """y += sum over entries of weight * (x A^T) B, for every segment of a step (Chen et al. 2023, SGMV)."""
+    """y += sum over entries of weight * (x A^T) B, for every segment of a step (Chen et al. 2023, SGMV).
+
+    `max_mix_rank` is the most that the ranks of one mix's adapters may add up to on a module; None: any.
+    """
+
+    @property
+    def max_mix_rank(self) -> int | None: ...
 
     def apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView

@@ -11,6 +11,8 @@ from server.lora.segments import Segments
 class ReferenceKernels:
     """`LoraKernels` in a few lines of torch; `dtype` is what it computes in."""
 
+    max_mix_rank = None
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
