@@ -114,7 +114,8 @@ class LayerReader:
         self._read.add(id(weight))
         x = torch.randn(1, weight.numel(), generator=torch.Generator().manual_seed(0))
         normed = x * torch.rsqrt(x.square().mean() + eps)
-        scales = [weight.float(), 1.0 + weight.float()]  # Gemma's weights are around zero
+        scale = weight.detach().float()
+        scales = [scale, 1.0 + scale]  # Gemma's weights are around zero
         got = module(x.to(weight.dtype)).float()
         errors = [float((normed * scale - got).norm() / (got.norm() + 1e-30)) for scale in scales]
         best = min(range(2), key=errors.__getitem__)
