@@ -112,7 +112,7 @@ class LayerReader:
         if weight is None or eps is None or weight.dim() != 1:
             raise NotFusable(f"{name} is not an RMSNorm")
         self._read.add(id(weight))
-        x = torch.randn(1, weight.numel(), generator=torch.Generator().manual_seed(0))
+        x = 1 + torch.randn(1, weight.numel(), generator=torch.Generator().manual_seed(0))
         normed = x * torch.rsqrt(x.square().mean() + eps)
         scale = weight.detach().float()
         scales = [scale, 1.0 + scale]  # Gemma's weights are around zero
