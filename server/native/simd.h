@@ -8,7 +8,6 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define CHORUS_AVX512 1
@@ -102,7 +101,6 @@ static inline void dots_tile(const T* x, int64_t ldx, const T* a, int64_t lda, i
         for (int i = 0; i < N; i++) xs[i] = V::load(x + i * ldx + p);
         UNROLL
         for (int j = 0; j < R; j++) {
-            if (N == 1) __builtin_prefetch(a + (j + R) * lda + p);  // one token reads A but once, from memory
             auto as = V::load(a + j * lda + p);
             UNROLL
             for (int i = 0; i < N; i++) acc[i][j] = V::dot(acc[i][j], xs[i], as);
@@ -183,28 +181,60 @@ static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t l
     for (; j < c; j += 32) axpys_tile<T, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
 }
 
-// One row: B is read but once, from memory, so in the order it lies there, four of its rows side by side.
-template <typename T>
-static inline void axpys_row(const float* h, const T* b, int64_t ldb, int r, int c, float* y) {
-    auto rows = [&](auto count, int j) {
-        constexpr int R = decltype(count)::value;
-        __m512 hs[R];
+// With one row of X or H there is nothing to compute while memory is waited for: A and B are read but once, in
+// the order they lie there, and asked for some rows ahead. `next` is what the thread will read after them.
+
+template <typename T>  // as dots, for one row of X
+static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const T* next) {
+    using V = Along<T>;
+    constexpr int R = 8;
+    for (int j = 0; j < r; j += R) {
+        const T* rows = a + int64_t(j) * k;
+        const T* ahead = j + R < r ? rows + int64_t(R) * k : next;
+        const int here = r - j < R ? r - j : R;
+        __m512 acc[R];
         UNROLL
-        for (int i = 0; i < R; i++) hs[i] = _mm512_set1_ps(h[j + i]);
-        for (int p = 0; p < c; p += 16) {
-            const __mmask16 m = first16(c - p);
-            __m512 acc = load16(y + p, m);
+        for (int i = 0; i < R; i++) acc[i] = _mm512_setzero_ps();
+        for (int p = 0; p < k; p += V::width) {
+            const auto m = V::tail(k - p < V::width ? k - p : V::width);
+            const auto xs = V::load(x + p, m);
             UNROLL
             for (int i = 0; i < R; i++) {
-                __builtin_prefetch(b + (j + R + i) * ldb + p);
-                acc = _mm512_fmadd_ps(hs[i], load16(b + (j + i) * ldb + p, m), acc);
+                __builtin_prefetch(ahead + int64_t(i) * k + p);
+                if (i < here) acc[i] = V::dot(acc[i], xs, V::load(rows + int64_t(i) * k + p, m));
             }
-            store16(y + p, acc, m);
         }
-    };
-    int j = 0;
-    for (; j + 4 <= r; j += 4) rows(std::integral_constant<int, 4>(), j);
-    for (; j < r; j++) rows(std::integral_constant<int, 1>(), j);
+        float sums[R];
+        _mm_storeu_ps(sums, sum_lanes(acc[0], acc[1], acc[2], acc[3]));
+        _mm_storeu_ps(sums + 4, sum_lanes(acc[4], acc[5], acc[6], acc[7]));
+        std::memcpy(h + j, sums, size_t(here) * sizeof(float));
+    }
+}
+
+template <typename T>  // as axpys, for one row of H and all columns of B
+static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const T* next) {
+    constexpr int R = 4;
+    for (int j = 0; j < r; j += R) {
+        const T* rows = b + int64_t(j) * c;
+        const T* ahead = j + R < r ? rows + int64_t(R) * c : next;
+        const int here = r - j < R ? r - j : R;
+        __m512 hs[R];
+        UNROLL
+        for (int i = 0; i < R; i++) hs[i] = _mm512_set1_ps(i < here ? h[j + i] : 0.0f);
+        for (int p = 0; p < c; p += 32) {
+            const __mmask16 m0 = first16(c - p), m1 = c - p > 16 ? first16(c - p - 16) : __mmask16(0);
+            __m512 y0 = load16(y + p, m0), y1 = load16(y + p + 16, m1);
+            UNROLL
+            for (int i = 0; i < R; i++) {
+                __builtin_prefetch(ahead + int64_t(i) * c + p);
+                if (i >= here) continue;
+                y0 = _mm512_fmadd_ps(hs[i], load16(rows + int64_t(i) * c + p, m0), y0);
+                y1 = _mm512_fmadd_ps(hs[i], load16(rows + int64_t(i) * c + p + 16, m1), y1);
+            }
+            store16(y + p, y0, m0);
+            store16(y + p + 16, y1, m1);
+        }
+    }
 }
 
 template <typename T>
@@ -213,7 +243,7 @@ static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t
     for (; i + 4 <= n; i += 4) axpys_rows<T, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
     if (n - i == 3) return axpys_rows<T, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
     if (n - i == 2) return axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 1) axpys_row(h + i * ldh, b, ldb, r, c, y + i * ldy);
+    if (n - i == 1) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
 }
 
 template <typename T>  // out += y
@@ -256,6 +286,16 @@ static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t
 #pragma omp simd
             for (int p = 0; p < c; p++) yi[p] += hij * to_float(bj[p]);
         }
+}
+
+template <typename T>
+static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const T*) {
+    dots(x, k, 1, a, k, r, k, h, r);
+}
+
+template <typename T>
+static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const T*) {
+    axpys(h, r, 1, b, c, r, c, y, c);
 }
 
 template <typename T>

@@ -29,6 +29,8 @@ class SegmentsStruct(ctypes.Structure):
         ("ranks", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
         ("scratch_stride", ctypes.c_int64),
+        ("scratch_starts", ctypes.c_void_p),
+        ("max_tokens", ctypes.c_int64),
     )
 
 
@@ -52,6 +54,7 @@ class CpuKernels:
         self._prepared: tuple[Segments, ArenaView] | None = None
         self._step = SegmentsStruct()
         self._scratch = torch.empty(0)
+        self._starts = torch.empty(0, dtype=torch.int64)
 
     def apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
@@ -75,11 +78,12 @@ class CpuKernels:
         return self._step
 
     def _prepare(self, segments: Segments, arena: ArenaView) -> None:
-        # An upper bound of x A^T over all modules: each entry's tokens times its adapter's largest rank.
-        tokens_G = segments.token_starts.diff()
-        tokens_E = tokens_G.repeat_interleave(segments.entry_starts.diff())
-        ranks_E = arena.ranks[segments.slots.long()].amax(dim=1)
-        needed = int((tokens_E * ranks_E).sum())
+        # Room for x A^T of any module: each entry's tokens times its adapter's largest rank.
+        tokens_E = segments.token_starts.diff().repeat_interleave(segments.entry_starts.diff())
+        ends_E = (tokens_E * arena.ranks[segments.slots.long()].amax(dim=1)).cumsum(0)
+        starts_E = torch.zeros_like(ends_E)
+        starts_E[1:] = ends_E[:-1]
+        needed = int(ends_E[-1]) if len(ends_E) else 0
         if self._scratch.numel() < needed * _MODULES_AT_ONCE:
             self._scratch = torch.empty(needed * _MODULES_AT_ONCE)
         self._step = SegmentsStruct(
@@ -94,7 +98,10 @@ class CpuKernels:
             arena.ranks.data_ptr(),
             self._scratch.data_ptr(),
             needed,
+            starts_E.data_ptr(),
+            segments.max_tokens,
         )
+        self._starts = starts_E
         self._prepared = (segments, arena)  # keeps the tensors behind the pointers alive
 
 
