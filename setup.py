@@ -14,7 +14,12 @@ COMMON = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-mat
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
 VARIANTS = {"_generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {"_avx2": ["-march=x86-64-v3"], "_avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"]}
+    AVX512 = ["-march=x86-64-v4", "-mavx512bf16"]
+    VARIANTS |= {
+        "_avx2": ["-march=x86-64-v3"],
+        "_avx512bf16": AVX512,
+        "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    }
 
 setup(
     ext_modules=[

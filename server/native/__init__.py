@@ -9,13 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+_AVX512_BF16 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 _VARIANTS = {  # best first: library, and the processor flags it needs
-    "_avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "_amx": _AVX512_BF16 | {"amx_tile", "amx_bf16"},
+    "_avx512bf16": _AVX512_BF16,
     "_avx2": {"avx2", "fma", "bmi2", "f16c"},
 }
 
@@ -35,9 +38,8 @@ def _open_torch_openmp() -> None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The best compiled kernels for this processor, or None: then torch paths are used."""
+def libraries() -> Iterator[ctypes.CDLL]:
+    """Opens the compiled kernels that this processor can run, best first."""
     flags = _cpu_flags()
     names = [name for name, needs in _VARIANTS.items() if needs <= flags] + ["_generic"]
     folder = Path(__file__).parent
@@ -46,8 +48,20 @@ def library() -> ctypes.CDLL | None:
             continue
         try:
             _open_torch_openmp()
-            return ctypes.CDLL(str(path))
+            lib = ctypes.CDLL(str(path))
         except OSError as error:
             log.warning("compiled CPU kernels %s could not be loaded: %s", path.name, error)
-    log.warning("no compiled CPU kernels for this machine; using the slower torch paths")
-    return None
+            continue
+        if lib.chorus_permitted():
+            yield lib
+        else:
+            log.warning("the system refuses what the compiled CPU kernels %s need", path.name)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The best compiled kernels for this processor, or None: then torch paths are used."""
+    best = next(libraries(), None)
+    if best is None:
+        log.warning("no compiled CPU kernels for this machine; using the slower torch paths")
+    return best

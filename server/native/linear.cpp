@@ -32,6 +32,14 @@ void run(const ChorusLinear& l, const T* x, int64_t ldx, int64_t tokens, T* y, i
 }  // namespace
 
 extern "C" {
+// Asks the system for what the kernels need beside the instructions; 0 = refused. Before any other call.
+int chorus_permitted() {
+#ifdef CHORUS_AMX
+    return permit_tiles();
+#else
+    return 1;
+#endif
+}
 int64_t chorus_packed_elements_bf16(int64_t out, int64_t in) {
     return (out + kPanel - 1) / kPanel * kPanel * groups<bf16>(in) * 2;
 }

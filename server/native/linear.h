@@ -4,6 +4,9 @@
 // A panel is 32 outputs: for each pair of inputs (each input, in float32), the 32 weights of the pair side by
 // side, as the dot-product instruction wants them. Ragged edges are padded with zeros.
 #pragma once
+#include <type_traits>
+
+#include "amx.h"
 #include "simd.h"
 #include "team.h"
 
@@ -117,12 +120,38 @@ static void panel_rows_of(int rows, const T* x, int64_t ldx, const T* panel, int
     if constexpr (R > 1) panel_rows_of<T, R - 1>(rows, x, ldx, panel, in, bias, y, ldy, columns, ahead, lines);
 }
 
+#ifdef CHORUS_AMX
+
+constexpr int kFewRows = 4;  // up to here memory is the limit, and the vector unit keeps up with it
+
+// y[rows <= 32, columns <= 32] = x[rows, in] . panel + bias
+inline void tile_rows(const bf16* x, int64_t ldx, int rows, const bf16* panel, int64_t in, const float* bias, bf16* y,
+                      int64_t ldy, int columns, const char* ahead, int lines) {
+    alignas(64) float sums[2 * kTileRows * kPanel];
+    tile_panel(x, ldx, rows, panel, in, sums, ahead, lines);
+    const __mmask16 m0 = first16(columns), m1 = columns > 16 ? first16(columns - 16) : __mmask16(0);
+    const __m512 b0 = bias ? _mm512_maskz_loadu_ps(m0, bias) : _mm512_setzero_ps();
+    const __m512 b1 = bias ? _mm512_maskz_loadu_ps(m1, bias + 16) : _mm512_setzero_ps();
+    for (int i = 0; i < rows; i++) {
+        store16(y + i * ldy, _mm512_add_ps(_mm512_load_ps(sums + i * kPanel), b0), m0);
+        store16(y + i * ldy + 16, _mm512_add_ps(_mm512_load_ps(sums + i * kPanel + 16), b1), m1);
+    }
+}
+
+#endif
+
 // One team's share of y[tokens, out] = x[tokens, in] W^T + bias.
 template <typename T>
 void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t tokens, T* y, int64_t ldy) {
     const int64_t panels = (l.out + kPanel - 1) / kPanel, blocks = (tokens + kRowBlock - 1) / kRowBlock;
     const int64_t panel_size = groups<T>(l.in) * kPanel * Pair<T>::value;
     const T* packed = static_cast<const T*>(l.packed);
+    int most = kPanelRows;  // rows that a panel is read for at once
+#ifdef CHORUS_AMX
+    const bool tiles = std::is_same<T, bf16>::value && l.in % kTileDepth == 0 && tokens > kFewRows;
+    if (tiles) most = 2 * kTileRows;
+    int shaped = 0;  // rows that the tiles are shaped for
+#endif
     me.share(panels * blocks, [&](int64_t task) {
         const int64_t p = task % panels, first = task / panels * kRowBlock, column = p * kPanel;
         const int rows = int(tokens - first < kRowBlock ? tokens - first : kRowBlock);
@@ -130,15 +159,29 @@ void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t 
         const T* panel = packed + p * panel_size;
         const T* next = me.upcoming() < 0 ? nullptr : packed + me.upcoming() % panels * panel_size;
         if (panel_size * int64_t(sizeof(T)) > kLargePanel) next = panel + kAhead / sizeof(T);
-        const int parts = (rows + kPanelRows - 1) / kPanelRows;  // of nearly equal size
+        const float* bias = l.bias ? l.bias + column : nullptr;
+        const int parts = (rows + most - 1) / most;  // of nearly equal size
         for (int part = 0; part < parts; part++) {
             const int64_t from = first + rows * part / parts, to = first + rows * (part + 1) / parts;
-            panel_rows_of<T>(int(to - from), x + from * ldx, ldx, panel, l.in, l.bias ? l.bias + column : nullptr,
-                             y + from * ldy + column, ldy, columns,
-                             reinterpret_cast<const char*>(next) + (part == 1 ? groups<T>(l.in) * 64 : 0),
-                             !next || part > 1 ? 0 : parts == 1 ? 2 : 1);
+            // The next panel is asked for in the first one or two passes over this one.
+            const char* ahead = reinterpret_cast<const char*>(next) + (part == 1 ? groups<T>(l.in) * 64 : 0);
+            const int lines = !next || part > 1 ? 0 : parts == 1 ? 2 : 1;
+#ifdef CHORUS_AMX
+            if constexpr (std::is_same<T, bf16>::value)
+                if (tiles) {
+                    if (shaped != to - from) shape_tiles(shaped = int(to - from));
+                    tile_rows(x + from * ldx, ldx, shaped, panel, l.in, bias, y + from * ldy + column, ldy, columns, ahead,
+                              lines);
+                    continue;
+                }
+#endif
+            panel_rows_of<T>(int(to - from), x + from * ldx, ldx, panel, l.in, bias, y + from * ldy + column, ldy, columns,
+                             ahead, lines);
         }
     });
+#ifdef CHORUS_AMX
+    if (shaped) release_tiles();
+#endif
 }
 
 }  // namespace chorus

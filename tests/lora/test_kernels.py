@@ -9,7 +9,7 @@ from server.lora.kernels.cpu import CpuKernels, cpu_kernels
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from server.native import library
+from server.native import libraries, library
 
 Mix = tuple[tuple[tuple[int, float], ...], int]
 
@@ -64,7 +64,8 @@ def check(kernels: LoraKernels, dtype: torch.dtype, seed: int, longest: int, tai
 @pytest.mark.parametrize(("longest", "tail"), [(1, 0), (1, 3), (9, 2), (70, 5)])
 @pytest.mark.parametrize("seed", range(3))
 def test_cpu_kernels_equal_reference(dtype: torch.dtype, longest: int, tail: int, seed: int) -> None:
-    check(cpu_kernels(dtype), dtype, seed, longest, tail)
+    for lib in libraries():  # what another processor would run, too
+        check(CpuKernels(lib), dtype, seed, longest, tail)
 
 
 def test_float32_reference_is_close_to_float64() -> None:
