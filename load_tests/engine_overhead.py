@@ -1,6 +1,6 @@
 """What one engine step costs the host beside the model: plan, batch, update, publish.
 
-The real Worker turns around the real Scheduler, block pool and `build_batch`; in the model's place stands a
+The real Worker turns around the real Scheduler, block pool and `BatchBuilder`; in the model's place stands a
 list of tokens, in the arena's a gate that holds every adapter. All sequences decode, as nearly all do in
 nearly every step. "publish" is all that a turn does beside the engine's step: it looks for messages, encodes
 the outputs, sends them.
@@ -36,7 +36,7 @@ from server.engine.messages import (
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.worker import Worker
-from server.model.batch import build_batch
+from server.model.batch import BatchBuilder
 
 PARTS = ("plan", "batch", "update", "publish")
 
@@ -93,6 +93,7 @@ class _NoModelEngine:
         self.info = engine_info()
         self.times: list[tuple[float, float, float]] = []
         self._scheduler = scheduler
+        self._batches = BatchBuilder(int, _BLOCK_SIZE, _EOS, torch.device("cpu"))
 
     def add(self, request: Request) -> None:
         order = len(self._scheduler.request_ids)
@@ -112,7 +113,7 @@ class _NoModelEngine:
         begun = time.perf_counter()
         plan = self._scheduler.plan()
         planned = time.perf_counter()
-        build_batch(plan.runs, int, _BLOCK_SIZE, _EOS, torch.device("cpu"))
+        self._batches.build(plan.runs)
         tokens = [_TOKEN] * plan.num_samples
         built = time.perf_counter()
         outputs = self._scheduler.update(plan, tokens)

@@ -32,7 +32,7 @@ from server.lora.arena import Arena
 from server.lora.kernels.interface import LoraKernels
 from server.lora.residency import Residency
 from server.model.attention.interface import AttentionBackend
-from server.model.batch import build_batch
+from server.model.batch import BatchBuilder
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemoryPlan, default_token_budget, plan_memory
 from server.model.runner import Runner
@@ -56,9 +56,6 @@ class Engine:
         memory: MemoryPlan,
         kernels: tuple[AttentionBackend, LoraKernels] | None = None,
     ) -> None:
-        self._eos_token_ids = loaded.eos_token_ids
-        self._device = loaded.device
-        self._block_size = settings.block_size
         self._runner = Runner(
             loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size, kernels=kernels
         )
@@ -69,6 +66,9 @@ class Engine:
             memory.host_cache_bytes,
             max_header_bytes=settings.max_header_bytes,
             max_tensors=settings.max_adapter_tensors,
+        )
+        self._batches = BatchBuilder(
+            self._residency.slot, settings.block_size, loaded.eos_token_ids, loaded.device
         )
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
@@ -178,9 +178,7 @@ class Engine:
     # -- one step
 
     def _run(self, plan: StepPlan) -> list[TokenOutput]:
-        batch = build_batch(
-            plan.runs, self._residency.slot, self._block_size, self._eos_token_ids, self._device
-        )
+        batch = self._batches.build(plan.runs)
         sampled = self._runner.run(batch, self._arena.view())
         outputs = []
         if not all(sampled.finite):

@@ -30,61 +30,75 @@ class Batch:
     samples: list[SampleRow]
 
 
-def build_batch(
-    runs: Ordered[ScheduledRun],
-    slot_of: Callable[[str], int],
-    block_size: int,
-    eos_token_ids: tuple[int, ...],
-    device: torch.device,
-) -> Batch:
-    """`slot_of`: the arena slot of a resident adapter, by digest. Runs of one mix are neighbours."""
-    lengths_S = np.array([run.num_tokens for run in runs])
-    starts_S = np.array([run.start for run in runs])
-    query_starts = np.zeros(len(runs) + 1, dtype=np.int32)
-    np.cumsum(lengths_S, out=query_starts[1:])
-    sequence_T = np.repeat(np.arange(len(runs)), lengths_S)
-    positions_T = np.arange(query_starts[-1]) - (query_starts[:-1] - starts_S)[sequence_T]
+class BatchBuilder:
+    """Turns the plans of one engine into batches.
 
-    context_S = (starts_S + lengths_S).astype(np.int32)
-    blocks_S = -(-context_S // block_size)
-    tables = np.zeros((len(runs), int(blocks_S.max())), dtype=np.int32)
-    in_use = chain.from_iterable(
-        run.seq.block_ids[:blocks] for run, blocks in zip(runs, blocks_S.tolist(), strict=True)
-    )
-    tables[np.arange(tables.shape[1]) < blocks_S[:, None]] = np.fromiter(
-        in_use, np.int32, int(blocks_S.sum())
-    )
-    slots_T = tables[sequence_T, positions_T // block_size].astype(np.int64) * block_size
-    slots_T += positions_T % block_size
+    `slot_of`: the arena slot of a resident adapter, by digest.
+    """
 
-    sampling = [i for i, run in enumerate(runs) if run.samples]
+    def __init__(
+        self,
+        slot_of: Callable[[str], int],
+        block_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._block_size = block_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._segments = _SegmentsMemo(slot_of, device)
+        self._sample_segments = _SegmentsMemo(slot_of, device)
 
-    segments = _segments([(run.seq.mix_key, run.num_tokens) for run in runs], slot_of, device)
-    if len(sampling) == query_starts[-1]:  # every token is sampled from
-        sample_segments = segments
-    else:
-        sample_segments = _segments([(runs[i].seq.mix_key, 1) for i in sampling], slot_of, device)
+    def build(self, runs: Ordered[ScheduledRun]) -> Batch:
+        """Runs of one mix are neighbours, those of the base model come last."""
+        block_size = self._block_size
+        lengths_S = np.array([run.num_tokens for run in runs])
+        starts_S = np.array([run.start for run in runs])
+        query_starts = np.zeros(len(runs) + 1, dtype=np.int32)
+        np.cumsum(lengths_S, out=query_starts[1:])
+        sequence_T = np.repeat(np.arange(len(runs)), lengths_S)
+        positions_T = np.arange(query_starts[-1]) - (query_starts[:-1] - starts_S)[sequence_T]
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        context_S = (starts_S + lengths_S).astype(np.int32)
+        blocks_S = -(-context_S // block_size)
+        tables = np.zeros((len(runs), int(blocks_S.max())), dtype=np.int32)
+        in_use = chain.from_iterable(
+            run.seq.block_ids[:blocks] for run, blocks in zip(runs, blocks_S.tolist(), strict=True)
+        )
+        tables[np.arange(tables.shape[1]) < blocks_S[:, None]] = np.fromiter(
+            in_use, np.int32, int(blocks_S.sum())
+        )
+        slots_T = tables[sequence_T, positions_T // block_size].astype(np.int64) * block_size
+        slots_T += positions_T % block_size
 
-    return Batch(
-        token_ids=on_device(_token_ids(runs)),
-        positions=on_device(positions_T),
-        sample_rows=on_device(query_starts[1:][sampling].astype(np.int64) - 1),
-        attention=AttentionPlan(
-            query_starts=on_device(query_starts),
-            context_lens=on_device(context_S),
-            block_tables=on_device(tables),
-            slot_mapping=on_device(slots_T),
-            num_seqs=len(runs),
-            max_query_len=int(lengths_S.max()),
-            max_context_len=int(context_S.max()),
-        ),
-        segments=segments,
-        sample_segments=sample_segments,
-        samples=[_sample_row(runs[i], eos_token_ids) for i in sampling],
-    )
+        sampling = [i for i, run in enumerate(runs) if run.samples]
+
+        segments = self._segments.build([(run.seq.mix_key, run.num_tokens) for run in runs])
+        if len(sampling) == query_starts[-1]:  # every token is sampled from
+            sample_segments = segments
+        else:
+            sample_segments = self._sample_segments.build([(runs[i].seq.mix_key, 1) for i in sampling])
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+        return Batch(
+            token_ids=on_device(_token_ids(runs)),
+            positions=on_device(positions_T),
+            sample_rows=on_device(query_starts[1:][sampling].astype(np.int64) - 1),
+            attention=AttentionPlan(
+                query_starts=on_device(query_starts),
+                context_lens=on_device(context_S),
+                block_tables=on_device(tables),
+                slot_mapping=on_device(slots_T),
+                num_seqs=len(runs),
+                max_query_len=int(lengths_S.max()),
+                max_context_len=int(context_S.max()),
+            ),
+            segments=segments,
+            sample_segments=sample_segments,
+            samples=[_sample_row(runs[i], self._eos_token_ids) for i in sampling],
+        )
 
 
 def _token_ids(runs: Ordered[ScheduledRun]) -> Tokens:
@@ -94,21 +108,37 @@ def _token_ids(runs: Ordered[ScheduledRun]) -> Tokens:
     return np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
 
 
-def _segments(
-    mixes: list[tuple[MixKey, int]], slot_of: Callable[[str], int], device: torch.device
-) -> Segments | None:
-    """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
-    merged: list[tuple[list[tuple[int, float]], int]] = []
-    last: MixKey = ()
-    for mix, tokens in mixes:
-        if not mix:
-            break
-        if mix == last:
-            merged[-1] = (merged[-1][0], merged[-1][1] + tokens)
-        else:
-            merged.append(([(slot_of(digest), weight) for digest, weight in mix], tokens))
-            last = mix
-    return Segments.build(merged, device)
+class _SegmentsMemo:
+    """Makes a step's segments; while no sequence comes or goes they are the last step's again."""
+
+    def __init__(self, slot_of: Callable[[str], int], device: torch.device) -> None:
+        self._slot_of = slot_of
+        self._device = device
+        self._merged: list[tuple[MixKey, list[int], int]] = []  # mix, its slots, tokens
+        self._segments: Segments | None = None
+
+    def build(self, mixes: list[tuple[MixKey, int]]) -> Segments | None:
+        """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
+        merged: list[tuple[MixKey, list[int], int]] = []
+        last: MixKey = ()
+        for mix, tokens in mixes:
+            if not mix:
+                break
+            if mix == last:
+                merged[-1] = (mix, merged[-1][1], merged[-1][2] + tokens)
+            else:
+                merged.append((mix, [self._slot_of(digest) for digest, _ in mix], tokens))
+                last = mix
+        if merged != self._merged:
+            self._merged = merged
+            self._segments = Segments.build(
+                [
+                    ([(slot, weight) for slot, (_, weight) in zip(slots, mix, strict=True)], tokens)
+                    for mix, slots, tokens in merged
+                ],
+                self._device,
+            )
+        return self._segments
 
 
 def _sample_row(run: ScheduledRun, eos_token_ids: tuple[int, ...]) -> SampleRow:
