@@ -111,17 +111,14 @@ void lora_expand(Member& me, const ChorusSegments& s, int64_t module, const floa
         for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) ranks += rank_of(s, e, module);
         if (ranks == 0) continue;
         me.share(column_tiles * token_tiles, [&](int64_t tile) {
-            alignas(64) float delta[kLoraTokens * kLoraColumns];
             const int c = int(tile % column_tiles) * kLoraColumns, i = int(tile / column_tiles) * kLoraTokens;
             const int columns = out - c < kLoraColumns ? int(out - c) : kLoraColumns;
             const int tokens = n - i < kLoraTokens ? n - i : kLoraTokens;
-            std::memset(delta, 0, sizeof(float) * size_t(tokens) * kLoraColumns);
             for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) {
                 const int r = rank_of(s, e, module);
                 axpys(h + s.scratch_starts[e] + int64_t(i) * r, r, tokens, weight_of<T>(s, e, module, 1) + c, out, r, columns,
-                      delta, kLoraColumns);
+                      y + (first + i) * ldy + c, ldy);
             }
-            for (int t = 0; t < tokens; t++) add_into(delta + t * kLoraColumns, columns, y + (first + i + t) * ldy + c);
         });
     }
 }

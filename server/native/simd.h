@@ -1,7 +1,7 @@
 // The two tile operations that LoRA and attention are made of, for float and bfloat16 data:
 //
 //   dots:  H[n, r]  = X[n, k] . A[r, k]^T     both operands contiguous along k
-//   axpys: Y[n, c] += H[n, r] . B[r, c]       H and Y float32
+//   axpys: Y[n, c] += H[n, r] . B[r, c]       H float32, Y float32 or as B
 //
 // Compiled once with AVX-512 BF16 intrinsics (where the compiler is told the machine has them) and once as
 // plain loops that any compiler vectorises. All sums are kept in float32.
@@ -146,8 +146,8 @@ static inline void dots(const T* x, int64_t ldx, int n, const T* a, int64_t lda,
     if (n - i == 1) dots_rows<T, 1>(x + i * ldx, ldx, a, lda, r, k, h + i * ldh, ldh);
 }
 
-template <typename T, int N, int C>  // N rows, C vectors of 16 columns, the last one masked
-static inline void axpys_tile(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+template <typename T, typename Y, int N, int C>  // N rows, C vectors of 16 columns, the last one masked
+static inline void axpys_tile(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
     __m512 acc[N][C];
     __mmask16 m[C];
     UNROLL
@@ -173,12 +173,12 @@ static inline void axpys_tile(const float* h, int64_t ldh, const T* b, int64_t l
         for (int v = 0; v < C; v++) store16(y + i * ldy + 16 * v, acc[i][v], m[v]);
 }
 
-template <typename T, int N, int C>
-static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+template <typename T, typename Y, int N, int C>
+static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
     int j = 0;
-    for (; j + 16 * C <= c; j += 16 * C) axpys_tile<T, N, C>(h, ldh, b + j, ldb, r, 16 * C, y + j, ldy);
-    for (; C > 4 && j + 64 <= c; j += 64) axpys_tile<T, N, 4>(h, ldh, b + j, ldb, r, 64, y + j, ldy);
-    for (; j < c; j += 32) axpys_tile<T, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
+    for (; j + 16 * C <= c; j += 16 * C) axpys_tile<T, Y, N, C>(h, ldh, b + j, ldb, r, 16 * C, y + j, ldy);
+    for (; C > 4 && j + 64 <= c; j += 64) axpys_tile<T, Y, N, 4>(h, ldh, b + j, ldb, r, 64, y + j, ldy);
+    for (; j < c; j += 32) axpys_tile<T, Y, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
 }
 
 // With one row of X or H there is nothing to compute while memory is waited for: A and B are read but once, in
@@ -237,13 +237,13 @@ static inline void axpys_row(const float* h, const T* b, int r, int c, float* y,
     }
 }
 
-template <typename T>
-static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+template <typename T, typename Y>
+static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
     int i = 0;
-    for (; i + 4 <= n; i += 4) axpys_rows<T, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 3) return axpys_rows<T, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 2) return axpys_rows<T, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 1) axpys_rows<T, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    for (; i + 4 <= n; i += 4) axpys_rows<T, Y, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 3) return axpys_rows<T, Y, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 2) return axpys_rows<T, Y, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 1) axpys_rows<T, Y, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
 }
 
 template <typename T>  // out += y
@@ -276,15 +276,22 @@ static inline void dots(const T* x, int64_t ldx, int n, const T* a, int64_t lda,
         }
 }
 
-template <typename T>
-static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, float* y, int64_t ldy) {
+template <typename T, typename Y>
+static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
+    constexpr int kWidth = 64;
     for (int i = 0; i < n; i++)
-        for (int j = 0; j < r; j++) {
-            const float hij = h[i * ldh + j];
-            const T* bj = b + j * ldb;
-            float* yi = y + i * ldy;
+        for (int first = 0; first < c; first += kWidth) {
+            const int columns = c - first < kWidth ? c - first : kWidth;
+            Y* to = y + i * ldy + first;
+            float acc[kWidth];
+            for (int p = 0; p < columns; p++) acc[p] = to_float(to[p]);
+            for (int j = 0; j < r; j++) {
+                const float hij = h[i * ldh + j];
+                const T* bj = b + j * ldb + first;
 #pragma omp simd
-            for (int p = 0; p < c; p++) yi[p] += hij * to_float(bj[p]);
+                for (int p = 0; p < columns; p++) acc[p] += hij * to_float(bj[p]);
+            }
+            for (int p = 0; p < columns; p++) from_float(acc[p], to + p);
         }
 }
 
