@@ -56,7 +56,7 @@ def distinct(
     rounds: Rounds = 3,
     serve_flags: ServeFlags = "",
 ) -> None:
-    """Against the number of distinct adapters in a full batch, beside the byte floor of decoding.
+    """Against the number of distinct adapters in a full batch, beside what memory and arithmetic allow.
 
     All adapters are resident before the clock runs: give the arena room for them (--serve-flags
     "--arena-bytes 2GiB") where the table shows copies into it. Exit status 1 when a request failed.
@@ -73,15 +73,15 @@ def distinct(
         concurrency, requests, prompt_tokens, output_tokens, parsed(token_range, token_ids), rounds
     )
     console = Console(stderr=True)
-    rate = floor.read_rate()
+    machine = floor.measure(dtype.value)
     _draw(
         out,
         experiment.distinct(subject, load, numbers, out, console),
         title=f"{model.resolve().name}, {concurrency} at a time: distinct adapters in the batch",
         x_label="distinct adapters",
         settings=settings,
-        read_rate=rate,
-        floors=experiment.floors(subject, load, numbers, rate),
+        machine=machine,
+        floors=experiment.floors(subject, load, numbers, machine),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from matplotlib.ticker import ScalarFormatter
 
-from load_tests.floor import StepBytes
+from load_tests.floor import Machine, StepBytes
 from load_tests.rendering import as_markdown, new_plot, write_json, write_plot
 
 
@@ -29,11 +29,11 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Floor(msgspec.Struct, frozen=True):
-    """The least time of a decode step at one point."""
+    """The least time of a decode step at one point, and the speed that it and the prompts allow."""
 
     bytes: StepBytes
     step_s: float
-    tokens_per_s: float  # of the whole batch, decoding all the time
+    tokens_per_s: float  # output, of whole batches, prefill included
 
 
 class Curve(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class Curve(msgspec.Struct, frozen=True):
     started_at: str  # ISO 8601, UTC
     settings: dict[str, Any]  # what was asked for
     samples: list[Sample]
-    read_rate: float | None = None  # measured, bytes/s
+    machine: Machine | None = None  # measured
     floors: dict[int, Floor] = {}  # by number of adapters
 
     @property
@@ -132,14 +132,19 @@ def _plot(path: Path, curve: Curve, y_label: str, lines: Lines, *, floor: bool =
         axes.errorbar(curve.points, medians, _bars(spreads), fmt="o-", capsize=3, label=label)
     if floor and curve.floors:
         floors = [curve.floors[adapters].tokens_per_s for adapters in curve.points]
-        at = f" at {curve.read_rate / 1e9:.1f} GB/s" if curve.read_rate else ""
-        axes.plot(curve.points, floors, "k--", label=f"byte floor of decoding{at}")
+        axes.plot(curve.points, floors, "k--", label=_floor_label(curve.machine))
     axes.set_xscale("log", base=2 if max(curve.points) <= 256 else 10)
     axes.set_xticks(curve.points)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     write_plot(path, figure)
+
+
+def _floor_label(machine: Machine | None) -> str:
+    if machine is None:
+        return "floor"
+    return f"floor at {machine.read_rate / 1e9:.0f} GB/s, {machine.multiply_rate / 1e9:.0f} GFLOP/s"
 
 
 def _bars(spreads: Sequence[Spread]) -> list[list[float]]:

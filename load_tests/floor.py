@@ -1,8 +1,10 @@
-"""The least time that a decode step can take: the bytes it must read, at the rate at which memory gives them.
+"""The least time that a batch can take: what it must read and multiply, at the rates that this machine has.
 
-A step must read the weights, each distinct adapter in use and the live KV entries once; `load_tests.gpu`
-counts in the same way. Activations and what is written are left out, so no step can be faster than this,
-unless what it reads stays in the processor's caches from step to step: it says nothing of a small model.
+A decode step must read the weights, each distinct adapter in use and the live KV entries once
+(`load_tests.gpu` counts in the same way), and multiply the weights and the adapters' with every token; a prompt
+must be multiplied only. Activations, attention's arithmetic and what is written are left out, so no batch can
+be faster than this, unless what it reads stays in the processor's caches from step to step: it says nothing of
+a small model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,20 @@ import numpy as np
 from load_tests.adapters import projection_shapes
 
 
+class Machine(msgspec.Struct, frozen=True):
+    """What this machine's cores do together at best."""
+
+    read_rate: float  # bytes/s from memory
+    multiply_rate: float  # floating-point operations/s in products of matrices of the served type
+
+    def step_s(self, read: StepBytes, multiplications: float) -> float:
+        """The floor of a decode step's time: reading and multiplying may overlap."""
+        return max(read.total / self.read_rate, 2 * multiplications / self.multiply_rate)
+
+    def prefill_s(self, multiplications: float) -> float:
+        return 2 * multiplications / self.multiply_rate
+
+
 class StepBytes(msgspec.Struct, frozen=True):
     """What one decode step of a batch reads, in bytes."""
 
@@ -34,9 +50,10 @@ class StepBytes(msgspec.Struct, frozen=True):
     def total(self) -> int:
         return self.weights + self.adapters + self.kv
 
-    def seconds(self, rate: float) -> float:
-        """The floor of the step's time at `rate` bytes/s."""
-        return self.total / rate
+
+def measure(dtype: str) -> Machine:
+    """Both rates, of this process's cores. Needs torch."""
+    return Machine(read_rate(), multiply_rate(dtype))
 
 
 def read_rate(mebibytes: int = 1024, rounds: int = 9) -> float:
@@ -57,6 +74,24 @@ def read_rate(mebibytes: int = 1024, rounds: int = 9) -> float:
             list(pool.map(np.maximum.reduce, parts))
             best = min(best, time.perf_counter() - began)
     return sum(part.nbytes for part in parts) / best
+
+
+def multiply_rate(dtype: str = "bfloat16", rounds: int = 20) -> float:
+    """Floating-point operations/s of torch in [512, 2048] times [2048, 2048], the best of `rounds`."""
+    import torch  # the other commands of load_tests do without it
+
+    x, w = (torch.randn(size, 2048, dtype=getattr(torch, dtype)) for size in (512, 2048))
+    best = math.inf
+    for _ in range(rounds):
+        began = time.perf_counter()
+        torch.mm(x, w)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 512 * 2048 * 2048 / best
+
+
+def head_values(config: Mapping[str, Any]) -> int:
+    """How many weights the output head has: a prompt's last token alone is multiplied with them."""
+    return int(config["vocab_size"]) * int(config["hidden_size"])
 
 
 def weight_values(model: Path) -> int:

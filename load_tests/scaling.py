@@ -137,19 +137,22 @@ def evenly_spaced(names: Sequence[str], count: int | None) -> Sequence[str]:
     return [names[index * len(names) // count] for index in range(count)]
 
 
-def floors(subject: Subject, load: Load, points: Sequence[int], rate: float) -> dict[int, Floor]:
-    """The floor of each point of `distinct` at `rate` bytes/s; the mean length of a context counts."""
+def floors(subject: Subject, load: Load, points: Sequence[int], machine: floor.Machine) -> dict[int, Floor]:
+    """The floor of each point of `distinct`; the mean length of a context counts."""
     config = json.loads((subject.model / "config.json").read_text())
     width = byte_width(subject.dtype)
-    weights = width * floor.weight_values(subject.model)
+    values = floor.weight_values(subject.model)
     context = load.prompt_tokens + load.output_tokens / 2
     kv = round(width * floor.kv_values(config) * context * load.concurrency)
     result = {}
     for adapters in points:
         ranks = sum(subject.ranks[index % len(subject.ranks)] for index in range(adapters))
-        read = floor.StepBytes(weights, width * floor.adapter_values(config, ranks), kv)
-        step_s = read.seconds(rate)
-        result[adapters] = Floor(read, step_s, load.concurrency / step_s)
+        read = floor.StepBytes(width * values, width * floor.adapter_values(config, ranks), kv)
+        per_token = values + floor.adapter_values(config, ranks) / adapters
+        step_s = machine.step_s(read, per_token * load.concurrency)
+        prompts = (per_token - floor.head_values(config)) * load.prompt_tokens * load.concurrency
+        batch_s = machine.prefill_s(prompts) + step_s * load.output_tokens
+        result[adapters] = Floor(read, step_s, load.concurrency * load.output_tokens / batch_s)
     return result
 
 

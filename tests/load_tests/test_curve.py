@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from load_tests.curve import Curve, Floor, Sample, Spread, rows, write_curve
-from load_tests.floor import StepBytes
+from load_tests.floor import Machine, StepBytes
 
 
 def sample(adapters: int, number: int, tokens_per_s: float, failed: int = 0) -> Sample:
@@ -39,7 +39,7 @@ def test_medians_and_extremes_over_the_rounds() -> None:
 
 
 def test_rows_with_a_floor() -> None:
-    table = {name: cells for name, *cells in rows(curve(floors=FLOORS, read_rate=1e9))}
+    table = {name: cells for name, *cells in rows(curve(floors=FLOORS, machine=Machine(1e9, 1e12)))}
     assert table["distinct adapters"] == ["1", "64"]
     assert table["output tokens/s"] == ["200 [100-300]", "35 [20-50]"]
     assert table["inter-token p50, ms"] == ["10", "10"]
@@ -58,7 +58,7 @@ def test_failed_requests_are_counted() -> None:
 
 @pytest.mark.parametrize("floors", [FLOORS, {}])
 def test_files(floors: dict[int, Floor], tmp_path: Path) -> None:
-    whole = curve(floors=floors, read_rate=1e9)
+    whole = curve(floors=floors, machine=Machine(1e9, 1e12))
     write_curve(tmp_path / "out", whole)
     assert msgspec.json.decode((tmp_path / "out" / "curve.json").read_bytes(), type=Curve) == whole
     assert "| output tokens/s | 200 [100-300] |" in (tmp_path / "out" / "curve.md").read_text()

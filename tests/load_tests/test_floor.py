@@ -54,14 +54,28 @@ def test_kv_of_one_token() -> None:
 def test_floors_count_every_distinct_adapter_once() -> None:
     subject = Subject(MODEL, ranks=(8, 16), dtype="bfloat16")
     load = Load(concurrency=10, prompt_tokens=30, output_tokens=20)
-    found = floors(subject, load, (1, 3), rate=1e9)
+    found = floors(subject, load, (1, 3), floor.Machine(read_rate=1e9, multiply_rate=1e15))
     per_rank = 2 * floor.adapter_values(CONFIG, 1)
     assert [found[n].bytes.adapters for n in (1, 3)] == [8 * per_rank, 32 * per_rank]
     for one in found.values():
         assert one.bytes.weights == 2 * values_in(MODEL / "model.safetensors")
         assert one.bytes.kv == 10 * 40 * 2 * floor.kv_values(CONFIG)
         assert one.step_s == one.bytes.total / 1e9
-        assert one.tokens_per_s == pytest.approx(10 / one.step_s)
+        assert one.tokens_per_s == pytest.approx(10 / one.step_s, rel=1e-3)  # prompts take no time here
+
+
+def test_floors_count_arithmetic_where_it_is_slower_than_memory() -> None:
+    subject = Subject(MODEL, ranks=(8,), dtype="bfloat16")
+    load = Load(concurrency=10, prompt_tokens=30, output_tokens=20)
+    found = floors(subject, load, (1,), floor.Machine(read_rate=1e15, multiply_rate=1e9))[1]
+    per_token = floor.weight_values(MODEL) + floor.adapter_values(CONFIG, 8)
+    assert found.step_s == pytest.approx(10 * 2 * per_token / 1e9)
+    prompts_s = 300 * 2 * (per_token - CONFIG["vocab_size"] * CONFIG["hidden_size"]) / 1e9
+    assert found.tokens_per_s == pytest.approx(200 / (20 * found.step_s + prompts_s))
+
+
+def test_the_multiply_rate_is_that_of_a_processor() -> None:
+    assert 1e8 < floor.multiply_rate("float32", rounds=1) < 1e15
 
 
 def test_the_read_rate_is_that_of_a_memory() -> None:
