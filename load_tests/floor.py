@@ -1,10 +1,10 @@
-"""The least time that a batch can take: what it must read and multiply, at the rates that this machine has.
+"""The least time that a batch can take: what it must read and multiply, at this machine's rates.
 
 A decode step must read the weights, each distinct adapter in use and the live KV entries once
-(`load_tests.gpu` counts in the same way), and multiply the weights and the adapters' with every token; a prompt
-must be multiplied only. Activations, attention's arithmetic and what is written are left out, so no batch can
-be faster than this, unless what it reads stays in the processor's caches from step to step: it says nothing of
-a small model.
+(`load_tests.gpu` counts in the same way), and multiply the weights and the adapters' with every token; a
+prompt must be multiplied only. Activations, attention's arithmetic and what is written are left out, so no
+batch can be faster than this, unless what it reads stays in the processor's caches from step to step: it says
+nothing of a small model.
 """
 
 from __future__ import annotations
@@ -77,15 +77,19 @@ def read_rate(mebibytes: int = 1024, rounds: int = 9) -> float:
 
 
 def multiply_rate(dtype: str = "bfloat16", rounds: int = 20) -> float:
-    """Floating-point operations/s of torch in [512, 2048] times [2048, 2048], the best of `rounds`."""
+    """Floating-point operations/s in [512, 2048] times [2048, 2048]: the best of torch and our kernel."""
     import torch  # the other commands of load_tests do without it
 
-    x, w = (torch.randn(size, 2048, dtype=getattr(torch, dtype)) for size in (512, 2048))
+    from server.model.packed_linear import packed
+
+    linear = torch.nn.Linear(2048, 2048, bias=False, dtype=getattr(torch, dtype)).requires_grad_(False)
+    x = torch.randn(512, 2048).to(linear.weight.dtype)
     best = math.inf
-    for _ in range(rounds):
-        began = time.perf_counter()
-        torch.mm(x, w)
-        best = min(best, time.perf_counter() - began)
+    for layer in (linear, packed(linear)):
+        for _ in range(rounds):
+            began = time.perf_counter()
+            layer(x)
+            best = min(best, time.perf_counter() - began)
     return 2 * 512 * 2048 * 2048 / best
 
 
