@@ -54,7 +54,8 @@ inline float softmax_row(float* score, int keys, int first_visible, int last_vis
     if (a.softcap > 0)
         for (int j = 0; j < keys; j++) score[j] = a.softcap * std::tanh(score[j] / a.softcap);
     for (int j = 0; j < first_visible && j < keys; j++) score[j] = -INFINITY;
-    for (int j = last_visible + 1; j < keys; j++) score[j] = -INFINITY;
+    // A row may see none of these keys, when later rows of its tile do.
+    for (int j = last_visible < 0 ? 0 : last_visible + 1; j < keys; j++) score[j] = -INFINITY;
     float top = -INFINITY;
 #pragma omp simd reduction(max : top)
     for (int j = 0; j < keys; j++) top = score[j] > top ? score[j] : top;

@@ -55,8 +55,9 @@ def check(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    query_lens = [1, 5, 1, 70, 1, 33]
-    context_lens = [1, 5, 37, 70, 150, 100]
+    # The last one starts 20 tokens before keys that only its later tokens see.
+    query_lens = [1, 5, 1, 70, 1, 33, 40]
+    context_lens = [1, 5, 37, 70, 150, 100, 84]
     blocks = sum(-(-n // block_size) for n in context_lens) + 3
     plan = ragged_plan(generator, query_lens, context_lens, block_size, blocks)
     tokens = sum(query_lens)
