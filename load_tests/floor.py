@@ -33,9 +33,9 @@ class Machine(msgspec.Struct, frozen=True):
 
     def step_s(self, read: StepBytes, multiplications: float) -> float:
         """The floor of a decode step's time: reading and multiplying may overlap."""
-        return max(read.total / self.read_rate, 2 * multiplications / self.multiply_rate)
+        return max(read.total / self.read_rate, self.multiply_s(multiplications))
 
-    def prefill_s(self, multiplications: float) -> float:
+    def multiply_s(self, multiplications: float) -> float:
         return 2 * multiplications / self.multiply_rate
 
 

@@ -151,7 +151,7 @@ def floors(subject: Subject, load: Load, points: Sequence[int], machine: floor.M
         per_token = values + floor.adapter_values(config, ranks) / adapters
         step_s = machine.step_s(read, per_token * load.concurrency)
         prompts = (per_token - floor.head_values(config)) * load.prompt_tokens * load.concurrency
-        batch_s = machine.prefill_s(prompts) + step_s * load.output_tokens
+        batch_s = machine.multiply_s(prompts) + step_s * load.output_tokens
         result[adapters] = Floor(read, step_s, load.concurrency * load.output_tokens / batch_s)
     return result
 

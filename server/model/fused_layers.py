@@ -17,7 +17,7 @@ from torch import nn
 from server.lora.kernels.cpu import CpuKernels, SegmentsStruct
 from server.lora.linear import LoraStep
 from server.model.attention.hf import PagedStep
-from server.model.attention.interface import LayerCache
+from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, PlanStruct
 from server.model.layer_reader import LayerReader, LayerStruct, NotFusable
 from server.native import library
@@ -155,7 +155,7 @@ class LayerSlot:
 def fuse_layers(
     layers: nn.ModuleList,
     caches: dict[int, LayerCache],
-    options: dict[int, dict[str, Any]],
+    options: dict[int, AttentionOptions],
     paged: PagedStep,
     attention: PagedCpuAttention,
     lora: LoraStep,
@@ -163,7 +163,7 @@ def fuse_layers(
 ) -> tuple[LayerSlot, ...]:
     """What to put in the place of `layers`. Raises NotFusable.
 
-    `options` are each layer's keyword arguments of `AttentionBackend.forward`, as a forward showed them.
+    `options` are each layer's, as a forward showed them.
     """
     lib = library()
     if lib is None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from server.lora.linear import LoraLinear
-from server.model.attention.interface import LayerCache
+from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import AttentionStruct
 from server.model.packed_linear import LinearStruct, PackedLinear
 
@@ -58,7 +57,7 @@ class LayerReader:
         self.keep_alive: list[torch.Tensor] = []
         self._read: set[int] = set()  # ids of the parameters understood so far
 
-    def layer(self, layer: nn.Module, cache: LayerCache, options: dict[str, Any]) -> LayerStruct:
+    def layer(self, layer: nn.Module, cache: LayerCache, options: AttentionOptions) -> LayerStruct:
         attn, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
         norms = self._wiring(layer)
         qkv = self._linears(attn, "qkv_proj") or self._linears(attn, "q_proj", "k_proj", "v_proj")
@@ -138,7 +137,7 @@ class LayerReader:
         return structs
 
     def _attention(
-        self, output: LinearStruct, qkv: list[LinearStruct], cache: LayerCache, options: dict[str, Any]
+        self, output: LinearStruct, qkv: list[LinearStruct], cache: LayerCache, options: AttentionOptions
     ) -> AttentionStruct:
         kv_heads, k_dim, v_dim = cache.k.shape[1], cache.k.shape[3], cache.v.shape[3]
         heads = output.in_features // v_dim

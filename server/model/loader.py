@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from server.config import Settings
 from server.model.attention.hf import NAME, ProbeStep, UnsupportedModel
-from server.model.attention.interface import LayerCacheSpec
+from server.model.attention.interface import AttentionOptions, LayerCacheSpec
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,7 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     cache_specs: dict[int, LayerCacheSpec]  # by layer index
-    attention_options: dict[
-        int, dict[str, Any]
-    ]  # by layer index: what each hands to `AttentionBackend.forward`
+    attention_options: dict[int, AttentionOptions]  # by layer index
     parameters: int
     weights_bytes: int
     load_seconds: float
@@ -91,7 +89,7 @@ def load(settings: Settings) -> LoadedModel:
 @torch.inference_mode()
 def probe(
     model: PreTrainedModel, vocab_size: int, device: torch.device
-) -> tuple[dict[int, LayerCacheSpec], dict[int, dict[str, Any]]]:
+) -> tuple[dict[int, LayerCacheSpec], dict[int, AttentionOptions]]:
     """Run a few tokens, refuse a model that is not computed right; returns each layer's KV shape and options.
 
     Two packed sequences must give the logits that the second gives alone under the model's own (eager)

@@ -185,7 +185,7 @@ def _adjust_row(scores_V: torch.Tensor, row: SampleRow) -> None:
         scores_V[seen] = torch.where(
             scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
         )
-    if (params.presence_penalty or params.frequency_penalty) and len(row.output) > 0:
+    if (params.presence_penalty or params.frequency_penalty) and len(row.output):
         counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
         scores_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
     if params.logit_bias:

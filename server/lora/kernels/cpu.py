@@ -51,10 +51,9 @@ class CpuKernels:
                 *matrix,
                 *[ctypes.c_int64] * 3,
             ]
-        self._prepared: tuple[Segments, ArenaView] | None = None
+        self._prepared: tuple[Segments, ArenaView, torch.Tensor] | None = None
         self._step = SegmentsStruct()
         self._scratch = torch.empty(0)
-        self._starts = torch.empty(0, dtype=torch.int64)
 
     def apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
@@ -101,8 +100,7 @@ class CpuKernels:
             starts_E.data_ptr(),
             segments.max_tokens,
         )
-        self._starts = starts_E
-        self._prepared = (segments, arena)  # keeps the tensors behind the pointers alive
+        self._prepared = (segments, arena, starts_E)  # keeps the tensors behind the pointers alive
 
 
 def cpu_kernels(dtype: torch.dtype) -> LoraKernels:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from server.model.attention.interface import (
     AttentionBackend,
+    AttentionOptions,
     AttentionPlan,
     LayerCache,
     LayerCacheSpec,
@@ -39,7 +40,12 @@ class AttentionStep(Protocol):
     """Attends for all layers of one forward."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """query [T, heads, k_dim], key [T, kv_heads, k_dim], value [T, kv_heads, v_dim] -> [T, heads, v_dim].
 
@@ -57,7 +63,12 @@ class PagedStep:
         self.plan: AttentionPlan | None = None
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         assert self.plan is not None
         return self._backend.forward(query, key, value, self._caches[layer], self.plan, **options)
@@ -69,11 +80,16 @@ class ProbeStep:
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self.specs: dict[int, LayerCacheSpec] = {}
-        self.options: dict[int, dict[str, Any]] = {}
+        self.options: dict[int, AttentionOptions] = {}
         self.calls = 0
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         self.calls += 1
         self.specs[layer] = LayerCacheSpec(key.shape[1], key.shape[2], value.shape[2])

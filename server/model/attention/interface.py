@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+AttentionOptions = dict[str, Any]  # the keyword arguments of `AttentionBackend.forward`
 
 
 @dataclass(frozen=True)
