@@ -1,11 +1,13 @@
 // Paged attention on the CPU: writes a step's K and V into the cache, then attends over each sequence's
 // context with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), one tile of queries at a time.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "maths.h"
-#include "simd.h"
+#include "scores.h"
 #include "team.h"
 
 struct ChorusPlan {  // one step, all layers
@@ -28,15 +30,9 @@ struct ChorusAttention {  // one layer; strides in elements, the last dimension 
 
 namespace chorus {
 
-constexpr int kRows = 32;  // (query token, query head of the KV head) pairs in one tile
-constexpr int kKeys = 64;  // keys scored at once at most; whole blocks
-
-constexpr int kAheadKeys = 32;  // keys and values asked for ahead of use: blocks lie scattered, which the processor can't foresee
-
-template <typename T>
-inline void prefetch(const T* from, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
-}
+constexpr int kRows = 32;       // (query token, query head of the KV head) pairs in one tile
+constexpr int kAheadKeys = 32;  // keys and values that memory is asked for ahead of use
+constexpr int kLanes = 16;      // partial sums of a row's weights: added up once, at its end
 
 // Where a token's K (which = 0) or V of one KV head lies in the cache.
 template <typename T>
@@ -46,127 +42,208 @@ T* cache_row(const ChorusPlan& p, const ChorusAttention& a, int64_t token, int64
     return which == 0 ? static_cast<T*>(a.k_cache) + row * a.k_dim : static_cast<T*>(a.v_cache) + row * a.v_dim;
 }
 
-// Scores of one tile row against `keys` keys, in place: cap, mask, online softmax. Returns the factor by
-// which what was accumulated so far must shrink.
-inline float softmax_row(float* score, int keys, int first_visible, int last_visible, const ChorusAttention& a,
-                         float& row_max, float& row_sum) {
-    for (int j = 0; j < keys; j++) score[j] *= a.scale;
-    if (a.softcap > 0)
-        for (int j = 0; j < keys; j++) score[j] = a.softcap * std::tanh(score[j] / a.softcap);
-    for (int j = 0; j < first_visible && j < keys; j++) score[j] = -INFINITY;
-    // A row may see none of these keys, when later rows of its tile do.
-    for (int j = last_visible < 0 ? 0 : last_visible + 1; j < keys; j++) score[j] = -INFINITY;
-    float top = -INFINITY;
+// Scores [rows, kKeys] of which the first `keys` are there -> the weights of their values: cap, mask, online
+// softmax. Loops are over all kKeys places, so that they stay in vector registers. `seen(row)` gives the first
+// and last key that a row sees. Leaves in `shrink` the factor by which a row's sums so far must shrink.
+template <typename T, typename Seen>
+void softmax_rows(float* scores, int rows, int keys, const ChorusAttention& a, Seen seen, float* row_max,
+                  float (*row_sum)[kLanes], float* shrink, T* weights) {
+    const float softcap = a.softcap, scale = softcap > 0 ? 1.0f : a.scale;
+    for (int row = 0; row < rows; row++) {
+        float* score = scores + row * kKeys;
+        const std::pair<int, int> see = seen(row);
+        const int from = see.first, to = see.second < keys - 1 ? see.second : keys - 1;
+        if (softcap > 0)
+            for (int j = 0; j < kKeys; j++) score[j] = softcap * tanh_of(score[j] * a.scale / softcap);
+        float top = -INFINITY;
 #pragma omp simd reduction(max : top)
-    for (int j = 0; j < keys; j++) top = score[j] > top ? score[j] : top;
-    const float new_max = top > row_max ? top : row_max;
-    if (new_max == -INFINITY) {
-        for (int j = 0; j < keys; j++) score[j] = 0;
-        return 1;
+        for (int j = 0; j < kKeys; j++) {
+            const float x = score[j] * scale, y = j >= from && j <= to ? x : -INFINITY;
+            score[j] = y;
+            top = y > top ? y : top;
+        }
+        shrink[row] = row_max[row];
+        row_max[row] = top > row_max[row] ? top : row_max[row];
     }
-    const float shrink = exp_negative(row_max - new_max);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < keys; j++) {
-        score[j] = exp_negative(score[j] - new_max);
-        sum += score[j];
+#pragma omp simd
+    for (int row = 0; row < rows; row++) {
+        // A row may see none of these keys, when later rows of its tile do; then its maximum may still be -inf.
+        const float top = row_max[row];
+        shrink[row] = top == -INFINITY ? 1.0f : exp_negative(shrink[row] - top);
     }
-    row_sum = row_sum * shrink + sum;
-    row_max = new_max;
-    return shrink;
+    for (int row = 0; row < rows; row++) {
+        float *score = scores + row * kKeys, *sum = row_sum[row];
+        const float top = row_max[row] == -INFINITY ? 0.0f : row_max[row], less = shrink[row];
+        float lanes[kLanes];
+#pragma omp simd
+        for (int i = 0; i < kLanes; i++) lanes[i] = sum[i] * less;
+        for (int j = 0; j < kKeys; j += kLanes)
+#pragma omp simd
+            for (int i = 0; i < kLanes; i++) {
+                const float e = exp_negative(score[j + i] - top);
+                score[j + i] = e;
+                lanes[i] += e;
+            }
+#pragma omp simd
+        for (int i = 0; i < kLanes; i++) sum[i] = lanes[i];
+        convert(score, kKeys, weights + row * kKeys);
+    }
 }
 
+// Memory that starts a cache line: vectors that straddle two are read and written at half the rate.
 template <typename T>
-struct Scratch {  // one thread's
-    std::vector<T> q;
-    std::vector<float> acc;
-    alignas(64) float score[kRows * kKeys];
-    float row_max[kRows], row_sum[kRows];
+class Lines {
+  public:
+    void resize(int64_t n) { lines_.resize(size_t(n * int64_t(sizeof(T)) + 63) / 64); }
+    T* data() { return reinterpret_cast<T*>(lines_.data()); }
+
+  private:
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> lines_;
 };
 
 template <typename T>
-void attend(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t kv_head, int64_t first_row, int rows,
+struct Scratch {  // one thread's
+    Lines<T> q, panel;
+    Lines<float> sum;
+    const T *row[kKeys], *ahead[kKeys + 1];  // of the round's keys, then of its values
+    alignas(64) float score[kRows * kKeys];
+    alignas(64) T weight[kRows * kKeys];
+    float row_max[kRows], shrink[kRows], row_sum[kRows][kLanes];
+};
+
+// What one call of `attend` computes: rows of one sequence and KV head, and the keys that they see.
+struct AttentionTile {
+    int64_t seq, kv_head, first_row;
+    int rows;
+    int64_t first_position;       // of query token 0 of the sequence's run
+    int64_t first_key, last_key;  // the first one starts a block
+};
+
+// Where the tiles of a step's sequences lie in one numbering; asked in ascending order.
+class AttentionTiles {
+  public:
+    AttentionTiles(const ChorusPlan& p, const ChorusAttention& a) : p_(p), a_(a), group_(a.heads / a.kv_heads) {
+        for (int64_t s = 0; s < p.num_seqs; s++) count_ += tiles_of(s);
+    }
+
+    int64_t count() const { return count_; }
+
+    AttentionTile at(int64_t tile) {
+        while (tile >= start_ + tiles_of(seq_)) start_ += tiles_of(seq_++);
+        AttentionTile t;
+        const int64_t rows = rows_of(seq_);
+        t.seq = seq_;
+        t.kv_head = (tile - start_) % a_.kv_heads;
+        t.first_row = (tile - start_) / a_.kv_heads * kRows;
+        t.rows = int(rows - t.first_row < kRows ? rows - t.first_row : kRows);
+        t.first_position = p_.context_lens[seq_] - rows / group_;
+        const int64_t seen = a_.window > 0 ? t.first_position + t.first_row / group_ - a_.window + 1 : 0;
+        t.first_key = seen < 0 ? 0 : seen / p_.block_size * p_.block_size;
+        t.last_key = t.first_position + (t.first_row + t.rows - 1) / group_;
+        return t;
+    }
+
+  private:
+    int64_t rows_of(int64_t s) const { return (p_.query_starts[s + 1] - p_.query_starts[s]) * group_; }
+    int64_t tiles_of(int64_t s) const { return (rows_of(s) + kRows - 1) / kRows * a_.kv_heads; }
+
+    const ChorusPlan& p_;
+    const ChorusAttention& a_;
+    const int64_t group_;
+    int64_t count_ = 0, seq_ = 0, start_ = 0;  // the sequence of the tile last asked for, and its first tile
+};
+
+template <typename T>
+void attend(const ChorusPlan& p, const ChorusAttention& a, const AttentionTile& tile, const AttentionTile* next,
             Scratch<T>& scratch) {
-    const int64_t group = a.heads / a.kv_heads, q0 = p.query_starts[s];
-    const int64_t query_len = p.query_starts[s + 1] - q0;
-    const int64_t first_position = p.context_lens[s] - query_len;  // of query token 0 of this run
+    const int64_t group = a.heads / a.kv_heads, q0 = p.query_starts[tile.seq], last = tile.last_key;
+    const int rows = tile.rows;
     const T* query = static_cast<const T*>(a.query);
-    auto position = [&](int row) { return first_position + (first_row + row) / group; };
+    auto position = [&](int row) { return tile.first_position + (tile.first_row + row) / group; };
     for (int row = 0; row < rows; row++) {
-        const int64_t token = q0 + (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
-        std::memcpy(&scratch.q[size_t(row * a.k_dim)], query + token * a.q_token + head * a.q_head,
+        const int64_t at = tile.first_row + row, token = q0 + at / group, head = tile.kv_head * group + at % group;
+        std::memcpy(scratch.q.data() + row * a.k_dim, query + token * a.q_token + head * a.q_head,
                     size_t(a.k_dim) * sizeof(T));
         scratch.row_max[row] = a.sinks ? a.sinks[head] : -INFINITY;
-        scratch.row_sum[row] = a.sinks ? 1.0f : 0.0f;
+        std::fill_n(scratch.row_sum[row], kLanes, 0.0f);
+        if (a.sinks) scratch.row_sum[row][0] = 1.0f;
     }
-    std::memset(scratch.acc.data(), 0, size_t(rows * a.v_dim) * sizeof(float));
+    std::memset(scratch.sum.data(), 0, size_t(rows * a.v_dim) * sizeof(float));
 
-    auto block_of = [&](const void* cache, int64_t key, int64_t dim) {
-        const int64_t block = p.block_tables[s * p.table_stride + key / p.block_size];
-        return static_cast<const T*>(cache) + ((block * a.kv_heads + kv_head) * p.block_size + key % p.block_size) * dim;
+    auto block_of = [&](const AttentionTile& of, const void* cache, int64_t block, int64_t dim) {
+        const int64_t at = p.block_tables[of.seq * p.table_stride + block];
+        return static_cast<const T*>(cache) + (at * a.kv_heads + of.kv_head) * p.block_size * dim;
     };
-    const int64_t last = position(rows - 1);  // no row of the tile sees a key after this
-    int64_t first = a.window > 0 ? position(0) - a.window + 1 : 0;
-    first = first < 0 ? 0 : first / p.block_size * p.block_size;
-    for (int64_t key = first; key < first + kAheadKeys && key <= last; key += p.block_size - key % p.block_size)
-        prefetch(block_of(a.v_cache, key, a.v_dim), (p.block_size - key % p.block_size) * a.v_dim);
-    const int64_t per_round = p.block_size >= kKeys ? kKeys : kKeys / p.block_size * p.block_size;
-    for (int64_t key0 = first; key0 <= last;) {
-        // A round never crosses a block when blocks are large, and is several whole blocks when small.
-        int64_t keys = per_round;
-        if (p.block_size >= kKeys && key0 % p.block_size + keys > p.block_size) keys = p.block_size - key0 % p.block_size;
-        if (keys > last + 1 - key0) keys = last + 1 - key0;
-        for (int64_t j = 0; j < keys;) {
-            const int64_t offset = (key0 + j) % p.block_size;
-            const int64_t n = p.block_size - offset < keys - j ? p.block_size - offset : keys - j;
-            const T* k = block_of(a.k_cache, key0 + j, a.k_dim);
-            if (key0 + j + kAheadKeys <= last) prefetch(block_of(a.k_cache, key0 + j + kAheadKeys, a.k_dim), n * a.k_dim);
-            dots(scratch.q.data(), a.k_dim, rows, k, a.k_dim, int(n), int(a.k_dim), scratch.score + j, kKeys);
-            j += n;
-        }
-        for (int row = 0; row < rows; row++) {
-            const int64_t at = position(row);
-            const int64_t from = a.window > 0 ? at - a.window + 1 - key0 : 0;
-            const float shrink = softmax_row(scratch.score + row * kKeys, int(keys), int(from > 0 ? from : 0),
-                                             int(at - key0 < keys ? at - key0 : keys), a, scratch.row_max[row],
-                                             scratch.row_sum[row]);
-            if (shrink != 1.0f) {
-                float* acc = &scratch.acc[size_t(row * a.v_dim)];
-                for (int64_t c = 0; c < a.v_dim; c++) acc[c] *= shrink;
+    // What comes some blocks after this one: of this tile, or the beginning of the next. Null = nothing.
+    const int64_t blocks_ahead = (kAheadKeys + p.block_size - 1) / p.block_size, last_block = last / p.block_size;
+    auto block_after = [&](const void* cache, int64_t block, int64_t dim) -> const T* {
+        block += blocks_ahead;
+        if (block <= last_block) return block_of(tile, cache, block, dim);
+        if (!next) return nullptr;
+        block += next->first_key / p.block_size - last_block - 1;
+        return block <= next->last_key / p.block_size ? block_of(*next, cache, block, dim) : nullptr;
+    };
+    for (int64_t key0 = tile.first_key; key0 <= last; key0 += kKeys) {
+        const int keys = int(last + 1 - key0 < kKeys ? last + 1 - key0 : kKeys);
+        auto rows_in = [&](const void* cache, int64_t dim) {  // of the round's keys or values
+            for (int j = 0; j < keys;) {
+                const int64_t block = (key0 + j) / p.block_size, offset = (key0 + j) % p.block_size;
+                const int n = int(p.block_size - offset < keys - j ? p.block_size - offset : keys - j);
+                const T *here = block_of(tile, cache, block, dim), *after = block_after(cache, block, dim);
+                if (!after) after = here;
+                for (int i = 0; i < n; i++) {
+                    scratch.row[j + i] = here + (offset + i) * dim;
+                    scratch.ahead[j + i] = after + (offset + i) * dim;
+                }
+                j += n;
             }
+            scratch.ahead[keys] = scratch.ahead[keys - 1];  // of a pair
+        };
+        rows_in(a.k_cache, a.k_dim);
+        score_keys(scratch.q.data(), rows, a.k_dim, scratch.row, scratch.ahead, keys, scratch.panel.data(),
+                   scratch.score);
+        auto seen = [&](int row) {
+            const int64_t at = position(row) - key0, from = a.window > 0 ? at - a.window + 1 : 0;
+            return std::pair<int, int>(int(from > 0 ? from : 0), int(at < keys ? at : keys));
+        };
+        softmax_rows(scratch.score, rows, keys, a, seen, scratch.row_max, scratch.row_sum, scratch.shrink,
+                     scratch.weight);
+        for (int row = 0; row < rows && key0 > tile.first_key; row++) {
+            if (scratch.shrink[row] == 1.0f) continue;
+            float* sum = scratch.sum.data() + row * a.v_dim;
+            for (int64_t c = 0; c < a.v_dim; c++) sum[c] *= scratch.shrink[row];
         }
-        for (int64_t j = 0; j < keys;) {
-            const int64_t offset = (key0 + j) % p.block_size;
-            const int64_t n = p.block_size - offset < keys - j ? p.block_size - offset : keys - j;
-            const T* v = block_of(a.v_cache, key0 + j, a.v_dim);
-            if (key0 + j + kAheadKeys <= last) prefetch(block_of(a.v_cache, key0 + j + kAheadKeys, a.v_dim), n * a.v_dim);
-            axpys(scratch.score + j, kKeys, rows, v, a.v_dim, int(n), int(a.v_dim), scratch.acc.data(), a.v_dim);
-            j += n;
-        }
-        key0 += keys;
+        rows_in(a.v_cache, a.v_dim);
+        add_values(scratch.weight, rows, scratch.row, scratch.ahead, keys, a.v_dim, scratch.sum.data());
     }
     T* out = static_cast<T*>(a.out);
     for (int row = 0; row < rows; row++) {
-        const int64_t token = q0 + (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
-        const float scale = scratch.row_sum[row] > 0 ? 1.0f / scratch.row_sum[row] : 0.0f;
+        const int64_t at = tile.first_row + row, token = q0 + at / group, head = tile.kv_head * group + at % group;
+        float total = 0;
+        for (float part : scratch.row_sum[row]) total += part;
+        const float scale = total > 0 ? 1.0f / total : 0.0f;
+        const float* sum = scratch.sum.data() + row * a.v_dim;
         T* to = out + (token * a.heads + head) * a.v_dim;
-        for (int64_t c = 0; c < a.v_dim; c++) from_float(scratch.acc[size_t(row * a.v_dim + c)] * scale, to + c);
+        for (int64_t c = 0; c < a.v_dim; c++) from_float(sum[c] * scale, to + c);
     }
 }
 
 // One team's share of a layer's attention, over what the cache holds.
 template <typename T>
 void attention(Member& me, const ChorusPlan& p, const ChorusAttention& a, Scratch<T>& scratch) {
-    const int64_t group = a.heads / a.kv_heads;
-    scratch.q.resize(size_t(kRows * a.k_dim));
-    scratch.acc.resize(size_t(kRows * a.v_dim));
-    for (int64_t s = 0; s < p.num_seqs; s++) {
-        const int64_t rows = (p.query_starts[s + 1] - p.query_starts[s]) * group;
-        me.share((rows + kRows - 1) / kRows * a.kv_heads, [&](int64_t tile) {
-            const int64_t first = tile / a.kv_heads * kRows;
-            attend(p, a, s, tile % a.kv_heads, first, int(rows - first < kRows ? rows - first : kRows), scratch);
-        });
-    }
+    scratch.q.resize(kRows * a.k_dim);
+    scratch.sum.resize(kRows * a.v_dim);
+    scratch.panel.resize(panel_size<T>(a.k_dim));
+    AttentionTiles tiles(p, a);
+    me.share(tiles.count(), [&](int64_t tile) {
+        const AttentionTile now = tiles.at(tile);
+        if (me.upcoming() < 0) return attend<T>(p, a, now, nullptr, scratch);
+        const AttentionTile next = tiles.at(me.upcoming());
+        attend(p, a, now, &next, scratch);
+    });
 }
 
 }  // namespace chorus

@@ -8,7 +8,7 @@ using namespace chorus;
 template <typename T>
 void pack(T* packed, const T* w, int64_t out, int64_t in, int64_t threads) {
     constexpr int P = Pair<T>::value;
-    const int64_t panels = (out + kPanel - 1) / kPanel, g = groups<T>(in);
+    const int64_t panels = (out + kPanel - 1) / kPanel, g = pairs<T>(in);
     run_team(threads, [&](Member& me) {
         me.share(panels, [&](int64_t p) {
             T* to = packed + p * g * kPanel * P;
@@ -41,7 +41,7 @@ int chorus_permitted() {
 #endif
 }
 int64_t chorus_packed_elements_bf16(int64_t out, int64_t in) {
-    return (out + kPanel - 1) / kPanel * kPanel * groups<bf16>(in) * 2;
+    return (out + kPanel - 1) / kPanel * kPanel * pairs<bf16>(in) * 2;
 }
 int64_t chorus_packed_elements_f32(int64_t out, int64_t in) { return (out + kPanel - 1) / kPanel * kPanel * in; }
 void chorus_pack_bf16(bf16* packed, const bf16* w, int64_t out, int64_t in, int64_t threads) {

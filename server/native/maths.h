@@ -28,6 +28,11 @@ inline float sigmoid(float x) {
     return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
+inline float tanh_of(float x) {
+    const float e = exp_negative(x < 0 ? 2 * x : -2 * x), t = (1.0f - e) / (1.0f + e);
+    return x < 0 ? -t : t;
+}
+
 inline float silu(float x) { return x * sigmoid(x); }
 
 // 0.5 x (1 + tanh(u)) = x sigmoid(2 u), the approximation of Hendrycks & Gimpel 2016.
