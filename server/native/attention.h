@@ -90,20 +90,6 @@ void softmax_rows(float* scores, int rows, int keys, const ChorusAttention& a, S
     }
 }
 
-// Memory that starts a cache line: vectors that straddle two are read and written at half the rate.
-template <typename T>
-class Lines {
-  public:
-    void resize(int64_t n) { lines_.resize(size_t(n * int64_t(sizeof(T)) + 63) / 64); }
-    T* data() { return reinterpret_cast<T*>(lines_.data()); }
-
-  private:
-    struct alignas(64) Line {
-        char bytes[64];
-    };
-    std::vector<Line> lines_;
-};
-
 template <typename T>
 struct Scratch {  // one thread's
     Lines<T> q, panel;
@@ -122,39 +108,24 @@ struct AttentionTile {
     int64_t first_key, last_key;  // the first one starts a block
 };
 
-// Where the tiles of a step's sequences lie in one numbering; asked in ascending order.
-class AttentionTiles {
-  public:
-    AttentionTiles(const ChorusPlan& p, const ChorusAttention& a) : p_(p), a_(a), group_(a.heads / a.kv_heads) {
-        for (int64_t s = 0; s < p.num_seqs; s++) count_ += tiles_of(s);
-    }
+inline int64_t attention_rows(const ChorusPlan& p, const ChorusAttention& a, int64_t s) {
+    return (p.query_starts[s + 1] - p.query_starts[s]) * (a.heads / a.kv_heads);
+}
 
-    int64_t count() const { return count_; }
-
-    AttentionTile at(int64_t tile) {
-        while (tile >= start_ + tiles_of(seq_)) start_ += tiles_of(seq_++);
-        AttentionTile t;
-        const int64_t rows = rows_of(seq_);
-        t.seq = seq_;
-        t.kv_head = (tile - start_) % a_.kv_heads;
-        t.first_row = (tile - start_) / a_.kv_heads * kRows;
-        t.rows = int(rows - t.first_row < kRows ? rows - t.first_row : kRows);
-        t.first_position = p_.context_lens[seq_] - rows / group_;
-        const int64_t seen = a_.window > 0 ? t.first_position + t.first_row / group_ - a_.window + 1 : 0;
-        t.first_key = seen < 0 ? 0 : seen / p_.block_size * p_.block_size;
-        t.last_key = t.first_position + (t.first_row + t.rows - 1) / group_;
-        return t;
-    }
-
-  private:
-    int64_t rows_of(int64_t s) const { return (p_.query_starts[s + 1] - p_.query_starts[s]) * group_; }
-    int64_t tiles_of(int64_t s) const { return (rows_of(s) + kRows - 1) / kRows * a_.kv_heads; }
-
-    const ChorusPlan& p_;
-    const ChorusAttention& a_;
-    const int64_t group_;
-    int64_t count_ = 0, seq_ = 0, start_ = 0;  // the sequence of the tile last asked for, and its first tile
-};
+// Tile `tile` of a sequence: all KV heads of its first rows, then of the next.
+inline AttentionTile attention_tile(const ChorusPlan& p, const ChorusAttention& a, int64_t s, int64_t tile) {
+    const int64_t group = a.heads / a.kv_heads, rows = attention_rows(p, a, s);
+    AttentionTile t;
+    t.seq = s;
+    t.kv_head = tile % a.kv_heads;
+    t.first_row = tile / a.kv_heads * kRows;
+    t.rows = int(rows - t.first_row < kRows ? rows - t.first_row : kRows);
+    t.first_position = p.context_lens[s] - rows / group;
+    const int64_t seen = a.window > 0 ? t.first_position + t.first_row / group - a.window + 1 : 0;
+    t.first_key = seen < 0 ? 0 : seen / p.block_size * p.block_size;
+    t.last_key = t.first_position + (t.first_row + t.rows - 1) / group;
+    return t;
+}
 
 template <typename T>
 void attend(const ChorusPlan& p, const ChorusAttention& a, const AttentionTile& tile, const AttentionTile* next,
@@ -237,11 +208,15 @@ void attention(Member& me, const ChorusPlan& p, const ChorusAttention& a, Scratc
     scratch.q.resize(kRows * a.k_dim);
     scratch.sum.resize(kRows * a.v_dim);
     scratch.panel.resize(panel_size<T>(a.k_dim));
-    AttentionTiles tiles(p, a);
-    me.share(tiles.count(), [&](int64_t tile) {
-        const AttentionTile now = tiles.at(tile);
+    Groups sequences(p.num_seqs, [&](int64_t s) { return (attention_rows(p, a, s) + kRows - 1) / kRows * a.kv_heads; });
+    auto tile_at = [&](int64_t tile) {
+        const auto [s, local] = sequences.find(tile);
+        return attention_tile(p, a, s, local);
+    };
+    me.share(sequences.total(), [&](int64_t tile) {
+        const AttentionTile now = tile_at(tile);
         if (me.upcoming() < 0) return attend<T>(p, a, now, nullptr, scratch);
-        const AttentionTile next = tiles.at(me.upcoming());
+        const AttentionTile next = tile_at(me.upcoming());
         attend(p, a, now, &next, scratch);
     });
 }

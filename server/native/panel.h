@@ -3,11 +3,14 @@
 // A panel is 32 outputs: for each pair of inputs (each input, in float32), the 32 weights of the pair side by
 // side, as the dot-product instruction wants them. Ragged edges are padded.
 #pragma once
+#include <vector>
+
 #include "simd.h"
 
 namespace chorus {
 
 constexpr int kPanel = 32;
+constexpr const float* kNoStart = nullptr;  // sums start from zero
 constexpr int kPanelRows = 12;  // rows of x that a panel is read for at once: 24 of the 32 vector registers
 
 template <typename T>
@@ -24,6 +27,20 @@ template <typename T>  // elements
 int64_t panel_size(int64_t in) {
     return pairs<T>(in) * kPanel * Pair<T>::value;
 }
+
+// Memory that starts a cache line: vectors that straddle two are read and written at half the rate.
+template <typename T>
+class Lines {
+  public:
+    void resize(int64_t n) { lines_.resize(size_t(n * int64_t(sizeof(T)) + 63) / 64); }
+    T* data() { return reinterpret_cast<T*>(lines_.data()); }
+
+  private:
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> lines_;
+};
 
 #ifdef CHORUS_AVX512
 
@@ -44,16 +61,16 @@ static inline __m512 broadcast_last(const bf16* x) {  // half a pair
 
 // y[R, columns <= 32] = x[R, in] . panel + start, where row i starts from start + i * ldstart (null = zero).
 // Meanwhile memory is asked for: `lines` (0 to 2) cache lines of `ahead` for each pair of inputs.
-template <int R, typename T, typename Y>
-static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const float* start, int64_t ldstart, Y* y,
+template <int R, typename T, typename S, typename Y>
+static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const S* start, int64_t ldstart, Y* y,
                        int64_t ldy, int columns, const char* ahead, int lines) {
     constexpr int P = Pair<T>::value;
     const __mmask16 m0 = first16(columns), m1 = columns > 16 ? first16(columns - 16) : __mmask16(0);
     __m512 acc[R][2];
     UNROLL
     for (int i = 0; i < R; i++) {
-        acc[i][0] = start ? _mm512_maskz_loadu_ps(m0, start + i * ldstart) : _mm512_setzero_ps();
-        acc[i][1] = start ? _mm512_maskz_loadu_ps(m1, start + i * ldstart + 16) : _mm512_setzero_ps();
+        acc[i][0] = start ? load16(start + i * ldstart, m0) : _mm512_setzero_ps();
+        acc[i][1] = start ? load16(start + i * ldstart + 16, m1) : _mm512_setzero_ps();
     }
     const int64_t whole = in / P;
     const float* w = reinterpret_cast<const float*>(panel);  // 32 pairs or floats are 128 bytes
@@ -83,15 +100,56 @@ static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, cons
     }
 }
 
+// 32 columns of a row, or of two rows in pairs (b = null: zero), as `panel_rows` finds them in a panel.
+static inline void columns_of(const float* a, const float*, const __mmask16 m[2], __m512 w[2]) {
+    w[0] = _mm512_maskz_loadu_ps(m[0], a);
+    w[1] = _mm512_maskz_loadu_ps(m[1], a + 16);
+}
+static inline void columns_of(const bf16* a, const bf16* b, const __mmask16 m[2], __m512 w[2]) {
+    static constexpr struct Order {  // a0 b0 a1 b1 ...
+        alignas(64) uint16_t low[32];
+        alignas(64) uint16_t high[32];
+        constexpr Order() : low(), high() {
+            for (int i = 0; i < 16; i++) {
+                low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(32 + i);
+                high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
+            }
+        }
+    } order;
+    const __mmask32 mask = _mm512_kunpackw(m[1], m[0]);
+    const __m512i va = _mm512_maskz_loadu_epi16(mask, a);
+    const __m512i vb = b ? _mm512_maskz_loadu_epi16(mask, b) : _mm512_setzero_si512();
+    w[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(va, _mm512_load_si512(order.low), vb));
+    w[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(va, _mm512_load_si512(order.high), vb));
+}
+
+// The panels, one after the other, whose inputs are the n rows and whose outputs are their first `columns`.
+template <typename T>
+static void panels_of_columns(const T* const* rows, int n, int64_t columns, T* panels) {
+    constexpr int P = Pair<T>::value, kRowsAhead = 4;
+    for (int k = 0; k < n; k += P)
+        for (int64_t c = 0; c < columns; c += kPanel) {
+            for (int i = k + kRowsAhead; i < k + kRowsAhead + P && i < n; i++)
+                _mm_prefetch(reinterpret_cast<const char*>(rows[i] + c), _MM_HINT_T0);
+            const int here = int(columns - c);
+            const __mmask16 m[2] = {first16(here), here > 16 ? first16(here - 16) : __mmask16(0)};
+            __m512 w[2];
+            columns_of(rows[k] + c, k + 1 < n ? rows[k + P - 1] + c : nullptr, m, w);
+            T* to = panels + c / kPanel * panel_size<T>(n) + k * kPanel;
+            _mm512_storeu_ps(to, w[0]);
+            _mm512_storeu_ps(reinterpret_cast<float*>(to) + 16, w[1]);
+        }
+}
+
 #else
 
-template <int R, typename T, typename Y>
-static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const float* start, int64_t ldstart, Y* y,
+template <int R, typename T, typename S, typename Y>
+static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const S* start, int64_t ldstart, Y* y,
                        int64_t ldy, int columns, const char*, int) {
     constexpr int P = Pair<T>::value;
     for (int i = 0; i < R; i++) {
         float acc[kPanel] = {};
-        for (int j = 0; start && j < columns; j++) acc[j] = start[i * ldstart + j];
+        for (int j = 0; start && j < columns; j++) acc[j] = to_float(start[i * ldstart + j]);
         for (int64_t column = 0; column < in; column++) {
             const float xi = to_float(x[i * ldx + column]);
             const T* w = panel + (column / P * kPanel) * P + column % P;
@@ -102,11 +160,19 @@ static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, cons
     }
 }
 
+template <typename T>
+static void panels_of_columns(const T* const* rows, int n, int64_t columns, T* panels) {
+    constexpr int P = Pair<T>::value;
+    for (int k = 0; k < n; k++)
+        for (int64_t c = 0; c < columns; c++)
+            panels[c / kPanel * panel_size<T>(n) + (k / P * kPanel + c % kPanel) * P + k % P] = rows[k][c];
+}
+
 #endif
 
 // As panel_rows, for `rows` <= R rows.
-template <int R = kPanelRows, typename T, typename Y>
-static void panel_rows_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t in, const float* start,
+template <int R = kPanelRows, typename T, typename S, typename Y>
+static void panel_rows_of(int rows, const T* x, int64_t ldx, const T* panel, int64_t in, const S* start,
                           int64_t ldstart, Y* y, int64_t ldy, int columns, const char* ahead = nullptr, int lines = 0) {
     if (rows == R) return panel_rows<R>(x, ldx, panel, in, start, ldstart, y, ldy, columns, ahead, lines);
     if constexpr (R > 1)

@@ -1,7 +1,7 @@
 // The two products of attention, over keys and values that lie in scattered rows:
 //
 //   score_keys:  score[n, keys]  = q[n, k_dim] . K^T
-//   add_values:  sum[n, v_dim]  += weight[n, keys] . V
+//   add_values:  sum[n, v_dim]  += weight[n, keys] . V     weights from `keys` on are there, and zero
 //
 // Where rows lie, the processor can't foresee: for each row there is one `ahead` of it that memory is asked for
 // meanwhile, at the pace at which rows are used up. Asked for all at once, they would wait for each other.
@@ -124,38 +124,14 @@ static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, con
         for (int i = j; i < j + here; i++) prefetch(ahead[i], dim);
         panel_of_rows(rows + j, here, dim, panel);
         for (int i = 0; i < n; i += kPanelRows)
-            panel_rows_of(n - i < kPanelRows ? n - i : kPanelRows, q + i * dim, dim, panel, dim, nullptr, 0,
+            panel_rows_of(n - i < kPanelRows ? n - i : kPanelRows, q + i * dim, dim, panel, dim, kNoStart, 0,
                           score + i * kKeys + j, kKeys, here);
     }
 }
 
-// 32 columns of key k (of keys k and k + 1, in pairs) as `panel_rows` would find them in a panel.
-static inline void columns_of(const float* const* rows, int k, int, int64_t first, const __mmask16 m[2], __m512 w[2]) {
-    w[0] = _mm512_maskz_loadu_ps(m[0], rows[k] + first);
-    w[1] = _mm512_maskz_loadu_ps(m[1], rows[k] + first + 16);
-}
-static inline void columns_of(const bf16* const* rows, int k, int keys, int64_t first, const __mmask16 m[2],
-                              __m512 w[2]) {
-    static constexpr struct Order {  // a0 b0 a1 b1 ... of a and b
-        alignas(64) uint16_t low[32];
-        alignas(64) uint16_t high[32];
-        constexpr Order() : low(), high() {
-            for (int i = 0; i < 16; i++) {
-                low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(32 + i);
-                high[2 * i] = uint16_t(16 + i), high[2 * i + 1] = uint16_t(48 + i);
-            }
-        }
-    } order;
-    const __mmask32 mask = _mm512_kunpackw(m[1], m[0]);
-    const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[k] + first);
-    const __m512i b = k + 1 < keys ? _mm512_maskz_loadu_epi16(mask, rows[k + 1] + first) : _mm512_setzero_si512();
-    w[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(order.low), b));
-    w[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(order.high), b));
-}
-
 template <int R, int C, typename T>  // C times 32 columns
 static void add_values_tile(const T* weight, const T* const* rows, const T* const* ahead, int keys, int64_t first,
-                            int columns, float* sum, int64_t ldsum) {
+                            int columns, float* sum, int64_t dim) {
     __m512 acc[R][2 * C];
     __mmask16 m[2 * C];
     UNROLL
@@ -163,12 +139,15 @@ static void add_values_tile(const T* weight, const T* const* rows, const T* cons
     UNROLL
     for (int i = 0; i < R; i++)
         UNROLL
-        for (int v = 0; v < 2 * C; v++) acc[i][v] = _mm512_maskz_loadu_ps(m[v], sum + i * ldsum + 16 * v);
+        for (int v = 0; v < 2 * C; v++) acc[i][v] = load16(sum + i * dim + 16 * v, m[v]);
     for (int k = 0; k < keys; k += Pair<T>::value) {
-        for (int i = k; ahead && i < k + Pair<T>::value; i++) prefetch(ahead[i], ldsum);
+        for (int i = k; ahead && i < k + Pair<T>::value; i++) prefetch(ahead[i], dim);
         __m512 w[2 * C];
         UNROLL
-        for (int v = 0; v < C; v++) columns_of(rows, k, keys, first + 32 * v, m + 2 * v, w + 2 * v);
+        for (int v = 0; v < C; v++) {
+            const int64_t c = first + 32 * v;
+            columns_of(rows[k] + c, k + 1 < keys ? rows[k + 1] + c : nullptr, m + 2 * v, w + 2 * v);
+        }
         UNROLL
         for (int i = 0; i < R; i++) {
             const __m512 xs = broadcast(weight + i * kKeys + k);
@@ -179,28 +158,29 @@ static void add_values_tile(const T* weight, const T* const* rows, const T* cons
     UNROLL
     for (int i = 0; i < R; i++)
         UNROLL
-        for (int v = 0; v < 2 * C; v++) _mm512_mask_storeu_ps(sum + i * ldsum + 16 * v, m[v], acc[i][v]);
+        for (int v = 0; v < 2 * C; v++) store16(sum + i * dim + 16 * v, acc[i][v], m[v]);
 }
 
 template <int R = kPanelRows, typename T>
-static void add_values_rows(int n, const T* weight, const T* const* rows, const T* const* ahead, int keys, int64_t dim,
-                            float* sum) {
+static void add_values_of(int n, const T* weight, const T* const* rows, const T* const* ahead, int keys, int64_t dim,
+                          float* sum) {
     if (n == R) {
         constexpr int C = R <= 5 ? 2 : 1;
-        for (int64_t c = 0; c < dim; c += 32 * C)
-            add_values_tile<R, C>(weight, rows, c == 0 ? ahead : nullptr, keys, c, int(dim - c < 32 * C ? dim - c : 32 * C), sum + c, dim);
+        for (int64_t c = 0; c < dim; c += 32 * C) {
+            const int columns = int(dim - c < 32 * C ? dim - c : 32 * C);
+            add_values_tile<R, C>(weight, rows, c == 0 ? ahead : nullptr, keys, c, columns, sum + c, dim);
+        }
         return;
     }
-    if constexpr (R > 1) add_values_rows<R - 1>(n, weight, rows, ahead, keys, dim, sum);
+    if constexpr (R > 1) add_values_of<R - 1>(n, weight, rows, ahead, keys, dim, sum);
 }
 
-// Weights from `keys` to the end of their rows are zero.
 template <typename T>
 static void add_values(const T* weight, int n, const T* const* rows, const T* const* ahead, int keys, int64_t dim,
                        float* sum) {
     for (int i = 0; i < n; i += kPanelRows)
-        add_values_rows(n - i < kPanelRows ? n - i : kPanelRows, weight + i * kKeys, rows, i == 0 ? ahead : nullptr, keys,
-                        dim, sum + i * dim);
+        add_values_of(n - i < kPanelRows ? n - i : kPanelRows, weight + i * kKeys, rows, i == 0 ? ahead : nullptr, keys,
+                      dim, sum + i * dim);
 }
 
 #else
@@ -221,13 +201,20 @@ static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, con
 template <typename T>
 static void add_values(const T* weight, int n, const T* const* rows, const T* const*, int keys, int64_t dim,
                        float* sum) {
+    constexpr int kWidth = 64;
     for (int i = 0; i < n; i++)
-        for (int j = 0; j < keys; j++) {
-            const float w = to_float(weight[i * kKeys + j]);
-            const T* row = rows[j];
-            float* to = sum + i * dim;
+        for (int64_t first = 0; first < dim; first += kWidth) {
+            const int columns = int(dim - first < kWidth ? dim - first : kWidth);
+            float* to = sum + i * dim + first;
+            float acc[kWidth];
+            for (int c = 0; c < columns; c++) acc[c] = to_float(to[c]);
+            for (int j = 0; j < keys; j++) {
+                const float w = to_float(weight[i * kKeys + j]);
+                const T* row = rows[j] + first;
 #pragma omp simd
-            for (int64_t c = 0; c < dim; c++) to[c] += w * to_float(row[c]);
+                for (int c = 0; c < columns; c++) acc[c] += w * to_float(row[c]);
+            }
+            for (int c = 0; c < columns; c++) from_float(acc[c], to + c);
         }
 }
 

@@ -1,4 +1,4 @@
-// The two tile operations that LoRA and attention are made of, for float and bfloat16 data:
+// Vectors of float and bfloat16 data, and the products that LoRA is made of where there are few tokens:
 //
 //   dots:  H[n, r]  = X[n, k] . A[r, k]^T     both operands contiguous along k
 //   axpys: Y[n, c] += H[n, r] . B[r, c]       H float32, Y float32 or as B
@@ -181,10 +181,19 @@ static inline void axpys_rows(const float* h, int64_t ldh, const T* b, int64_t l
     for (; j < c; j += 32) axpys_tile<T, Y, N, 2>(h, ldh, b + j, ldb, r, c - j < 32 ? c - j : 32, y + j, ldy);
 }
 
+template <typename T, typename Y>
+static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) axpys_rows<T, Y, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 3) return axpys_rows<T, Y, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 2) return axpys_rows<T, Y, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+    if (n - i == 1) axpys_rows<T, Y, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
+}
+
 // With one row of X or H there is nothing to compute while memory is waited for: A and B are read but once, in
 // the order they lie there, and asked for some rows ahead. `next` is what the thread will read after them.
 
-template <typename T>  // as dots, for one row of X
+template <typename T>
 static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const T* next) {
     using V = Along<T>;
     constexpr int R = 8;
@@ -211,7 +220,7 @@ static inline void dots_row(const T* x, const T* a, int r, int k, float* h, cons
     }
 }
 
-template <typename T>  // as axpys, for one row of H and all columns of B
+template <typename T>
 static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const T* next) {
     constexpr int R = 4;
     for (int j = 0; j < r; j += R) {
@@ -235,15 +244,6 @@ static inline void axpys_row(const float* h, const T* b, int r, int c, float* y,
             store16(y + p + 16, y1, m1);
         }
     }
-}
-
-template <typename T, typename Y>
-static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t ldb, int r, int c, Y* y, int64_t ldy) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) axpys_rows<T, Y, 4, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 3) return axpys_rows<T, Y, 3, 4>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 2) return axpys_rows<T, Y, 2, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
-    if (n - i == 1) axpys_rows<T, Y, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
 }
 
 template <typename T>  // out += y

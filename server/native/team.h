@@ -73,6 +73,29 @@ class Member {
     int64_t tile_, upcoming_, seen_ = 0, shared_ = 0;
 };
 
+// Tiles of several groups, `count(group)` each, in one numbering. To be asked for in ascending order.
+template <typename Count>
+class Groups {
+  public:
+    Groups(int64_t groups, Count count) : count_(count) {
+        for (int64_t g = 0; g < groups; g++) total_ += count(g);
+    }
+
+    int64_t total() const { return total_; }
+
+    struct Place {
+        int64_t group, tile;  // the latter within its group
+    };
+    Place find(int64_t tile) {
+        while (tile >= start_ + count_(group_)) start_ += count_(group_++);
+        return {group_, tile - start_};
+    }
+
+  private:
+    Count count_;
+    int64_t total_ = 0, group_ = 0, start_ = 0;  // where the last one was found
+};
+
 // Runs body(Member&) on `threads` threads, or on as many as the OpenMP runtime gives.
 template <typename Body>
 void run_team(int64_t threads, Body body) {

@@ -61,7 +61,7 @@ def check(kernels: LoraKernels, dtype: torch.dtype, seed: int, longest: int, tai
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("longest", "tail"), [(1, 0), (1, 3), (9, 2), (70, 5)])
+@pytest.mark.parametrize(("longest", "tail"), [(1, 0), (1, 3), (9, 2), (70, 5), (250, 1)])
 @pytest.mark.parametrize("seed", range(3))
 def test_cpu_kernels_equal_reference(dtype: torch.dtype, longest: int, tail: int, seed: int) -> None:
     for lib in libraries():  # what another processor would run, too
