@@ -12,6 +12,7 @@ from setuptools import Extension, setup
 
 COMMON = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
+UNITS = ("argmax", "attention", "decoder", "linear", "lora")
 VARIANTS = {"_generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-march=x86-64-v4", "-mavx512bf16"]
@@ -25,7 +26,7 @@ setup(
     ext_modules=[
         Extension(
             f"server.native.{name}",
-            sources=[f"server/native/{unit}.cpp" for unit in ("attention", "decoder", "linear", "lora")],
+            sources=[f"server/native/{unit}.cpp" for unit in UNITS],
             depends=[str(header) for header in Path("server/native").glob("*.h")],
             extra_compile_args=COMMON + flags,
             optional=True,

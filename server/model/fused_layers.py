@@ -1,8 +1,8 @@
 """A model's decoder layers as one call of compiled code (native/decoder.cpp).
 
 transformers runs a layer as some forty small operations; on the CPU a step of a few tokens spends more time
-between them than in them. Everything around the layers (embedding, positions, final norm, output head) stays
-transformers' own.
+between them than in them. What is around the layers (embedding, positions, final norm, output head) is
+transformers' own here; flat_model.py takes it over where it can.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.lora.linear import LoraStep
 from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, PlanStruct
-from server.model.layer_reader import LayerReader, LayerStruct, NotFusable
+from server.model.layer_reader import LayerReader, LayerStruct, NormStruct, NotFusable
 from server.native import library
 
 
@@ -34,6 +34,11 @@ class _Decoder(ctypes.Structure):
         ("segments", ctypes.POINTER(SegmentsStruct)),
         ("cos", ctypes.POINTER(ctypes.c_void_p)),
         ("sin", ctypes.POINTER(ctypes.c_void_p)),
+        ("positions", ctypes.c_void_p),
+        ("final_norm", NormStruct),
+        ("sample_rows", ctypes.c_void_p),
+        ("num_samples", ctypes.c_int64),
+        ("sampled", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("hidden", "residual", "normed", "qkv", "attended")),
         *((name, ctypes.c_void_p) for name in ("projected", "gate_up", "activated")),
     )
@@ -78,11 +83,19 @@ class FusedLayers:
         self._cos = (ctypes.c_void_p * len(layers))()
         self._sin = (ctypes.c_void_p * len(layers))()
         self._rotated = [layer.rotary_dim > 0 for layer in layers]
+        self.one_table = False  # whether all layers of the last forward got the same rotary tables
         self._embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # the layer before's
         self._tables = (0, 0, 0)  # pointers and width of the same
         self._in_use: list[torch.Tensor] = []  # what the two arrays point to
+        self._kept: tuple[torch.Tensor, ...] = ()  # tables of all positions
+        self._kept_tables: tuple[ctypes.Array[ctypes.c_void_p], ...] = ()  # pointers to them for each layer
         self._buffers: dict[str, torch.Tensor] = {}
         self._rows = 0
+
+    def slots(self) -> tuple[LayerSlot, ...]:
+        """What to put in the place of the layers."""
+        last = len(self._layers) - 1
+        return tuple(LayerSlot(self, i, last=i == last) for i in range(last + 1))
 
     def take_positions(self, layer: int, embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """The step's rotary tables of one layer, cos and sin, each [1, T, rotary_dim]."""
@@ -90,6 +103,7 @@ class FusedLayers:
             self._layers[layer].rotary_dim = 0
             return
         if embeddings is not self._embeddings:  # most models hand all layers the same
+            self.one_table = self._embeddings is None
             self._embeddings = embeddings
             cos, sin = (table.to(self._dtype).contiguous() for table in embeddings)
             self._tables = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
@@ -98,10 +112,38 @@ class FusedLayers:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [1, T, hidden_size], the embedded tokens -> the same after the last layer."""
+        out = hidden.contiguous().clone()
+        self._call(out, None, NormStruct(), None, None)
+        self._embeddings, self._in_use = None, []
+        return out
+
+    def keep_positions(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotary tables of all positions, each [positions, rotary_dim], for all later calls of `sample`."""
+        self._kept = cos, sin
+        pointers = ctypes.c_void_p * len(self._layers)
+        self._kept_tables = tuple(pointers(*[table.data_ptr()] * len(self._layers)) for table in self._kept)
+        for layer, rotated in zip(self._layers, self._rotated, strict=True):
+            layer.rotary_dim = cos.shape[-1] if rotated else 0
+
+    def sample(
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: NormStruct, rows_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The embedded tokens (lost after) -> those in `rows_N` after the last layer and `norm`: [N, H]."""
+        sampled_NH = hidden_TH.new_empty(rows_N.numel(), self._widths.hidden)
+        self._call(hidden_TH, positions_T, norm, rows_N, sampled_NH)
+        return sampled_NH
+
+    def _call(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor | None,
+        norm: NormStruct,
+        rows: torch.Tensor | None,
+        sampled: torch.Tensor | None,
+    ) -> None:
         plan, segments, arena = self._paged.plan, self._lora.segments, self._lora.arena
         assert plan is not None
-        out = hidden.contiguous().clone()
-        self._reserve(out.shape[1])
+        self._reserve(hidden.numel() // self._widths.hidden)
         step = _Decoder(
             self._layers,
             len(self._layers),
@@ -110,14 +152,16 @@ class FusedLayers:
             None
             if segments is None or arena is None
             else ctypes.pointer(self._kernels.struct(segments, arena)),
-            self._cos,
-            self._sin,
-            out.data_ptr(),
+            *((self._cos, self._sin) if positions is None else self._kept_tables),
+            None if positions is None else positions.data_ptr(),
+            norm,
+            None if rows is None else rows.data_ptr(),
+            0 if rows is None else rows.numel(),
+            None if sampled is None else sampled.data_ptr(),
+            hidden.data_ptr(),
             *(buffer.data_ptr() for buffer in self._buffers.values()),
         )
         self._function(step, torch.get_num_threads())
-        self._embeddings, self._in_use = None, []
-        return out
 
     def _reserve(self, rows: int) -> None:
         if rows <= self._rows:
@@ -160,8 +204,8 @@ def fuse_layers(
     attention: PagedCpuAttention,
     lora: LoraStep,
     kernels: CpuKernels,
-) -> tuple[LayerSlot, ...]:
-    """What to put in the place of `layers`. Raises NotFusable.
+) -> FusedLayers:
+    """`layers` as compiled code; its `slots` are for their place. Raises NotFusable.
 
     `options` are each layer's, as a forward showed them.
     """
@@ -174,7 +218,7 @@ def fuse_layers(
     if len(widths) != 1:
         raise NotFusable("layers of different widths")
     cache = caches[0].k
-    fused = FusedLayers(
+    return FusedLayers(
         read,
         widths.pop(),
         reader.keep_alive,
@@ -186,7 +230,6 @@ def fuse_layers(
         cache.dtype,
         lib,
     )
-    return tuple(LayerSlot(fused, i, last=i == len(read) - 1) for i in range(len(read)))
 
 
 def _widths(layer: LayerStruct) -> _Widths:

@@ -25,6 +25,8 @@ class NotFusable(Exception):
 
 
 class NormStruct(ctypes.Structure):
+    """`ChorusNorm` of native/decoder.cpp."""
+
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
@@ -66,7 +68,7 @@ class LayerReader:
         if not (qkv and gate_up and output and down):
             raise NotFusable("its projections are not those of Llama")
         geometry = self._attention(output[0], qkv, cache, options)
-        q_norm, k_norm = self._norm(attn, "q_norm"), self._norm(attn, "k_norm")
+        q_norm, k_norm = self.norm(attn, "q_norm"), self.norm(attn, "k_norm")
         q_norm_weight = getattr(getattr(attn, "q_norm", None), "weight", None)
         result = LayerStruct(
             *norms,
@@ -95,14 +97,15 @@ class LayerReader:
         `post_attention_layernorm` stands after the attention in models with a norm after the MLP (Gemma 2,
         OLMo 2) and before the MLP in the others (Llama).
         """
-        entry = self._norm(layer, "input_layernorm")
-        middle = self._norm(layer, "post_attention_layernorm")
+        entry = self.norm(layer, "input_layernorm")
+        middle = self.norm(layer, "post_attention_layernorm")
         if hasattr(layer, "post_feedforward_layernorm"):
-            mlp_in = self._norm(layer, "pre_feedforward_layernorm")
-            return entry, middle, mlp_in, self._norm(layer, "post_feedforward_layernorm")
+            mlp_in = self.norm(layer, "pre_feedforward_layernorm")
+            return entry, middle, mlp_in, self.norm(layer, "post_feedforward_layernorm")
         return entry, NormStruct(), middle, NormStruct()
 
-    def _norm(self, parent: nn.Module, name: str) -> NormStruct:
+    def norm(self, parent: nn.Module, name: str) -> NormStruct:
+        """The RMSNorm of that name; one without a weight where there is none."""
         module = getattr(parent, name, None)
         if module is None:
             return NormStruct()

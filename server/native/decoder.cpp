@@ -33,9 +33,14 @@ struct ChorusDecoder {  // one step; T = plan->num_tokens
     int64_t num_layers, hidden_size;
     const ChorusPlan* plan;
     const ChorusSegments* segments;  // null = base model only
-    const void* const* cos;          // of each layer: [T, rotary_dim]
+    const void* const* cos;          // of each layer: [rows, rotary_dim]
     const void* const* sin;
-    void* hidden;     // [T, hidden_size], in place
+    const int64_t* positions;     // [T] rows of cos and sin; null = a row for each token
+    ChorusNorm final_norm;        // no weight = none, and no samples
+    const int64_t* sample_rows;   // [num_samples], of T
+    int64_t num_samples;
+    void* sampled;    // [num_samples, hidden_size]: those tokens after the final norm
+    void* hidden;     // [T, hidden_size]: the embedded tokens; without a final norm, then the last layer's output
     float* residual;  // [T, hidden_size]
     void* normed;     // [T, hidden_size]
     void* qkv;        // [T, heads * k_dim + kv_heads * (k_dim + v_dim)]
@@ -100,9 +105,9 @@ class Forward {  // one thread's walk through the layers
     float* residual(int64_t t) { return d_.residual + t * d_.hidden_size; }
 
     template <typename Row>
-    void rows(Row row) {
-        me_.share_rows(tokens_, [&](int64_t first, int64_t last) {
-            for (int64_t t = first; t < last; t++) row(t);
+    void rows(int64_t count, Row row) {
+        me_.share_rows(count, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) row(i);
         });
     }
 
@@ -126,7 +131,7 @@ class Forward {  // one thread's walk through the layers
     }
 
     void enter(const ChorusLayer* previous, const ChorusLayer& layer) {
-        rows([&](int64_t t) {
+        rows(tokens_, [&](int64_t t) {
             if (previous)
                 add_projected(t, previous->mlp_out, previous->residual_multiplier);
             else
@@ -137,7 +142,7 @@ class Forward {  // one thread's walk through the layers
     }
 
     void between(const ChorusLayer& layer) {
-        rows([&](int64_t t) {
+        rows(tokens_, [&](int64_t t) {
             add_projected(t, layer.attention_out, layer.residual_multiplier);
             norm_residual(t, layer.mlp_in);
         });
@@ -145,9 +150,13 @@ class Forward {  // one thread's walk through the layers
     }
 
     void leave(const ChorusLayer& last) {
-        rows([&](int64_t t) {
+        const bool sampling = d_.final_norm.weight != nullptr;
+        T* to = static_cast<T*>(sampling ? d_.sampled : d_.hidden);
+        rows(sampling ? d_.num_samples : tokens_, [&](int64_t row) {
+            const int64_t t = sampling ? d_.sample_rows[row] : row;
             add_projected(t, last.mlp_out, last.residual_multiplier);
-            convert(residual(t), d_.hidden_size, static_cast<T*>(d_.hidden) + t * d_.hidden_size);
+            if (sampling) rms_norm(residual(t), d_.hidden_size, d_.final_norm.weight, d_.final_norm.eps);
+            convert(residual(t), d_.hidden_size, to + row * d_.hidden_size);
         });
     }
 
@@ -191,12 +200,13 @@ class Forward {  // one thread's walk through the layers
     void heads(const ChorusLayer& layer, int64_t width, const T* cos_rows, const T* sin_rows) {
         const ChorusAttention& a = layer.attention;
         const int64_t dim = a.k_dim, rotary = layer.rotary_dim;
-        rows([&](int64_t t) {
+        rows(tokens_, [&](int64_t t) {
             float* x = space(a.heads * dim + 2 * rotary);
             float *cos = x + a.heads * dim, *sin = cos + rotary;
             if (rotary) {
-                convert(cos_rows + t * rotary, rotary, cos);
-                convert(sin_rows + t * rotary, rotary, sin);
+                const int64_t at = d_.positions ? d_.positions[t] : t;
+                convert(cos_rows + at * rotary, rotary, cos);
+                convert(sin_rows + at * rotary, rotary, sin);
             }
             T *q = static_cast<T*>(d_.qkv) + t * width, *k = q + a.heads * dim, *v = k + a.kv_heads * dim;
             convert(q, a.heads * dim, x);
@@ -226,7 +236,7 @@ class Forward {  // one thread's walk through the layers
 
     void activate(const ChorusLayer& layer, int64_t width) {
         const int64_t n = width / 2;
-        rows([&](int64_t t) {
+        rows(tokens_, [&](int64_t t) {
             float *gate = space(2 * n), *up = gate + n;
             convert(static_cast<const T*>(d_.gate_up) + t * width, width, gate);
             if (layer.gelu) {

@@ -36,6 +36,24 @@ def test_layers_of_llamas_relatives_are_fused(architecture: str, dtype: str, tmp
     assert runner(build(architecture, tmp_path / "model"), dtype=dtype).fused
 
 
+def test_a_model_that_caps_its_logits_keeps_its_own_forward(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny model's logits are far below the cap."""
+    with caplog.at_level("INFO"):
+        assert runner(build("gemma2", tmp_path / "model")).fused
+    assert "transformers' forward stays: without it, the logits differ" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "phi3", "olmo2", "smollm3"])
+def test_nothing_else_stays_of_transformers_forward(
+    architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert runner(build(architecture, tmp_path / "model")).fused
+    assert "stays" not in caplog.text
+
+
 def test_a_mixture_of_experts_is_left_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert not runner(build("gpt_oss", tmp_path / "model")).fused
