@@ -1,4 +1,4 @@
-"""A server process for the length of a measurement, started as its user starts it."""
+"""A server process for the length of a measurement or a test, started as its user starts it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -18,7 +19,8 @@ import httpx
 class ServerProcess:
     """A context manager: the process runs and is ready inside, and has ended after.
 
-    Its output goes to `log`. Raises RuntimeError with the log's end when it ends or is not ready in time.
+    `process` is it, its output goes to `log`. Raises RuntimeError with the log's end when it ends or is not
+    ready in time.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ServerProcess:
         ready_within_s: float = 1800.0,
     ) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes]
         self.ready_s = 0.0  # from its start until it was ready to serve
         self._command = list(command)
         self._log = log
@@ -39,25 +42,40 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._env, start_new_session=True
             )
         try:
-            self._wait_ready(began + self._limit_s)
+            self.wait_ready()
         except BaseException:
-            self._stop()
+            self.__exit__()
             raise
         self.ready_s = time.monotonic() - began
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+
+    def wait_ready(self) -> None:
+        """Until it answers that it is ready to serve; raises as the class says."""
+        deadline = time.monotonic() + self._limit_s
+        with httpx.Client(base_url=self.url, timeout=30) as client:
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self._tail()}")
+                try:
+                    if client.get("/health/ready").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.05)
+        raise RuntimeError(f"the server was not ready after {self._limit_s:g} s:\n{self._tail()}")
 
     def counter(self, name: str) -> float:
         """The value of a counter without labels, by its name on /metrics."""
@@ -67,30 +85,17 @@ class ServerProcess:
             raise RuntimeError(f"{self.url}/metrics has no {name}")
         return float(found[1])
 
-    def _wait_ready(self, deadline: float) -> None:
-        with httpx.Client(base_url=self.url, timeout=30) as client:
-            while time.monotonic() < deadline:
-                if self._process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self._tail()}")
-                try:
-                    if client.get("/health/ready").status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.05)
-        raise RuntimeError(f"the server was not ready after {self._limit_s:g} s:\n{self._tail()}")
-
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
     def _stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
             try:
-                self._process.wait(60)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
 
 
 def chorus_serve(

@@ -19,7 +19,7 @@ from server.model.attention.interface import AttentionBackend, AttentionPlan, La
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
 from server.model.flat_model import FlatModel
-from server.model.fused_layers import fuse_layers
+from server.model.fused_layers import FusedLayers, fuse_layers
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
 from server.model.packed_linear import packed
@@ -100,22 +100,26 @@ class Runner:
         del decoder.layers
         decoder.layers = fused.slots()
         error = self._error(batch, want)
-        if error > _TOLERANCE[loaded.dtype]:
+        if not error < _TOLERANCE[loaded.dtype]:
             log.info("the decoder layers run as torch modules: fused, their logits differ (by %.2g)", error)
             del decoder.layers
             decoder.layers = layers
             return False
+        self._flatten(loaded, fused, batch, usual=want)
+        return True
+
+    def _flatten(self, loaded: LoadedModel, fused: FusedLayers, batch: Batch, usual: torch.Tensor) -> None:
+        """Leave out transformers' outer forward too, where the logits are the same without it."""
         try:
             flat = FlatModel(loaded.model, fused, loaded.max_model_len)
-            with _large_logits(loaded.model, want):  # which show what bends or caps them
+            with _large_logits(loaded.model, usual):  # which show what bends or caps them
                 want = self.logits(batch, None).float()
                 self._flat = flat
-                if self._error(batch, want) > _TOLERANCE[loaded.dtype]:
+                if not self._error(batch, want) < _TOLERANCE[loaded.dtype]:
                     self._flat = None
                     raise NotFusable("without it, the logits differ")
         except NotFusable as reason:
             log.info("around the fused layers, transformers' forward stays: %s", reason)
-        return True
 
     def _error(self, batch: Batch, want: torch.Tensor) -> float:
         """How far the batch's logits are from `want`, relative."""

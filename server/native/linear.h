@@ -44,7 +44,8 @@ inline void tile_rows(const bf16* x, int64_t ldx, int rows, const bf16* panel, i
 template <typename T>
 void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t tokens, T* y, int64_t ldy) {
     const int64_t panels = (l.out + kPanel - 1) / kPanel, blocks = (tokens + kRowBlock - 1) / kRowBlock;
-    const int64_t panel_size = pairs<T>(l.in) * kPanel * Pair<T>::value;
+    const int64_t size = panel_size<T>(l.in);
+    const bool large = size * int64_t(sizeof(T)) > kLargePanel;  // what is next is then in the panel itself
     const T* packed = static_cast<const T*>(l.packed);
     int most = kPanelRows;  // rows that a panel is read for at once
 #ifdef CHORUS_AMX
@@ -56,16 +57,16 @@ void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t 
         const int64_t p = task % panels, first = task / panels * kRowBlock, column = p * kPanel;
         const int rows = int(tokens - first < kRowBlock ? tokens - first : kRowBlock);
         const int columns = int(l.out - column < kPanel ? l.out - column : kPanel);
-        const T* panel = packed + p * panel_size;
-        const T* next = me.upcoming() < 0 ? nullptr : packed + me.upcoming() % panels * panel_size;
-        if (panel_size * int64_t(sizeof(T)) > kLargePanel) next = panel + kAhead / sizeof(T);
+        const T* panel = packed + p * size;
+        const T* next = me.upcoming() < 0 ? nullptr : packed + me.upcoming() % panels * size;
+        if (large) next = panel + kAhead / sizeof(T);
         const float* bias = l.bias ? l.bias + column : nullptr;
-        const int parts = (rows + most - 1) / most;  // of nearly equal size
+        const int parts = (rows + most - 1) / most;    // of nearly equal size
+        const int asking = parts > 1 && !large ? 2 : 1;  // over so many of them, memory is asked for what is `next`
         for (int part = 0; part < parts; part++) {
             const int64_t from = first + rows * part / parts, to = first + rows * (part + 1) / parts;
-            // The next panel is asked for in the first one or two passes over this one.
-            const char* ahead = reinterpret_cast<const char*>(next) + (part == 1 ? pairs<T>(l.in) * 64 : 0);
-            const int lines = !next || part > 1 ? 0 : parts == 1 ? 2 : 1;
+            const char* ahead = reinterpret_cast<const char*>(next) + part * pairs<T>(l.in) * 64;
+            const int lines = next && part < asking ? 2 / asking : 0;
 #ifdef CHORUS_AMX
             if constexpr (std::is_same<T, bf16>::value)
                 if (tiles) {
@@ -75,8 +76,8 @@ void linear(Member& me, const ChorusLinear& l, const T* x, int64_t ldx, int64_t 
                     continue;
                 }
 #endif
-            panel_rows_of(int(to - from), x + from * ldx, ldx, panel, l.in, bias, 0, y + from * ldy + column, ldy, columns, ahead,
-                          lines);
+            panel_rows_of(int(to - from), x + from * ldx, ldx, panel, l.in, bias, 0, y + from * ldy + column, ldy, columns,
+                          ahead, lines);
         }
     });
 #ifdef CHORUS_AMX
