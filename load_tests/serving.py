@@ -60,7 +60,13 @@ class ServerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
 
     def wait_ready(self) -> None:
         """Until it answers that it is ready to serve; raises as the class says."""
@@ -87,15 +93,6 @@ class ServerProcess:
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
-
-    def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
 
 
 def chorus_serve(

@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from server.native import library
-
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+from server.native import SUFFIXES, library
 
 
 def argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
@@ -18,8 +16,8 @@ def argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
     scores_NV: [N, vocabulary], any float type. Where it is not finite, the index means nothing.
     """
     lib = library() if scores_NV.device.type == "cpu" else None
-    if lib is not None and scores_NV.dtype in _SUFFIX and scores_NV.stride(1) == 1:
-        return _compiled(lib[f"chorus_argmax_{_SUFFIX[scores_NV.dtype]}"], scores_NV)
+    if lib is not None and scores_NV.dtype in SUFFIXES and scores_NV.stride(1) == 1:
+        return _compiled(lib[f"chorus_argmax_{SUFFIXES[scores_NV.dtype]}"], scores_NV)
     indices_N = scores_NV.argmax(dim=-1)  # of a NaN where there is one
     finite_N = torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
     return indices_N.tolist(), finite_N.tolist()

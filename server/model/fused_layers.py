@@ -20,7 +20,7 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, PlanStruct
 from server.model.layer_reader import LayerReader, LayerStruct, NormStruct, NotFusable
-from server.native import library
+from server.native import SUFFIXES, library
 
 
 class _Decoder(ctypes.Structure):
@@ -77,7 +77,7 @@ class FusedLayers:
         self._lora, self._kernels = lora, kernels
         self._block_size = block_size
         self._dtype = dtype
-        self._function = lib.chorus_decoder_f32 if dtype == torch.float32 else lib.chorus_decoder_bf16
+        self._function = lib[f"chorus_decoder_{SUFFIXES[dtype]}"]
         self._function.restype = None
         self._function.argtypes = [ctypes.POINTER(_Decoder), ctypes.c_int64]
         self._cos = (ctypes.c_void_p * len(layers))()

@@ -9,11 +9,9 @@ import logging
 import torch
 from torch import nn
 
-from server.native import library
+from server.native import SUFFIXES, library
 
 log = logging.getLogger(__name__)
-
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class LinearStruct(ctypes.Structure):
@@ -35,7 +33,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight_OI = linear.weight.detach().contiguous()
         self.out_features, self.in_features = weight_OI.shape
-        suffix = _SUFFIX[weight_OI.dtype]
+        suffix = SUFFIXES[weight_OI.dtype]
         elements = lib[f"chorus_packed_elements_{suffix}"]
         elements.restype = ctypes.c_int64
         elements.argtypes = [ctypes.c_int64] * 2
@@ -87,7 +85,7 @@ class PackedLinear(nn.Module):
 def packed(layer: nn.Module) -> nn.Module:
     """A plain Linear packed, where the compiled kernels are there and know its type; else `layer` itself."""
     lib = library()
-    if lib is None or type(layer) is not nn.Linear or layer.weight.dtype not in _SUFFIX:
+    if lib is None or type(layer) is not nn.Linear or layer.weight.dtype not in SUFFIXES:
         return layer
     return PackedLinear(layer, lib) if _proven(lib) else layer
 

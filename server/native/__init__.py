@@ -22,6 +22,8 @@ _VARIANTS = {  # best first: library, and the processor flags it needs
     "_avx2": {"avx2", "fma", "bmi2", "f16c"},
 }
 
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # of the functions' names, by what they compute in
+
 log = logging.getLogger(__name__)
 
 

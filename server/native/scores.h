@@ -188,14 +188,7 @@ static void add_values(const T* weight, int n, const T* const* rows, const T* co
 template <typename T>
 static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, const T* const*, int keys, T*,
                        float* score) {
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < keys; j++) {
-            const T *x = q + i * dim, *row = rows[j];
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < dim; k++) sum += to_float(x[k]) * to_float(row[k]);
-            score[i * kKeys + j] = sum;
-        }
+    for (int j = 0; j < keys; j++) dots(q, dim, n, rows[j], dim, 1, int(dim), score + j, kKeys);
 }
 
 template <typename T>

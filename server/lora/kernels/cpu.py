@@ -9,7 +9,7 @@ import torch
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from server.native import library
+from server.native import SUFFIXES, library
 
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
 
@@ -40,7 +40,7 @@ class CpuKernels:
     max_mix_rank = None
 
     def __init__(self, lib: ctypes.CDLL) -> None:
-        self._functions = {torch.float32: lib.chorus_lora_f32, torch.bfloat16: lib.chorus_lora_bf16}
+        self._functions = {dtype: lib[f"chorus_lora_{suffix}"] for dtype, suffix in SUFFIXES.items()}
         for function in self._functions.values():
             function.restype = None
             matrix = (ctypes.c_void_p, ctypes.c_int64)
@@ -106,6 +106,6 @@ class CpuKernels:
 def cpu_kernels(dtype: torch.dtype) -> LoraKernels:
     """The compiled kernels where they are there and know `dtype`, the reference elsewhere."""
     lib = library()
-    if lib is None or dtype not in (torch.float32, torch.bfloat16):
+    if lib is None or dtype not in SUFFIXES:
         return ReferenceKernels()
     return CpuKernels(lib)

@@ -8,7 +8,7 @@ import torch
 
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_reference import PagedReferenceAttention
-from server.native import library
+from server.native import SUFFIXES, library
 
 
 class PlanStruct(ctypes.Structure):
@@ -47,7 +47,7 @@ class PagedCpuAttention:
     """`AttentionBackend` in native/attention.h."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
-        self._functions = {torch.float32: lib.chorus_attention_f32, torch.bfloat16: lib.chorus_attention_bf16}
+        self._functions = {dtype: lib[f"chorus_attention_{suffix}"] for dtype, suffix in SUFFIXES.items()}
         for function in self._functions.values():
             function.restype = None
             function.argtypes = [ctypes.POINTER(PlanStruct), ctypes.POINTER(AttentionStruct), ctypes.c_int64]
@@ -115,6 +115,6 @@ class PagedCpuAttention:
 def paged_cpu_attention(dtype: torch.dtype) -> AttentionBackend:
     """The compiled kernel where it is there and knows `dtype`, the reference elsewhere."""
     lib = library()
-    if lib is None or dtype not in (torch.float32, torch.bfloat16):
+    if lib is None or dtype not in SUFFIXES:
         return PagedReferenceAttention()
     return PagedCpuAttention(lib)
