@@ -34,7 +34,7 @@ from server.lora.residency import Residency
 from server.model.attention.interface import AttentionBackend
 from server.model.batch import BatchBuilder
 from server.model.loader import LoadedModel, load
-from server.model.memory import MemoryPlan, default_token_budget, plan_memory
+from server.model.memory import MemoryPlan, plan_memory, token_budget
 from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Engine:
             self._pool,
             self._residency,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens or default_token_budget(loaded.device),
+            max_num_batched_tokens=token_budget(settings, loaded.device),
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
         )

@@ -40,7 +40,7 @@ class _Decoder(ctypes.Structure):
         ("num_samples", ctypes.c_int64),
         ("sampled", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("hidden", "residual", "normed", "qkv", "attended")),
-        *((name, ctypes.c_void_p) for name in ("projected", "gate_up", "activated")),
+        *((name, ctypes.c_void_p) for name in ("projected", "activated")),
     )
 
 
@@ -52,6 +52,11 @@ class _Widths:
     qkv: int
     attended: int
     intermediate: int
+
+    @property
+    def side_by_side(self) -> int:
+        """Outputs, at most, of linears that read the same x."""
+        return max(self.hidden, self.qkv, 2 * self.intermediate)
 
 
 class FusedLayers:
@@ -151,7 +156,7 @@ class FusedLayers:
             ctypes.pointer(self._attention.struct(plan, self._block_size)),
             None
             if segments is None or arena is None
-            else ctypes.pointer(self._kernels.struct(segments, arena)),
+            else ctypes.pointer(self._kernels.struct(segments, arena, self._widths.side_by_side)),
             *((self._cos, self._sin) if positions is None else self._kept_tables),
             None if positions is None else positions.data_ptr(),
             norm,
@@ -173,7 +178,6 @@ class FusedLayers:
             "qkv": torch.empty(rows, w.qkv, dtype=self._dtype),
             "attended": torch.empty(rows, w.attended, dtype=self._dtype),
             "projected": torch.empty(rows, w.hidden, dtype=self._dtype),
-            "gate_up": torch.empty(rows, 2 * w.intermediate, dtype=self._dtype),
             "activated": torch.empty(rows, w.intermediate, dtype=self._dtype),
         }
         self._rows = rows

@@ -16,6 +16,7 @@ _CPU_KV, _CPU_ARENA, _CPU_HOST = 0.25, 0.20, 0.10
 _CPU_CAP = 4 * 2**30  # no more than this each, unless asked for: a laptop is not a server
 _CUDA_USE = 0.90  # of what is free after the weights
 _CUDA_ARENA = 0.20  # of what is left for KV and adapters
+_PROMPT_TOKENS_PER_CORE = 64  # of a step: more of them are computed no faster, and streams wait longer
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
@@ -64,14 +65,21 @@ def kv_bytes_per_token(loaded: LoadedModel) -> int:
     return sum(s.elements_per_token() for s in loaded.cache_specs.values()) * loaded.dtype.itemsize
 
 
-def default_token_budget(device: torch.device) -> int:
-    """Tokens of one step: enough to fill the device with prefill, few enough to keep streams flowing."""
-    return 8192 if device.type == "cuda" else 512
+def token_budget(settings: Settings, device: torch.device) -> int:
+    """Tokens of one step: enough to keep the device's arithmetic busy, few enough to keep streams flowing.
+
+    Agrawal et al. 2024, Sarathi-Serve.
+    """
+    if settings.max_num_batched_tokens is not None:
+        return settings.max_num_batched_tokens
+    if device.type == "cuda":
+        return 8192
+    return _PROMPT_TOKENS_PER_CORE * torch.get_num_threads() + settings.max_num_seqs
 
 
 def _activation_bytes(settings: Settings, loaded: LoadedModel) -> int:
     """A generous bound of what a step allocates: its widest activations and the logits in float32."""
-    tokens = settings.max_num_batched_tokens or default_token_budget(loaded.device)
+    tokens = token_budget(settings, loaded.device)
     config = loaded.model.config.get_text_config()
     width = max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
     logits: int = settings.max_num_seqs * loaded.vocab_size * 4

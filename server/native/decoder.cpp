@@ -21,7 +21,7 @@ struct ChorusLayer {
     ChorusNorm q_norm, k_norm;
     int64_t qk_norm_width;  // values normed together: a head's, or all heads'
     ChorusLinear qkv[3], output, gate_up[2], down;
-    int64_t num_qkv, num_gate_up;  // 1 where the model has them packed in one
+    int64_t num_qkv, num_gate_up;  // 1 where the model has them packed in one; gate and up in whole panels each
     ChorusAttention attention;     // query, key, value, out and their strides are not read
     int64_t rotary_dim;            // leading values of a head that are rotated; 0 = none
     int64_t gelu;                  // 0 = SiLU, 1 = tanh GELU
@@ -46,7 +46,6 @@ struct ChorusDecoder {  // one step; T = plan->num_tokens
     void* qkv;        // [T, heads * k_dim + kv_heads * (k_dim + v_dim)]
     void* attended;   // [T, heads * v_dim]
     void* projected;  // [T, hidden_size]
-    void* gate_up;    // [T, 2 * intermediate size]
     void* activated;  // [T, intermediate size]
 };
 }
@@ -78,7 +77,8 @@ void rotate(float* x, int64_t dim, const float* cos, const float* sin) {
 template <typename T>
 class Forward {  // one thread's walk through the layers
   public:
-    Forward(Member& me, const ChorusDecoder& d) : me_(me), d_(d), tokens_(d.plan->num_tokens) {}
+    Forward(Member& me, const ChorusDecoder& d)
+        : me_(me), d_(d), tokens_(d.plan->num_tokens), segments_(d.segments), sample_rows_(d.sample_rows) {}
 
     void run() {
         for (int64_t l = 0; l < d_.num_layers; l++) {
@@ -87,10 +87,10 @@ class Forward {  // one thread's walk through the layers
             const int64_t qkv = linear_with_lora(layer.qkv, layer.num_qkv, d_.normed, d_.qkv);
             heads(layer, qkv, static_cast<const T*>(d_.cos[l]), static_cast<const T*>(d_.sin[l]));
             attend(layer, qkv);
+            if (l + 1 == d_.num_layers) keep_sampled();
             linear_with_lora(&layer.output, 1, d_.attended, d_.projected);
             between(layer);
-            const int64_t gate_up = linear_with_lora(layer.gate_up, layer.num_gate_up, d_.normed, d_.gate_up);
-            activate(layer, gate_up);
+            gate_up(layer);
             linear_with_lora(&layer.down, 1, d_.activated, d_.projected);
         }
         leave(d_.layers[d_.num_layers - 1]);
@@ -149,43 +149,89 @@ class Forward {  // one thread's walk through the layers
         me_.barrier();
     }
 
+    // After the last attention only the sampled tokens matter: leaves out the others, where that moves tokens down.
+    void keep_sampled() {
+        const int64_t n = d_.num_samples;
+        if (!sampling() || n == tokens_ || !std::is_sorted(sample_rows_, sample_rows_ + n)) return;
+        const int64_t width = d_.layers[d_.num_layers - 1].output.in;
+        me_.share(1, [&](int64_t) {
+            T* attended = static_cast<T*>(d_.attended);
+            for (int64_t i = 0; i < n; i++) {
+                std::memmove(attended + i * width, attended + sample_rows_[i] * width, size_t(width) * sizeof(T));
+                std::memmove(residual(i), residual(sample_rows_[i]), size_t(d_.hidden_size) * sizeof(float));
+            }
+        });
+        if (segments_) {
+            sampled_ = *segments_;
+            for (int64_t g = 0; g <= sampled_.num_segments; g++)
+                sampled_starts_.push_back(
+                    int32_t(std::lower_bound(sample_rows_, sample_rows_ + n, segments_->token_starts[g]) - sample_rows_));
+            sampled_.token_starts = sampled_starts_.data();
+            segments_ = &sampled_;
+        }
+        sample_rows_ = nullptr;
+        tokens_ = n;
+        me_.barrier();
+    }
+
+    bool sampling() const { return d_.final_norm.weight != nullptr; }
+
     void leave(const ChorusLayer& last) {
-        const bool sampling = d_.final_norm.weight != nullptr;
+        const bool sampling = this->sampling();
         T* to = static_cast<T*>(sampling ? d_.sampled : d_.hidden);
         rows(sampling ? d_.num_samples : tokens_, [&](int64_t row) {
-            const int64_t t = sampling ? d_.sample_rows[row] : row;
+            const int64_t t = sampling && sample_rows_ ? sample_rows_[row] : row;
             add_projected(t, last.mlp_out, last.residual_multiplier);
             if (sampling) rms_norm(residual(t), d_.hidden_size, d_.final_norm.weight, d_.final_norm.eps);
             convert(residual(t), d_.hidden_size, to + row * d_.hidden_size);
         });
     }
 
-    // The outputs of `count` linears of the same x, side by side in y, with their LoRA deltas. Returns y's width.
+    // Begins what LoRA adds to `count` linears of the same x. Returns the outputs of all of them.
+    int64_t begin_lora(const ChorusLinear* linears, int64_t count, const T* x) {
+        int64_t width = 0;
+        bool adapted = false;
+        deltas_.clear();
+        for (int64_t i = 0; i < count; width += linears[i++].out) {
+            if (!segments_) continue;
+            deltas_.emplace_back(*segments_, linears[i].module, linears[i].in, linears[i].out, i, width);
+            adapted |= deltas_.back().any();
+        }
+        if (adapted) {
+            lora_begin(me_, *segments_, deltas_.data(), count, x, linears->in);
+            me_.barrier();
+        }
+        return width;
+    }
+
+    // What it adds to the i-th of them; null = nothing.
+    const LoraDelta<T>* delta(int64_t i) const { return segments_ && deltas_[i].any() ? &deltas_[i] : nullptr; }
+
+    // The outputs of `count` linears of the same x, side by side in y, with what LoRA adds. Returns y's width.
     int64_t linear_with_lora(const ChorusLinear* linears, int64_t count, const void* x_from, void* y_to) {
         const T* x = static_cast<const T*>(x_from);
         T* y = static_cast<T*>(y_to);
-        const ChorusSegments* s = d_.segments;
-        int64_t width = 0;
-        bool lora = false;
-        for (int64_t i = 0; i < count; i++) {
-            width += linears[i].out;
-            if (s && adapted(*s, linears[i].module)) {
-                lora = true;
-                lora_shrink(me_, *s, linears[i].module, x, linears[i].in, linears[i].in, s->scratch + i * s->scratch_stride);
-            }
-        }
-        int64_t column = 0;
-        for (int64_t i = 0; i < count; column += linears[i].out, i++)
-            linear(me_, linears[i], x, linears[i].in, tokens_, y + column, width);
-        me_.barrier();
-        if (!lora) return width;
-        column = 0;
-        for (int64_t i = 0; i < count; column += linears[i].out, i++)
-            if (adapted(*s, linears[i].module))
-                lora_expand(me_, *s, linears[i].module, s->scratch + i * s->scratch_stride, y + column, width,
-                            linears[i].out);
+        const int64_t width = begin_lora(linears, count, x);
+        for (int64_t i = 0, column = 0; i < count; column += linears[i++].out)
+            linear(me_, linears[i], x, linears[i].in, tokens_, y + column, width, delta(i));
         me_.barrier();
         return width;
+    }
+
+    // activated = activation(gate) * up
+    void gate_up(const ChorusLayer& layer) {
+        const T* x = static_cast<const T*>(d_.normed);
+        const int64_t out = begin_lora(layer.gate_up, layer.num_gate_up, x) / 2, up = layer.num_gate_up - 1;
+        const Half first{layer.gate_up[0], 0}, second{layer.gate_up[up], up ? 0 : out / kPanel};
+        auto run = [&](auto activation) {
+            gated(me_, first, second, out, x, d_.hidden_size, tokens_, static_cast<T*>(d_.activated), out, delta(0), delta(up),
+                  activation);
+        };
+        if (layer.gelu)
+            run([](float v) { return gelu_tanh(v); });
+        else
+            run([](float v) { return silu(v); });
+        me_.barrier();
     }
 
     void norm_heads(float* x, int64_t heads, int64_t dim, const ChorusNorm& norm, int64_t width) {
@@ -234,27 +280,15 @@ class Forward {  // one thread's walk through the layers
         me_.barrier();
     }
 
-    void activate(const ChorusLayer& layer, int64_t width) {
-        const int64_t n = width / 2;
-        rows(tokens_, [&](int64_t t) {
-            float *gate = space(2 * n), *up = gate + n;
-            convert(static_cast<const T*>(d_.gate_up) + t * width, width, gate);
-            if (layer.gelu) {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) gate[j] = gelu_tanh(gate[j]) * up[j];
-            } else {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) gate[j] = silu(gate[j]) * up[j];
-            }
-            convert(gate, n, static_cast<T*>(d_.activated) + t * n);
-        });
-        me_.barrier();
-    }
-
     Member& me_;
     const ChorusDecoder& d_;
-    const int64_t tokens_;
+    int64_t tokens_;
+    const ChorusSegments* segments_;
+    const int64_t* sample_rows_;  // of the tokens at hand; null = all of them, in their order
+    ChorusSegments sampled_;      // segments of the sampled tokens alone
+    std::vector<int32_t> sampled_starts_;
     Scratch<T> scratch_;
+    std::vector<LoraDelta<T>> deltas_;
     std::vector<float> row_;
 };
 

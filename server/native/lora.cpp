@@ -5,14 +5,22 @@ namespace {
 
 using namespace chorus;
 
+constexpr int64_t kColumns = 256;  // of y in one task
+
 template <typename T>
 void apply(const ChorusSegments& s, int64_t module, T* y, int64_t ldy, const T* x, int64_t ldx, int64_t in, int64_t out,
            int64_t threads) {
-    if (!adapted(s, module)) return;
+    const LoraDelta<T> delta(s, module, in, out, 0, 0);
+    if (!delta.any()) return;
+    const int64_t across = (out + kColumns - 1) / kColumns, down = (delta.tokens() + kLoraTokens - 1) / kLoraTokens;
     run_team(threads, [&](Member& me) {
-        lora_shrink(me, s, module, x, ldx, in, s.scratch);
+        lora_begin(me, s, &delta, 1, x, ldx);
         me.barrier();
-        lora_expand(me, s, module, s.scratch, y, ldy, out);
+        me.share(across * down, [&](int64_t tile) {
+            const int64_t i = tile / across * kLoraTokens, c = tile % across * kColumns;
+            delta.add(i, std::min<int64_t>(delta.tokens() - i, kLoraTokens), c, std::min(out - c, kColumns),
+                      y + i * ldy + c, ldy);
+        });
     });
 }
 

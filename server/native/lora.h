@@ -1,5 +1,8 @@
 // Segmented LoRA on the CPU: for every segment, y += sum over entries of weight * (x A^T) B.
 // Chen et al. 2023 (Punica, SGMV) without padding: ranks are exact.
+//
+// In two parts, with a barrier between them. The first, `lora_begin`, is for all linears of the same x: it multiplies
+// by A, and for single tokens by B too. The second, `LoraDelta::add`, is asked for by whoever computes a tile of y.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -17,154 +20,187 @@ struct ChorusSegments {  // one step, all modules
     const void* arena;       // elements of the call's type
     const int64_t* offsets;  // [slots, modules, 2]
     const int32_t* ranks;    // [slots, modules]
-    float* scratch;          // x A^T of up to three modules, `scratch_stride` floats each
-    int64_t scratch_stride;
-    const int64_t* scratch_starts;  // [entries]: where in it an entry's [tokens, rank] lie
-    int64_t max_tokens;             // of a segment
+    float* products;         // weight * x A^T for each linear of an x, `product_stride` floats each
+    int64_t product_stride;
+    const int64_t* product_starts;  // [segments]: where in it the segment's [tokens, sum of its ranks] lie
+    float* deltas;                  // [segments, delta_stride]: what `alone` segments add to the linears of an x
+    int64_t delta_stride;
 };
 
 namespace chorus {
 
-constexpr int kLoraTokens = 96;    // tokens of one task at most
-constexpr int kLoraRanks = 16;     // rows of A in one shrink task
-constexpr int kLoraColumns = 256;  // columns of B in one expand task
-constexpr int kPanelTokens = 24;   // from here on, turning B into panels saves more than it costs
-
-inline int64_t tokens_of(const ChorusSegments& s, int64_t g) { return s.token_starts[g + 1] - s.token_starts[g]; }
-
-inline int rank_of(const ChorusSegments& s, int entry, int64_t module) {
-    return s.ranks[s.slots[entry] * s.modules + module];
-}
-
-template <typename T>
-const T* weight_of(const ChorusSegments& s, int entry, int64_t module, int which) {
-    return static_cast<const T*>(s.arena) + s.offsets[(s.slots[entry] * s.modules + module) * 2 + which];
-}
-
-// Whether any adapter of the step changes the module.
-inline bool adapted(const ChorusSegments& s, int64_t module) {
-    for (int e = 0; e < s.entry_starts[s.num_segments]; e++)
-        if (rank_of(s, e, module) > 0) return true;
-    return false;
-}
+constexpr int kLoraTokens = 96;   // tokens of one task at most
+constexpr int kLoraRanks = 16;    // rows of A in one task
+constexpr int kPanelTokens = 24;  // from here on, turning B into panels saves more than it costs
 
 // A token alone, among many segments, as when sequences with different adapters decode: one thread takes it whole,
 // so that it reads whole matrices from memory, in the order they lie there.
-inline bool alone(const ChorusSegments& s, int64_t g) { return tokens_of(s, g) == 1 && s.num_segments > 4; }
+inline bool alone(const ChorusSegments& s, int64_t g) {
+    return s.token_starts[g + 1] - s.token_starts[g] == 1 && s.num_segments > 4;
+}
 
-// Of a segment, for a product of some outputs: tiles of outputs, and of tokens.
-struct LoraGrid {
-    LoraGrid(int64_t tokens, int64_t outputs, int at_once)
-        : tokens(tokens), outputs(outputs), at_once(at_once), across((outputs + at_once - 1) / at_once),
-          down((tokens + kLoraTokens - 1) / kLoraTokens) {}
+// What LoRA adds to the outputs of one linear.
+template <typename T>
+class LoraDelta {
+  public:
+    // The linear is the `index`-th of those that share x; `column` outputs of them come before its own.
+    LoraDelta(const ChorusSegments& s, int64_t module, int64_t in, int64_t out, int64_t index, int64_t column)
+        : s_(s), module_(module), in_(in), out_(out), products_(s.products + index * s.product_stride),
+          deltas_(s.deltas + column) {}
 
-    int64_t tiles() const { return across * down; }
-    int64_t output(int64_t tile) const { return tile % across * at_once; }
-    int64_t output_end(int64_t tile) const { return std::min(output(tile) + at_once, outputs); }
-    int64_t token(int64_t tile) const { return tokens * (tile / across) / down; }
-    int64_t token_end(int64_t tile) const { return tokens * (tile / across + 1) / down; }
+    // Whether any adapter of the step changes the module.
+    bool any() const {
+        for (int e = 0; e < s_.entry_starts[s_.num_segments]; e++)
+            if (rank(e) > 0) return true;
+        return false;
+    }
 
-    const int64_t tokens, outputs, at_once, across, down;
+    int64_t tokens() const { return s_.token_starts[s_.num_segments]; }
+
+    // The first part, of one segment: tiles(g) tiles. `next` is what the thread will read after this one.
+    int64_t tiles(int64_t g) const {
+        if (alone(s_, g)) return 1;
+        int64_t count = 0;
+        for (int e = first(g); e < end(g); e++) count += tiles_across(e) * tiles_down(g);
+        return count;
+    }
+    void begin(int64_t g, int64_t tile, const T* x, int64_t ldx, const T* next) const {
+        if (alone(s_, g)) return whole(g, x + s_.token_starts[g] * ldx, next);
+        int64_t before = 0;
+        int e = first(g);
+        for (; tile >= tiles_across(e) * tiles_down(g); e++) {
+            tile -= tiles_across(e) * tiles_down(g);
+            before += rank(e);
+        }
+        const int64_t j = tile % tiles_across(e) * kLoraRanks, row = tile / tiles_across(e);
+        const int64_t i = tokens_of(g) * row / tiles_down(g), tokens = tokens_of(g) * (row + 1) / tiles_down(g) - i;
+        const int ranks = int(std::min<int64_t>(rank(e) - j, kLoraRanks));
+        float h[kLoraTokens * kLoraRanks];
+        dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, 0) + j * in_, in_, ranks, int(in_), h, ranks);
+        scale(h, tokens * ranks, s_.weights[e]);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t at = (i + t) * rank_sum(g) + before + j;
+            if (by_panels(g))
+                convert(h + t * ranks, ranks, product<T>(g) + at);
+            else
+                std::copy_n(h + t * ranks, ranks, product<float>(g) + at);
+        }
+    }
+    // What `begin` reads first; null where the segment has no adapter.
+    const T* first_weight(int64_t g) const { return first(g) == end(g) ? nullptr : weight(first(g), 0); }
+
+    // The second part: to[rows, columns] += those of the tokens from `token` and the outputs from `column`.
+    template <typename Y>
+    void add(int64_t token, int64_t rows, int64_t column, int64_t columns, Y* to, int64_t ld) const {
+        each_segment(token, rows, [&](int64_t g, int64_t i, int64_t tokens) {
+            Y* y = to + (s_.token_starts[g] + i - token) * ld;
+            if (alone(s_, g)) return add_into(deltas_ + g * s_.delta_stride + column, int(columns), y);
+            if (by_panels(g)) return add_by_panels(g, i, tokens, column, columns, y, ld);
+            const float* h = product<float>(g) + i * rank_sum(g);
+            for (int e = first(g); e < end(g); h += rank(e++))
+                axpys(h, rank_sum(g), int(tokens), weight(e, 1) + column, out_, rank(e), int(columns), y, ld);
+        });
+    }
+    // Asks memory for what `add` with the same arguments will read, where columns are as few as a panel's.
+    [[gnu::always_inline]] void ask(int64_t token, int64_t rows, int64_t column) const {
+        each_segment(token, rows, [&](int64_t g, int64_t, int64_t) __attribute__((always_inline)) {
+            for (int e = alone(s_, g) ? end(g) : first(g); e < end(g); e++)
+                for (int64_t j = 0; j < rank(e); j++) __builtin_prefetch(weight(e, 1) + j * out_ + column);
+        });
+    }
+
+  private:
+    int first(int64_t g) const { return s_.entry_starts[g]; }
+    int end(int64_t g) const { return s_.entry_starts[g + 1]; }
+    int64_t tokens_of(int64_t g) const { return s_.token_starts[g + 1] - s_.token_starts[g]; }
+    int rank(int entry) const { return s_.ranks[s_.slots[entry] * s_.modules + module_]; }
+    int64_t rank_sum(int64_t g) const {
+        int64_t sum = 0;
+        for (int e = first(g); e < end(g); e++) sum += rank(e);
+        return sum;
+    }
+    const T* weight(int entry, int which) const {
+        return static_cast<const T*>(s_.arena) + s_.offsets[(s_.slots[entry] * s_.modules + module_) * 2 + which];
+    }
+    bool by_panels(int64_t g) const { return tokens_of(g) >= kPanelTokens; }
+    int64_t tiles_across(int e) const { return (rank(e) + kLoraRanks - 1) / kLoraRanks; }
+    int64_t tiles_down(int64_t g) const { return (tokens_of(g) + kLoraTokens - 1) / kLoraTokens; }
+
+    template <typename H>  // [tokens, rank_sum]: T where B meets it as panels
+    H* product(int64_t g) const {
+        return reinterpret_cast<H*>(products_ + s_.product_starts[g]);
+    }
+
+    static void scale(float* h, int64_t n, float weight) {
+        if (weight == 1.0f) return;
+        for (int64_t i = 0; i < n; i++) h[i] *= weight;
+    }
+
+    // Calls run(segment, first token within it, tokens) for the segments that lie in `rows` tokens from `token` on.
+    template <typename Run>
+    void each_segment(int64_t token, int64_t rows, Run run) const {
+        const int32_t* starts = s_.token_starts;
+        int64_t g = std::upper_bound(starts, starts + s_.num_segments + 1, token) - starts - 1;
+        for (; g < s_.num_segments && starts[g] < token + rows; g++) {
+            const int64_t from = std::max<int64_t>(token, starts[g]), to = std::min<int64_t>(token + rows, starts[g + 1]);
+            run(g, from - starts[g], to - from);
+        }
+    }
+
+    // Both products of a single token.
+    void whole(int64_t g, const T* x, const T* next) const {
+        static thread_local std::vector<float> h;
+        float* delta = deltas_ + g * s_.delta_stride;
+        std::fill_n(delta, out_, 0.0f);
+        for (int e = first(g); e < end(g); e++) {
+            const int r = rank(e);
+            const T *a = weight(e, 0), *b = weight(e, 1), *after = e + 1 < end(g) ? weight(e + 1, 0) : next;
+            if (int(h.size()) < r) h.resize(size_t(r));
+            dots_row(x, a, r, int(in_), h.data(), Walk{a + r * in_, b});
+            scale(h.data(), r, s_.weights[e]);
+            axpys_row(h.data(), b, r, int(out_), delta, Walk{b + r * out_, after ? after : a});
+        }
+    }
+
+    // y[tokens, columns] += h B for tokens of one segment from the i-th on, as product with panels. The entries of
+    // a mix are taken side by side, as one adapter of the sum of their ranks.
+    template <typename Y>
+    void add_by_panels(int64_t g, int64_t i, int64_t tokens, int64_t column, int64_t columns, Y* y, int64_t ldy) const {
+        static thread_local std::vector<const T*> rows;
+        static thread_local Lines<T> panels;
+        const int64_t ranks = rank_sum(g);
+        if (ranks == 0) return;
+        rows.clear();
+        for (int e = first(g); e < end(g); e++)
+            for (int64_t j = 0; j < rank(e); j++) rows.push_back(weight(e, 1) + j * out_ + column);
+        panels.resize((columns + kPanel - 1) / kPanel * panel_size<T>(ranks));
+        panels_of_columns(rows.data(), int(ranks), columns, panels.data());
+        const T* h = product<T>(g) + i * ranks;
+        for (int64_t c = 0; c < columns; c += kPanel)
+            for (int64_t t = 0; t < tokens; t += kPanelRows) {
+                Y* to = y + t * ldy + c;
+                panel_rows_of(int(tokens - t < kPanelRows ? tokens - t : kPanelRows), h + t * ranks, ranks,
+                              panels.data() + c / kPanel * panel_size<T>(ranks), ranks, to, ldy, to, ldy,
+                              int(columns - c < kPanel ? columns - c : kPanel));
+            }
+    }
+
+    const ChorusSegments& s_;
+    const int64_t module_, in_, out_;
+    float *const products_, *const deltas_;
 };
 
-// What a thread reads first of the segment that it takes next, or `now` where it takes none or that has no adapter.
-template <typename T, typename Segments>
-const T* weight_after(const Member& me, const ChorusSegments& s, Segments& segments, int64_t module, int which,
-                      const T* now) {
-    if (me.upcoming() < 0) return now;
-    const int64_t g = segments.find(me.upcoming()).group;
-    const int e = s.entry_starts[g];
-    return e == s.entry_starts[g + 1] ? now : weight_of<T>(s, e, module, which);
-}
-
-inline void scale(float* h, int64_t n, float weight) {
-    if (weight == 1.0f) return;
-    for (int64_t i = 0; i < n; i++) h[i] *= weight;
-}
-
-// h = weight * x A^T: of each entry [tokens of its segment, rank].
+// The first part of `count` linears that share x.
 template <typename T>
-void lora_shrink(Member& me, const ChorusSegments& s, int64_t module, const T* x, int64_t ldx, int64_t in, float* h) {
-    auto grid = [&](int64_t g, int e) {
-        const int r = rank_of(s, e, module);
-        return LoraGrid(tokens_of(s, g), r, alone(s, g) ? std::max(r, 1) : kLoraRanks);
-    };
-    Groups segments(s.num_segments, [&](int64_t g) {
-        int64_t tiles = 0;
-        for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) tiles += grid(g, e).tiles();
-        return tiles;
+void lora_begin(Member& me, const ChorusSegments& s, const LoraDelta<T>* deltas, int64_t count, const T* x, int64_t ldx) {
+    Groups groups(count * s.num_segments, [&](int64_t group) {
+        return deltas[group / s.num_segments].tiles(group % s.num_segments);
     });
-    me.share(segments.total(), [&](int64_t number) {
-        auto [g, tile] = segments.find(number);
-        int e = s.entry_starts[g];
-        for (; tile >= grid(g, e).tiles(); e++) tile -= grid(g, e).tiles();
-        const LoraGrid tiles = grid(g, e);
-        const int64_t r = rank_of(s, e, module), j = tiles.output(tile), i = tiles.token(tile);
-        const int rows = int(tiles.output_end(tile) - j), tokens = int(tiles.token_end(tile) - i);
-        const T *a = weight_of<T>(s, e, module, 0) + j * in, *of = x + (s.token_starts[g] + i) * ldx;
-        float* to = h + s.scratch_starts[e] + i * r + j;
-        if (alone(s, g))
-            dots_row(of, a, rows, int(in), to, weight_after(me, s, segments, module, 0, a));
-        else
-            dots(of, ldx, tokens, a, in, rows, int(in), to, r);
-        for (int t = 0; t < tokens; t++) scale(to + t * r, rows, s.weights[e]);
-    });
-}
-
-// y[tokens, columns] += h B for tokens of one segment from the i-th on, as product with panels. The entries of a mix
-// are taken side by side, as one adapter of the sum of their ranks.
-template <typename T>
-void expand_with_panels(const ChorusSegments& s, int64_t g, int64_t module, const float* h, int64_t i, int64_t tokens,
-                        int64_t first, int64_t columns, int64_t out, T* y, int64_t ldy) {
-    static thread_local std::vector<const T*> rows;
-    static thread_local Lines<T> weights, panels;
-    int64_t ranks = 0;
-    for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) ranks += rank_of(s, e, module);
-    if (ranks == 0) return;
-    rows.clear();
-    weights.resize(tokens * ranks);
-    for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) {
-        const int64_t r = rank_of(s, e, module), before = int64_t(rows.size());
-        const float* from = h + s.scratch_starts[e] + i * r;
-        for (int64_t t = 0; t < tokens; t++) convert(from + t * r, r, weights.data() + t * ranks + before);
-        const T* b = weight_of<T>(s, e, module, 1) + first;
-        for (int64_t j = 0; j < r; j++) rows.push_back(b + j * out);
-    }
-    panels.resize((columns + kPanel - 1) / kPanel * panel_size<T>(ranks));
-    panels_of_columns(rows.data(), int(ranks), columns, panels.data());
-    for (int64_t c = 0; c < columns; c += kPanel)
-        for (int64_t t = 0; t < tokens; t += kPanelRows) {
-            T* to = y + t * ldy + c;
-            panel_rows_of(int(tokens - t < kPanelRows ? tokens - t : kPanelRows), weights.data() + t * ranks, ranks,
-                          panels.data() + c / kPanel * panel_size<T>(ranks), ranks, to, ldy, to, ldy,
-                          int(columns - c < kPanel ? columns - c : kPanel));
-        }
-}
-
-// y += h B, with h as `lora_shrink` leaves it (a barrier lies between them).
-template <typename T>
-void lora_expand(Member& me, const ChorusSegments& s, int64_t module, const float* h, T* y, int64_t ldy, int64_t out) {
-    auto grid = [&](int64_t g) { return LoraGrid(tokens_of(s, g), out, alone(s, g) ? out : kLoraColumns); };
-    Groups segments(s.num_segments, [&](int64_t g) { return grid(g).tiles(); });
-    me.share(segments.total(), [&](int64_t number) {
-        static thread_local std::vector<float> delta;
-        const auto [g, tile] = segments.find(number);
-        const LoraGrid tiles = grid(g);
-        const int64_t c = tiles.output(tile), columns = tiles.output_end(tile) - c;
-        const int64_t i = tiles.token(tile), tokens = tiles.token_end(tile) - i;
-        T* to = y + (s.token_starts[g] + i) * ldy + c;
-        if (tokens >= kPanelTokens) return expand_with_panels(s, g, module, h, i, tokens, c, columns, out, to, ldy);
-        if (alone(s, g)) delta.assign(size_t(out), 0.0f);
-        for (int e = s.entry_starts[g]; e < s.entry_starts[g + 1]; e++) {
-            const int r = rank_of(s, e, module);
-            const float* from = h + s.scratch_starts[e] + i * r;
-            const T* b = weight_of<T>(s, e, module, 1) + c;
-            if (alone(s, g))
-                axpys_row(from, b, r, int(out), delta.data(), weight_after(me, s, segments, module, 1, b));
-            else
-                axpys(from, r, int(tokens), b, out, r, int(columns), to, ldy);
-        }
-        if (alone(s, g)) add_into(delta.data(), int(out), to);
+    me.share(groups.total(), [&](int64_t number) {
+        const auto [group, tile] = groups.find(number);
+        const int64_t after = me.upcoming() < 0 ? -1 : groups.find(me.upcoming()).group;
+        const T* next = after < 0 ? nullptr : deltas[after / s.num_segments].first_weight(after % s.num_segments);
+        deltas[group / s.num_segments].begin(group % s.num_segments, tile, x, ldx, next);
     });
 }
 

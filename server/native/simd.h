@@ -36,6 +36,19 @@ static inline void from_float(float x, bf16* out) {  // round to nearest even; N
     out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Memory that is read front to back up to `end`, then on from `next`, and asked for a fixed distance ahead of use.
+struct Walk {
+    static constexpr int64_t kAhead = 8192;  // bytes
+    const void *end, *next;
+
+    // Inlined always: GCC takes a function that only prefetches for one without effect, and drops calls to it.
+    [[gnu::always_inline]] void ask(const void* at) const {
+        const char* ahead = static_cast<const char*>(at) + kAhead;
+        const int64_t beyond = ahead - static_cast<const char*>(end);
+        __builtin_prefetch(beyond < 0 ? ahead : static_cast<const char*>(next) + beyond);
+    }
+};
+
 // Tiles of accumulators only stay in registers when the loops over them are unrolled, which -O3 alone does not
 // do: without this, kernels run at a third of their speed.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -190,58 +203,50 @@ static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t
     if (n - i == 1) axpys_rows<T, Y, 1, 8>(h + i * ldh, ldh, b, ldb, r, c, y + i * ldy, ldy);
 }
 
-// With one row of X or H there is nothing to compute while memory is waited for: A and B are read but once, in
-// the order they lie there, and asked for some rows ahead. `next` is what the thread will read after them.
+// With one row of X or H there is nothing to compute while memory is waited for, so A and B are read but once, in the
+// very order they lie there.
 
 template <typename T>
-static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const T* next) {
+static inline __m512 dot_row(const T* x, const T* row, int k, const Walk& walk) {
     using V = Along<T>;
-    constexpr int R = 8;
-    for (int j = 0; j < r; j += R) {
-        const T* rows = a + int64_t(j) * k;
-        const T* ahead = j + R < r ? rows + int64_t(R) * k : next;
-        const int here = r - j < R ? r - j : R;
-        __m512 acc[R];
+    constexpr int W = V::width;
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    int p = 0;
+    for (; p + 2 * W <= k; p += 2 * W)
         UNROLL
-        for (int i = 0; i < R; i++) acc[i] = _mm512_setzero_ps();
-        for (int p = 0; p < k; p += V::width) {
-            const auto m = V::tail(k - p < V::width ? k - p : V::width);
-            const auto xs = V::load(x + p, m);
-            UNROLL
-            for (int i = 0; i < R; i++) {
-                __builtin_prefetch(ahead + int64_t(i) * k + p);
-                if (i < here) acc[i] = V::dot(acc[i], xs, V::load(rows + int64_t(i) * k + p, m));
-            }
+        for (int i = 0; i < 2; i++) {
+            walk.ask(row + p + i * W);
+            sums[i] = V::dot(sums[i], V::load(x + p + i * W), V::load(row + p + i * W));
         }
-        float sums[R];
-        _mm_storeu_ps(sums, sum_lanes(acc[0], acc[1], acc[2], acc[3]));
-        _mm_storeu_ps(sums + 4, sum_lanes(acc[4], acc[5], acc[6], acc[7]));
-        std::memcpy(h + j, sums, size_t(here) * sizeof(float));
+    for (; p < k; p += W) {
+        const auto m = V::tail(k - p < W ? k - p : W);
+        walk.ask(row + p);
+        sums[0] = V::dot(sums[0], V::load(x + p, m), V::load(row + p, m));
+    }
+    return _mm512_add_ps(sums[0], sums[1]);
+}
+
+template <typename T>
+static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const Walk& walk) {
+    for (int j = 0; j < r; j += 4) {
+        __m512 sums[4];
+        for (int i = 0; i < 4; i++)
+            sums[i] = j + i < r ? dot_row(x, a + int64_t(j + i) * k, k, walk) : _mm512_setzero_ps();
+        float four[4];
+        _mm_storeu_ps(four, sum_lanes(sums[0], sums[1], sums[2], sums[3]));
+        std::memcpy(h + j, four, size_t(r - j < 4 ? r - j : 4) * sizeof(float));
     }
 }
 
 template <typename T>
-static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const T* next) {
-    constexpr int R = 4;
-    for (int j = 0; j < r; j += R) {
-        const T* rows = b + int64_t(j) * c;
-        const T* ahead = j + R < r ? rows + int64_t(R) * c : next;
-        const int here = r - j < R ? r - j : R;
-        __m512 hs[R];
-        UNROLL
-        for (int i = 0; i < R; i++) hs[i] = _mm512_set1_ps(i < here ? h[j + i] : 0.0f);
-        for (int p = 0; p < c; p += 32) {
-            const __mmask16 m0 = first16(c - p), m1 = c - p > 16 ? first16(c - p - 16) : __mmask16(0);
-            __m512 y0 = load16(y + p, m0), y1 = load16(y + p + 16, m1);
-            UNROLL
-            for (int i = 0; i < R; i++) {
-                __builtin_prefetch(ahead + int64_t(i) * c + p);
-                if (i >= here) continue;
-                y0 = _mm512_fmadd_ps(hs[i], load16(rows + int64_t(i) * c + p, m0), y0);
-                y1 = _mm512_fmadd_ps(hs[i], load16(rows + int64_t(i) * c + p + 16, m1), y1);
-            }
-            store16(y + p, y0, m0);
-            store16(y + p + 16, y1, m1);
+static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const Walk& walk) {
+    for (int j = 0; j < r; j++) {
+        const __m512 hs = _mm512_set1_ps(h[j]);
+        const T* row = b + int64_t(j) * c;
+        for (int p = 0; p < c; p += 16) {
+            if (p * int(sizeof(T)) % 64 == 0) walk.ask(row + p);
+            const __mmask16 m = first16(c - p);
+            store16(y + p, _mm512_fmadd_ps(hs, load16(row + p, m), load16(y + p, m)), m);
         }
     }
 }
@@ -296,12 +301,12 @@ static inline void axpys(const float* h, int64_t ldh, int n, const T* b, int64_t
 }
 
 template <typename T>
-static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const T*) {
+static inline void dots_row(const T* x, const T* a, int r, int k, float* h, const Walk&) {
     dots(x, k, 1, a, k, r, k, h, r);
 }
 
 template <typename T>
-static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const T*) {
+static inline void axpys_row(const float* h, const T* b, int r, int c, float* y, const Walk&) {
     axpys(h, r, 1, b, c, r, c, y, c);
 }
 

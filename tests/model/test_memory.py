@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.model.loader import LoadedModel, load
-from server.model.memory import kv_bytes_per_token, plan_memory
+from server.model.memory import kv_bytes_per_token, plan_memory, token_budget
 from tests.engine.harness import settings_for
 from tests.model.tiny_models import build
 
@@ -39,3 +40,11 @@ def test_by_default_the_kv_cache_is_what_can_be_used_at_most(loaded: LoadedModel
 def test_too_small_a_cache_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--kv-cache-bytes"):
         plan_memory(settings_for(tmp_path, kv_cache_bytes=100), loaded)
+
+
+def test_a_step_has_room_for_every_stream_beside_its_prompt_tokens(tmp_path: Path) -> None:
+    for sequences in (1, 300):
+        settings = settings_for(tmp_path, max_num_seqs=sequences, max_num_batched_tokens=None)
+        budget = token_budget(settings, torch.device("cpu"))
+        assert budget == sequences + 64 * torch.get_num_threads()
+    assert token_budget(settings_for(tmp_path, max_num_batched_tokens=7), torch.device("cpu")) == 7

@@ -32,7 +32,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "gemma2": {"sliding_window": 12, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {},
+    "phi3": {"intermediate_size": 64},  # packed gate and up are compiled in whole panels of 32
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0]},

@@ -27,10 +27,11 @@ class SegmentsStruct(ctypes.Structure):
         ("arena", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_stride", ctypes.c_int64),
-        ("scratch_starts", ctypes.c_void_p),
-        ("max_tokens", ctypes.c_int64),
+        ("products", ctypes.c_void_p),
+        ("product_stride", ctypes.c_int64),
+        ("product_starts", ctypes.c_void_p),
+        ("deltas", ctypes.c_void_p),
+        ("delta_stride", ctypes.c_int64),
     )
 
 
@@ -53,13 +54,15 @@ class CpuKernels:
             ]
         self._prepared: tuple[Segments, ArenaView, torch.Tensor] | None = None
         self._step = SegmentsStruct()
-        self._scratch = torch.empty(0)
+        self._products = torch.empty(0)
+        self._deltas = torch.empty(0)
+        self._width = 0
 
     def apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
     ) -> None:
         self._functions[out.dtype](
-            self.struct(segments, arena),
+            self.struct(segments, arena, out.shape[1]),
             module,
             out.data_ptr(),
             out.stride(0),
@@ -70,21 +73,31 @@ class CpuKernels:
             torch.get_num_threads(),
         )
 
-    def struct(self, segments: Segments, arena: ArenaView) -> SegmentsStruct:
-        """The step's segments for compiled code; valid until it is asked for another step's."""
-        if self._prepared is None or self._prepared[0] is not segments or self._prepared[1] is not arena:
+    def struct(self, segments: Segments, arena: ArenaView, width: int) -> SegmentsStruct:
+        """The step's segments for compiled code; valid until it is asked for another step's.
+
+        `width`: the outputs, at most, of linears that compiled code takes together because they share x.
+        """
+        if (
+            self._prepared is None
+            or self._prepared[0] is not segments
+            or self._prepared[1] is not arena
+            or self._width < width
+        ):
+            self._width = max(self._width, width)
             self._prepare(segments, arena)
         return self._step
 
     def _prepare(self, segments: Segments, arena: ArenaView) -> None:
-        # Room for x A^T of any module: each entry's tokens times its adapter's largest rank.
-        tokens_E = segments.token_starts.diff().repeat_interleave(segments.entry_starts.diff())
-        ends_E = (tokens_E * arena.ranks[segments.slots.long()].amax(dim=1)).cumsum(0)
-        starts_E = torch.zeros_like(ends_E)
-        starts_E[1:] = ends_E[:-1]
-        needed = int(ends_E[-1]) if len(ends_E) else 0
-        if self._scratch.numel() < needed * _MODULES_AT_ONCE:
-            self._scratch = torch.empty(needed * _MODULES_AT_ONCE)
+        # Room for x A^T of any module: a segment's tokens times its adapters' largest ranks.
+        ends_E = arena.ranks[segments.slots.long()].amax(dim=1).cumsum(0)
+        ends_E = torch.cat([torch.zeros(1, dtype=torch.int64), ends_E])
+        ranks_G = ends_E[segments.entry_starts.long()].diff()
+        ends_G = (segments.token_starts.diff() * ranks_G).cumsum(0)
+        starts_G = torch.cat([torch.zeros(1, dtype=torch.int64), ends_G])
+        needed = int(starts_G[-1])
+        self._products = _at_least(self._products, needed * _MODULES_AT_ONCE)
+        self._deltas = _at_least(self._deltas, segments.num_segments * self._width)
         self._step = SegmentsStruct(
             segments.token_starts.data_ptr(),
             segments.entry_starts.data_ptr(),
@@ -95,12 +108,17 @@ class CpuKernels:
             arena.data.data_ptr(),
             arena.offsets.data_ptr(),
             arena.ranks.data_ptr(),
-            self._scratch.data_ptr(),
+            self._products.data_ptr(),
             needed,
-            starts_E.data_ptr(),
-            segments.max_tokens,
+            starts_G.data_ptr(),
+            self._deltas.data_ptr(),
+            self._width,
         )
-        self._prepared = (segments, arena, starts_E)  # keeps the tensors behind the pointers alive
+        self._prepared = (segments, arena, starts_G)  # keeps the tensors behind the pointers alive
+
+
+def _at_least(buffer: torch.Tensor, elements: int) -> torch.Tensor:
+    return buffer if buffer.numel() >= elements else torch.empty(elements)
 
 
 def cpu_kernels(dtype: torch.dtype) -> LoraKernels:
