@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int | None = Field(
         None,
         gt=0,
-        description="Token budget of one step. Default: 8192 on CUDA; on CPU 64 a core and one a sequence.",
+        description="Token budget of one step. Default: 8192 on CUDA; on CPU 256 a core and one a sequence.",
     )
     block_size: int = Field(16, gt=0, description="Tokens in one block of the KV cache.")
     kv_cache_bytes: Bytes | None = Field(

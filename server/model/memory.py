@@ -16,7 +16,7 @@ _CPU_KV, _CPU_ARENA, _CPU_HOST = 0.25, 0.20, 0.10
 _CPU_CAP = 4 * 2**30  # no more than this each, unless asked for: a laptop is not a server
 _CUDA_USE = 0.90  # of what is free after the weights
 _CUDA_ARENA = 0.20  # of what is left for KV and adapters
-_PROMPT_TOKENS_PER_CORE = 64  # of a step: more of them are computed no faster, and streams wait longer
+_PROMPT_TOKENS_PER_CORE = 256  # of a step: fewer cost throughput, more make streams wait longer
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
