@@ -163,9 +163,10 @@ class Forward {  // one thread's walk through the layers
         });
         if (segments_) {
             sampled_ = *segments_;
-            for (int64_t g = 0; g <= sampled_.num_segments; g++)
-                sampled_starts_.push_back(
-                    int32_t(std::lower_bound(sample_rows_, sample_rows_ + n, segments_->token_starts[g]) - sample_rows_));
+            for (int64_t g = 0; g <= sampled_.num_segments; g++) {
+                const int64_t* from = std::lower_bound(sample_rows_, sample_rows_ + n, segments_->token_starts[g]);
+                sampled_starts_.push_back(int32_t(from - sample_rows_));
+            }
             sampled_.token_starts = sampled_starts_.data();
             segments_ = &sampled_;
         }
@@ -224,8 +225,8 @@ class Forward {  // one thread's walk through the layers
         const int64_t out = begin_lora(layer.gate_up, layer.num_gate_up, x) / 2, up = layer.num_gate_up - 1;
         const Half first{layer.gate_up[0], 0}, second{layer.gate_up[up], up ? 0 : out / kPanel};
         auto run = [&](auto activation) {
-            gated(me_, first, second, out, x, d_.hidden_size, tokens_, static_cast<T*>(d_.activated), out, delta(0), delta(up),
-                  activation);
+            gated(me_, first, second, out, x, d_.hidden_size, tokens_, static_cast<T*>(d_.activated), out, delta(0),
+                  delta(up), activation);
         };
         if (layer.gelu)
             run([](float v) { return gelu_tanh(v); });

@@ -70,9 +70,10 @@ class PanelProducts {
     // to[rows, columns of the panel] = x of the block times the p-th panel + bias + delta (null = none, else begun
     // before a barrier). `next`: the panel that the thread will read after this one, or null.
     template <typename Y>
-    void run(const ChorusLinear& l, int64_t p, int64_t block, const LoraDelta<T>* delta, const T* next, Y* to, int64_t ld) {
+    void run(const ChorusLinear& l, int64_t p, int64_t block, const LoraDelta<T>* delta, const T* next, Y* to,
+             int64_t ld) {
         const int64_t first_token = first(block), column = p * kPanel;
-        const int rows = this->rows(block), columns = columns_of(l, p);
+        const int rows = this->rows(block), columns = int(std::min<int64_t>(l.out - column, kPanel));
         const T* weights = panel(l, p);
         const bool large = panel_size<T>(in_) * int64_t(sizeof(T)) > kLargePanel;
         if (large) next = weights + kAhead / sizeof(T);  // what is next is then in the panel itself
@@ -101,14 +102,14 @@ class PanelProducts {
             if constexpr (std::is_same<T, bf16>::value)
                 if (tiles_) {
                     if (shaped_ != count) shape_tiles(shaped_ = count);
-                    tile_rows(x, ldx_, count, weights, in_, from_start, ldstart, to + from * ld, ld, columns, ahead, lines);
+                    tile_rows(x, ldx_, count, weights, in_, from_start, ldstart, to + from * ld, ld, columns, ahead,
+                              lines);
                     continue;
                 }
 #endif
             panel_rows_of(count, x, ldx_, weights, in_, from_start, ldstart, to + from * ld, ld, columns, ahead, lines);
         }
     }
-    static int columns_of(const ChorusLinear& l, int64_t p) { return int(std::min<int64_t>(l.out - p * kPanel, kPanel)); }
 
     // Asks memory for what `delta` adds to a panel.
     [[gnu::always_inline]] void ask(const LoraDelta<T>* delta, int64_t p, int64_t block) const {
@@ -155,8 +156,8 @@ void gated(Member& me, Half gate, Half up, int64_t out, const T* x, int64_t ldx,
         const int64_t p = task % panels, block = task / panels, after = me.upcoming();
         const T* next = after < 0 ? nullptr : products.panel(gate.linear, gate.first_panel + after % panels);
         products.ask(up_delta, up.first_panel + p, block);
-        products.run(gate.linear, gate.first_panel + p, block, gate_delta, products.panel(up.linear, up.first_panel + p), gates,
-                     kPanel);
+        products.run(gate.linear, gate.first_panel + p, block, gate_delta,
+                     products.panel(up.linear, up.first_panel + p), gates, kPanel);
         if (after >= 0) products.ask(gate_delta, gate.first_panel + after % panels, after / panels);
         products.run(up.linear, up.first_panel + p, block, up_delta, next, ups, kPanel);
         const int columns = int(std::min<int64_t>(out - p * kPanel, kPanel));

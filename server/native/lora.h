@@ -76,7 +76,8 @@ class LoraDelta {
         const int64_t i = tokens_of(g) * row / tiles_down(g), tokens = tokens_of(g) * (row + 1) / tiles_down(g) - i;
         const int ranks = int(std::min<int64_t>(rank(e) - j, kLoraRanks));
         float h[kLoraTokens * kLoraRanks];
-        dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, 0) + j * in_, in_, ranks, int(in_), h, ranks);
+        dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, 0) + j * in_, in_, ranks, int(in_), h,
+             ranks);
         scale(h, tokens * ranks, s_.weights[e]);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t at = (i + t) * rank_sum(g) + before + j;
@@ -142,7 +143,8 @@ class LoraDelta {
         const int32_t* starts = s_.token_starts;
         int64_t g = std::upper_bound(starts, starts + s_.num_segments + 1, token) - starts - 1;
         for (; g < s_.num_segments && starts[g] < token + rows; g++) {
-            const int64_t from = std::max<int64_t>(token, starts[g]), to = std::min<int64_t>(token + rows, starts[g + 1]);
+            const int64_t from = std::max<int64_t>(token, starts[g]);
+            const int64_t to = std::min<int64_t>(token + rows, starts[g + 1]);
             run(g, from - starts[g], to - from);
         }
     }
@@ -192,7 +194,8 @@ class LoraDelta {
 
 // The first part of `count` linears that share x.
 template <typename T>
-void lora_begin(Member& me, const ChorusSegments& s, const LoraDelta<T>* deltas, int64_t count, const T* x, int64_t ldx) {
+void lora_begin(Member& me, const ChorusSegments& s, const LoraDelta<T>* deltas, int64_t count, const T* x,
+                int64_t ldx) {
     Groups groups(count * s.num_segments, [&](int64_t group) {
         return deltas[group / s.num_segments].tiles(group % s.num_segments);
     });

@@ -40,6 +40,6 @@ class LoraKernels(Protocol):
 
         out: [T, out_features], x: [T, in_features], rows contiguous (the last dimension has stride 1); only
         the first `segments.num_tokens` rows are touched. `module` is the column of the arena's tables.
-        The intermediate x A^T is kept in float32, B's product is accumulated in float32.
+        Both products are accumulated in float32; x A^T is kept in it too, or for long segments in x's dtype.
         """
         ...
