@@ -2,7 +2,8 @@
 // Chen et al. 2023 (Punica, SGMV) without padding: ranks are exact.
 //
 // In two parts, with a barrier between them. The first, `lora_begin`, is for all linears of the same x: it multiplies
-// by A, and for single tokens by B too. The second, `LoraDelta::add`, is asked for by whoever computes a tile of y.
+// by A, and for segments of few tokens by B too. The second, `LoraDelta::add`, is asked for by whoever computes a tile
+// of y.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -23,7 +24,7 @@ struct ChorusSegments {  // one step, all modules
     float* products;         // weight * x A^T for each linear of an x, `product_stride` floats each
     int64_t product_stride;
     const int64_t* product_starts;  // [segments]: where in it the segment's [tokens, sum of its ranks] lie
-    float* deltas;                  // [segments, delta_stride]: what `alone` segments add to the linears of an x
+    float* deltas;  // [segments, kFewTokens, delta_stride]: what segments of `few` tokens add to the linears of an x
     int64_t delta_stride;
 };
 
@@ -31,12 +32,13 @@ namespace chorus {
 
 constexpr int kLoraTokens = 96;   // tokens of one task at most
 constexpr int kLoraRanks = 16;    // rows of A in one task
+constexpr int kFewTokens = 4;     // of a segment that one thread takes whole
 constexpr int kPanelTokens = 24;  // from here on, turning B into panels saves more than it costs
 
-// A token alone, among many segments, as when sequences with different adapters decode: one thread takes it whole,
+// A few tokens, among many segments, as when sequences with different adapters decode: one thread takes them whole,
 // so that it reads whole matrices from memory, in the order they lie there.
-inline bool alone(const ChorusSegments& s, int64_t g) {
-    return s.token_starts[g + 1] - s.token_starts[g] == 1 && s.num_segments > 4;
+inline bool few(const ChorusSegments& s, int64_t g) {
+    return s.token_starts[g + 1] - s.token_starts[g] <= kFewTokens && s.num_segments > 4;
 }
 
 // What LoRA adds to the outputs of one linear.
@@ -59,13 +61,13 @@ class LoraDelta {
 
     // The first part, of one segment: tiles(g) tiles. `next` is what the thread will read after this one.
     int64_t tiles(int64_t g) const {
-        if (alone(s_, g)) return 1;
+        if (few(s_, g)) return 1;
         int64_t count = 0;
         for (int e = first(g); e < end(g); e++) count += tiles_across(e) * tiles_down(g);
         return count;
     }
     void begin(int64_t g, int64_t tile, const T* x, int64_t ldx, const T* next) const {
-        if (alone(s_, g)) return whole(g, x + s_.token_starts[g] * ldx, next);
+        if (few(s_, g)) return whole(g, x + s_.token_starts[g] * ldx, ldx, next);
         int64_t before = 0;
         int e = first(g);
         for (; tile >= tiles_across(e) * tiles_down(g); e++) {
@@ -95,7 +97,9 @@ class LoraDelta {
     void add(int64_t token, int64_t rows, int64_t column, int64_t columns, Y* to, int64_t ld) const {
         each_segment(token, rows, [&](int64_t g, int64_t i, int64_t tokens) {
             Y* y = to + (s_.token_starts[g] + i - token) * ld;
-            if (alone(s_, g)) return add_into(deltas_ + g * s_.delta_stride + column, int(columns), y);
+            for (int64_t t = 0; few(s_, g) && t < tokens; t++)
+                add_into(delta(g, i + t) + column, int(columns), y + t * ld);
+            if (few(s_, g)) return;
             if (by_panels(g)) return add_by_panels(g, i, tokens, column, columns, y, ld);
             const float* h = product<float>(g) + i * rank_sum(g);
             for (int e = first(g); e < end(g); h += rank(e++))
@@ -105,7 +109,7 @@ class LoraDelta {
     // Asks memory for what `add` with the same arguments will read, where columns are as few as a panel's.
     [[gnu::always_inline]] void ask(int64_t token, int64_t rows, int64_t column) const {
         each_segment(token, rows, [&](int64_t g, int64_t, int64_t) __attribute__((always_inline)) {
-            for (int e = alone(s_, g) ? end(g) : first(g); e < end(g); e++)
+            for (int e = few(s_, g) ? end(g) : first(g); e < end(g); e++)
                 for (int64_t j = 0; j < rank(e); j++) __builtin_prefetch(weight(e, 1) + j * out_ + column);
         });
     }
@@ -149,18 +153,26 @@ class LoraDelta {
         }
     }
 
-    // Both products of a single token.
-    void whole(int64_t g, const T* x, const T* next) const {
+    float* delta(int64_t g, int64_t token) const { return deltas_ + (g * kFewTokens + token) * s_.delta_stride; }
+
+    // Both products of a few tokens. A and B are walked through once: row after row, for all tokens.
+    void whole(int64_t g, const T* x, int64_t ldx, const T* next) const {
         static thread_local std::vector<float> h;
-        float* delta = deltas_ + g * s_.delta_stride;
-        std::fill_n(delta, out_, 0.0f);
+        const int64_t tokens = tokens_of(g);
+        for (int64_t t = 0; t < tokens; t++) std::fill_n(delta(g, t), out_, 0.0f);
         for (int e = first(g); e < end(g); e++) {
             const int r = rank(e);
             const T *a = weight(e, 0), *b = weight(e, 1), *after = e + 1 < end(g) ? weight(e + 1, 0) : next;
-            if (int(h.size()) < r) h.resize(size_t(r));
-            dots_row(x, a, r, int(in_), h.data(), Walk{a + r * in_, b});
-            scale(h.data(), r, s_.weights[e]);
-            axpys_row(h.data(), b, r, int(out_), delta, Walk{b + r * out_, after ? after : a});
+            if (int64_t(h.size()) < tokens * r) h.resize(size_t(tokens * r));
+            for (int j = 0; j < r; j += 4)
+                for (int64_t t = 0; t < tokens; t++)
+                    dots_row(x + t * ldx, a + j * in_, std::min(r - j, 4), int(in_), h.data() + t * r + j,
+                             Walk{a + r * in_, b});
+            scale(h.data(), tokens * r, s_.weights[e]);
+            for (int j = 0; j < r; j++)
+                for (int64_t t = 0; t < tokens; t++)
+                    axpys_row(h.data() + t * r + j, b + j * out_, 1, int(out_), delta(g, t),
+                              Walk{b + r * out_, after ? after : a});
         }
     }
 
