@@ -20,7 +20,7 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, PlanStruct
 from server.model.layer_reader import LayerReader, LayerStruct, NormStruct, NotFusable
-from server.native import SUFFIXES, library
+from server.native import SUFFIXES, constant, library
 
 
 class _Decoder(ctypes.Structure):
@@ -221,6 +221,9 @@ def fuse_layers(
     widths = {_widths(layer) for layer in read}
     if len(widths) != 1:
         raise NotFusable("layers of different widths")
+    panel = constant(lib, "panel")
+    if any(layer.num_gate_up == 1 and layer.down.in_features % panel for layer in read):
+        raise NotFusable("gate and up are packed in one, and are not whole panels each")
     cache = caches[0].k
     return FusedLayers(
         read,

@@ -19,8 +19,6 @@ from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_cpu import AttentionStruct
 from server.model.packed_linear import LinearStruct, PackedLinear
 
-_PANEL = 32  # kPanel of native/panel.h
-
 
 class NotFusable(Exception):
     """The layers are of another build than the compiled code knows; the message says how."""
@@ -69,8 +67,6 @@ class LayerReader:
         output, down = self._linears(attn, "o_proj"), self._linears(mlp, "down_proj")
         if not (qkv and gate_up and output and down):
             raise NotFusable("its projections are not those of Llama")
-        if len(gate_up) == 1 and gate_up[0].out_features % (2 * _PANEL):
-            raise NotFusable("its gate and up are packed in one, and are not whole panels each")
         geometry = self._attention(output[0], qkv, cache, options)
         q_norm, k_norm = self.norm(attn, "q_norm"), self.norm(attn, "k_norm")
         q_norm_weight = getattr(getattr(attn, "q_norm", None), "weight", None)

@@ -60,6 +60,11 @@ def libraries() -> Iterator[ctypes.CDLL]:
             log.warning("the system refuses what the compiled CPU kernels %s need", path.name)
 
 
+def constant(lib: ctypes.CDLL, name: str) -> int:
+    """A number that the compiled code was built with and its callers count on."""
+    return ctypes.c_int64.in_dll(lib, f"chorus_{name}").value
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The best compiled kernels for this processor, or None: then torch paths are used."""

@@ -178,12 +178,11 @@ class Forward {  // one thread's walk through the layers
     bool sampling() const { return d_.final_norm.weight != nullptr; }
 
     void leave(const ChorusLayer& last) {
-        const bool sampling = this->sampling();
-        T* to = static_cast<T*>(sampling ? d_.sampled : d_.hidden);
-        rows(sampling ? d_.num_samples : tokens_, [&](int64_t row) {
-            const int64_t t = sampling && sample_rows_ ? sample_rows_[row] : row;
+        T* to = static_cast<T*>(sampling() ? d_.sampled : d_.hidden);
+        rows(sampling() ? d_.num_samples : tokens_, [&](int64_t row) {
+            const int64_t t = sample_rows_ ? sample_rows_[row] : row;
             add_projected(t, last.mlp_out, last.residual_multiplier);
-            if (sampling) rms_norm(residual(t), d_.hidden_size, d_.final_norm.weight, d_.final_norm.eps);
+            if (sampling()) rms_norm(residual(t), d_.hidden_size, d_.final_norm.weight, d_.final_norm.eps);
             convert(residual(t), d_.hidden_size, to + row * d_.hidden_size);
         });
     }

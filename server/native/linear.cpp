@@ -32,6 +32,8 @@ void run(const ChorusLinear& l, const T* x, int64_t ldx, int64_t tokens, T* y, i
 }  // namespace
 
 extern "C" {
+extern const int64_t chorus_panel;
+const int64_t chorus_panel = kPanel;
 // Asks the system for what the kernels need beside the instructions; 0 = refused. Before any other call.
 int chorus_permitted() {
 #ifdef CHORUS_AMX

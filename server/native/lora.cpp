@@ -27,6 +27,8 @@ void apply(const ChorusSegments& s, int64_t module, T* y, int64_t ldy, const T* 
 }  // namespace
 
 extern "C" {
+extern const int64_t chorus_few_tokens;
+const int64_t chorus_few_tokens = kFewTokens;
 void chorus_lora_f32(const ChorusSegments* s, int64_t module, float* y, int64_t ldy, const float* x, int64_t ldx,
                      int64_t in, int64_t out, int64_t threads) {
     apply(*s, module, y, ldy, x, ldx, in, out, threads);

@@ -48,14 +48,10 @@ class LoraDelta {
     // The linear is the `index`-th of those that share x; `column` outputs of them come before its own.
     LoraDelta(const ChorusSegments& s, int64_t module, int64_t in, int64_t out, int64_t index, int64_t column)
         : s_(s), module_(module), in_(in), out_(out), products_(s.products + index * s.product_stride),
-          deltas_(s.deltas + column) {}
+          deltas_(s.deltas + column), any_(adapted()) {}
 
     // Whether any adapter of the step changes the module.
-    bool any() const {
-        for (int e = 0; e < s_.entry_starts[s_.num_segments]; e++)
-            if (rank(e) > 0) return true;
-        return false;
-    }
+    bool any() const { return any_; }
 
     int64_t tokens() const { return s_.token_starts[s_.num_segments]; }
 
@@ -81,9 +77,11 @@ class LoraDelta {
         dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, 0) + j * in_, in_, ranks, int(in_), h,
              ranks);
         scale(h, tokens * ranks, s_.weights[e]);
+        const int64_t stride = rank_sum(g);
+        const bool panels = by_panels(g);
         for (int64_t t = 0; t < tokens; t++) {
-            const int64_t at = (i + t) * rank_sum(g) + before + j;
-            if (by_panels(g))
+            const int64_t at = (i + t) * stride + before + j;
+            if (panels)
                 convert(h + t * ranks, ranks, product<T>(g) + at);
             else
                 std::copy_n(h + t * ranks, ranks, product<float>(g) + at);
@@ -97,13 +95,15 @@ class LoraDelta {
     void add(int64_t token, int64_t rows, int64_t column, int64_t columns, Y* to, int64_t ld) const {
         each_segment(token, rows, [&](int64_t g, int64_t i, int64_t tokens) {
             Y* y = to + (s_.token_starts[g] + i - token) * ld;
-            for (int64_t t = 0; few(s_, g) && t < tokens; t++)
-                add_into(delta(g, i + t) + column, int(columns), y + t * ld);
-            if (few(s_, g)) return;
+            if (few(s_, g)) {
+                for (int64_t t = 0; t < tokens; t++) add_into(delta(g, i + t) + column, int(columns), y + t * ld);
+                return;
+            }
             if (by_panels(g)) return add_by_panels(g, i, tokens, column, columns, y, ld);
-            const float* h = product<float>(g) + i * rank_sum(g);
+            const int64_t ranks = rank_sum(g);
+            const float* h = product<float>(g) + i * ranks;
             for (int e = first(g); e < end(g); h += rank(e++))
-                axpys(h, rank_sum(g), int(tokens), weight(e, 1) + column, out_, rank(e), int(columns), y, ld);
+                axpys(h, ranks, int(tokens), weight(e, 1) + column, out_, rank(e), int(columns), y, ld);
         });
     }
     // Asks memory for what `add` with the same arguments will read, where columns are as few as a panel's.
@@ -123,6 +123,11 @@ class LoraDelta {
         int64_t sum = 0;
         for (int e = first(g); e < end(g); e++) sum += rank(e);
         return sum;
+    }
+    bool adapted() const {
+        for (int e = 0; e < s_.entry_starts[s_.num_segments]; e++)
+            if (rank(e) > 0) return true;
+        return false;
     }
     const T* weight(int entry, int which) const {
         return static_cast<const T*>(s_.arena) + s_.offsets[(s_.slots[entry] * s_.modules + module_) * 2 + which];
@@ -202,6 +207,7 @@ class LoraDelta {
     const ChorusSegments& s_;
     const int64_t module_, in_, out_;
     float *const products_, *const deltas_;
+    const bool any_;
 };
 
 // The first part of `count` linears that share x.

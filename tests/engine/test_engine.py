@@ -63,9 +63,13 @@ def prompt(length: int, seed: int) -> list[int]:
     return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
-def packed_bytes(engine: Engine, ref: AdapterRef) -> int:
+def load(engine: Engine, ref: AdapterRef) -> None:
     engine.load_adapter(LoadAdapter(0, ref))
     results(engine)
+
+
+def packed_bytes(engine: Engine, ref: AdapterRef) -> int:
+    load(engine, ref)
     return engine.stats().arena_bytes_used
 
 
@@ -106,6 +110,7 @@ def test_preempted_sequences_lose_nothing(model: Path, adapter: Path, engines: l
     tight = make_engine(model, block_size=4, kv_cache_bytes=24 * 4 * 2 * 2 * 2 * 8 * 4, prefix_caching=False)
     engines += [roomy, tight]
     for engine in (roomy, tight):
+        load(engine, ref)  # so that all six run at once, and there is not room for them
         for i in range(6):
             engine.add(greedy(str(i), prompt(9, seed=i), 24, [ref] if i % 2 else []))
     want, got = run(roomy), run(tight)

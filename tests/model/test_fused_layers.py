@@ -54,6 +54,14 @@ def test_nothing_else_stays_of_transformers_forward(
     assert "stays" not in caplog.text
 
 
+def test_gate_and_up_packed_in_one_are_fused_as_whole_panels_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert not runner(build("phi3", tmp_path / "model", intermediate_size=48)).fused
+    assert "not whole panels" in caplog.text
+
+
 def test_a_mixture_of_experts_is_left_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert not runner(build("gpt_oss", tmp_path / "model")).fused

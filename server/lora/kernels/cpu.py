@@ -9,10 +9,9 @@ import torch
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from server.native import SUFFIXES, library
+from server.native import SUFFIXES, constant, library
 
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
-_FEW_TOKENS = 4  # kFewTokens of native/lora.h
 
 
 class SegmentsStruct(ctypes.Structure):
@@ -53,6 +52,7 @@ class CpuKernels:
                 *matrix,
                 *[ctypes.c_int64] * 3,
             ]
+        self._few_tokens = constant(lib, "few_tokens")
         self._prepared: tuple[Segments, ArenaView, torch.Tensor] | None = None
         self._step = SegmentsStruct()
         self._products = torch.empty(0)
@@ -98,7 +98,7 @@ class CpuKernels:
         starts_G = torch.cat([torch.zeros(1, dtype=torch.int64), ends_G])
         needed = int(starts_G[-1])
         self._products = _at_least(self._products, needed * _MODULES_AT_ONCE)
-        self._deltas = _at_least(self._deltas, segments.num_segments * _FEW_TOKENS * self._width)
+        self._deltas = _at_least(self._deltas, segments.num_segments * self._few_tokens * self._width)
         self._step = SegmentsStruct(
             segments.token_starts.data_ptr(),
             segments.entry_starts.data_ptr(),

@@ -178,18 +178,9 @@ def _attend(
         table_N = block_tables + s * table_stride + n_N // BLOCK_SIZE
         block_N = tl.load(table_N, mask=n_N < end, other=0).to(tl.int64)
         k_ND = _rows(
-            k_cache,
-            block_N,
-            n_N,
-            end,
-            kv_head,
-            k_stride_b,
-            k_stride_h,
-            k_stride_n,
-            K_DIM,
-            BLOCK_SIZE,
-            BLOCK_D,
-        )
+            k_cache, block_N, n_N, end, kv_head,
+            k_stride_b, k_stride_h, k_stride_n, K_DIM, BLOCK_SIZE, BLOCK_D,
+        )  # fmt: skip
         score_MN = _scores(q_MD, k_ND, scale, softcap, SOFTCAP, PRECISION)
         seen_MN = (n_N <= position_M[:, None]) & (n_N < end)[None, :]
         if WINDOW:
@@ -197,18 +188,9 @@ def _attend(
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         p_MN, fade_M, top_M, sum_M = _soften(score_MN, top_M, sum_M)
         v_NE = _rows(
-            v_cache,
-            block_N,
-            n_N,
-            end,
-            kv_head,
-            v_stride_b,
-            v_stride_h,
-            v_stride_n,
-            V_DIM,
-            BLOCK_SIZE,
-            BLOCK_E,
-        )
+            v_cache, block_N, n_N, end, kv_head,
+            v_stride_b, v_stride_h, v_stride_n, V_DIM, BLOCK_SIZE, BLOCK_E,
+        )  # fmt: skip
         sum_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, sum_ME * fade_M[:, None], input_precision=PRECISION)
 
     sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # a row that sees nothing in this split: lse = -inf
