@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import msgspec
 import numpy as np
-import torch
 import zmq
 from numpy.typing import NDArray
 
@@ -93,7 +92,7 @@ class _NoModelEngine:
         self.info = engine_info()
         self.times: list[tuple[float, float, float]] = []
         self._scheduler = scheduler
-        self._batches = BatchBuilder(int, _BLOCK_SIZE, _EOS, torch.device("cpu"))
+        self._batches = BatchBuilder(int, _BLOCK_SIZE, _EOS)
 
     def add(self, request: Request) -> None:
         order = len(self._scheduler.request_ids)

@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     host_cache_bytes: Bytes | None = Field(
         None, ge=0, description="Packed adapters kept in host memory, bytes. Default: from free memory."
     )
+    enforce_eager: bool = Field(
+        False, description="On CUDA, run decode steps kernel by kernel, not as captured graphs."
+    )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
 
     # HTTP face

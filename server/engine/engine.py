@@ -33,6 +33,7 @@ from server.lora.kernels.interface import LoraKernels
 from server.lora.residency import Residency
 from server.model.attention.interface import AttentionBackend
 from server.model.batch import BatchBuilder
+from server.model.decode_graphs import cuda_capture
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemoryPlan, plan_memory, token_budget
 from server.model.runner import Runner
@@ -40,6 +41,8 @@ from server.model.runner import Runner
 log = logging.getLogger(__name__)
 
 _NON_FINITE = "The model's output overflowed: the adapter's weights do not suit this prompt."
+_CPU_SLOTS = 64  # rows of the arena's tables at first
+_CUDA_SLOTS = 4096  # when they grow, every graph is captured again
 _COPY_POLL_MS = 2  # how soon to look again when all that waits, waits for an adapter
 
 
@@ -59,7 +62,21 @@ class Engine:
         self._runner = Runner(
             loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size, kernels=kernels
         )
-        self._arena = Arena(memory.arena_bytes, len(self._runner.targets), loaded.dtype, loaded.device)
+        cuda = loaded.device.type == "cuda"
+        self._arena = Arena(
+            memory.arena_bytes,
+            len(self._runner.targets),
+            loaded.dtype,
+            loaded.device,
+            slots=_CUDA_SLOTS if cuda else _CPU_SLOTS,
+        )
+        if cuda and not settings.enforce_eager:
+            self._runner.capture_decode(
+                self._arena.view(),
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=loaded.max_model_len,
+                capture=cuda_capture(),
+            )
         self._residency = Residency(
             self._arena,
             self._runner.targets,
@@ -67,9 +84,7 @@ class Engine:
             max_header_bytes=settings.max_header_bytes,
             max_tensors=settings.max_adapter_tensors,
         )
-        self._batches = BatchBuilder(
-            self._residency.slot, settings.block_size, loaded.eos_token_ids, loaded.device
-        )
+        self._batches = BatchBuilder(self._residency.slot, settings.block_size, loaded.eos_token_ids)
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
             self._pool,

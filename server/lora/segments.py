@@ -8,7 +8,7 @@ first `num_tokens` rows only and a base-only step has no segments at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,15 @@ class Segments:
     def num_entries(self) -> int:
         return self.slots.numel()
 
+    def to(self, device: torch.device | str) -> Segments:
+        return replace(
+            self,
+            token_starts=self.token_starts.to(device, non_blocking=True),
+            entry_starts=self.entry_starts.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+        )
+
     @classmethod
     def build(
         cls, mixes: Sequence[tuple[Sequence[tuple[int, float]], int]], device: torch.device | str = "cpu"
@@ -57,14 +66,12 @@ class Segments:
             token_starts.append(token_starts[-1] + tokens)
             entry_starts.append(len(slots))
 
-        def on_device(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        return cls(
-            token_starts=on_device(token_starts, torch.int32),
-            entry_starts=on_device(entry_starts, torch.int32),
-            slots=on_device(slots, torch.int32),
-            weights=on_device(weights, torch.float32),
+        segments = cls(
+            token_starts=torch.tensor(token_starts, dtype=torch.int32),
+            entry_starts=torch.tensor(entry_starts, dtype=torch.int32),
+            slots=torch.tensor(slots, dtype=torch.int32),
+            weights=torch.tensor(weights, dtype=torch.float32),
             num_tokens=token_starts[-1],
             max_tokens=max(tokens for _, tokens in mixes),
         )
+        return segments.to(device)

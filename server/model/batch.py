@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -29,9 +29,23 @@ class Batch:
     sample_segments: Segments | None  # over the N rows
     samples: list[SampleRow]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; itself where it is there already."""
+        if self.token_ids.device == device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            sample_rows=self.sample_rows.to(device, non_blocking=True),
+            attention=self.attention.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
+            sample_segments=None if self.sample_segments is None else self.sample_segments.to(device),
+        )
+
 
 class BatchBuilder:
-    """Turns the plans of one engine into batches.
+    """Turns the plans of one engine into batches, on the host.
 
     `slot_of`: the arena slot of a resident adapter, by digest.
     """
@@ -41,13 +55,11 @@ class BatchBuilder:
         slot_of: Callable[[str], int],
         block_size: int,
         eos_token_ids: tuple[int, ...],
-        device: torch.device,
     ) -> None:
         self._block_size = block_size
         self._eos_token_ids = eos_token_ids
-        self._device = device
-        self._segments = _SegmentsMemo(slot_of, device)
-        self._sample_segments = _SegmentsMemo(slot_of, device)
+        self._segments = _SegmentsMemo(slot_of)
+        self._sample_segments = _SegmentsMemo(slot_of)
 
     def build(self, runs: Ordered[ScheduledRun]) -> Batch:
         """Runs of one mix are neighbours, those of the base model come last."""
@@ -79,18 +91,15 @@ class BatchBuilder:
         else:
             sample_segments = self._sample_segments.build([(runs[i].seq.mix_key, 1) for i in sampling])
 
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
-
         return Batch(
-            token_ids=on_device(_token_ids(runs)),
-            positions=on_device(positions_T),
-            sample_rows=on_device(query_starts[1:][sampling].astype(np.int64) - 1),
+            token_ids=torch.from_numpy(_token_ids(runs)),
+            positions=torch.from_numpy(positions_T),
+            sample_rows=torch.from_numpy(query_starts[1:][sampling].astype(np.int64) - 1),
             attention=AttentionPlan(
-                query_starts=on_device(query_starts),
-                context_lens=on_device(context_S),
-                block_tables=on_device(tables),
-                slot_mapping=on_device(slots_T),
+                query_starts=torch.from_numpy(query_starts),
+                context_lens=torch.from_numpy(context_S),
+                block_tables=torch.from_numpy(tables),
+                slot_mapping=torch.from_numpy(slots_T),
                 num_seqs=len(runs),
                 max_query_len=int(lengths_S.max()),
                 max_context_len=int(context_S.max()),
@@ -111,9 +120,8 @@ def _token_ids(runs: Ordered[ScheduledRun]) -> Tokens:
 class _SegmentsMemo:
     """Makes a step's segments; while no sequence comes or goes they are the last step's again."""
 
-    def __init__(self, slot_of: Callable[[str], int], device: torch.device) -> None:
+    def __init__(self, slot_of: Callable[[str], int]) -> None:
         self._slot_of = slot_of
-        self._device = device
         self._merged: list[tuple[MixKey, list[int], int]] = []  # mix, its slots, tokens
         self._segments: Segments | None = None
 
@@ -135,8 +143,7 @@ class _SegmentsMemo:
                 [
                     ([(slot, weight) for slot, (_, weight) in zip(slots, mix, strict=True)], tokens)
                     for mix, slots, tokens in merged
-                ],
-                self._device,
+                ]
             )
         return self._segments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
+from server.model.decode_graphs import Capture, DecodeGraphs
 from server.model.flat_model import FlatModel
 from server.model.fused_layers import FusedLayers, fuse_layers
 from server.model.layer_reader import NotFusable
@@ -27,7 +29,8 @@ from server.model.sampler import Sampled, Sampler
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the probe's logits, fused against torch's
+# of the probe's logits, against those of the model's own modules
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, LoraKernels]:
@@ -68,8 +71,11 @@ class Runner:
                 torch.zeros(*shape, spec.k_head_dim, dtype=loaded.dtype, device=loaded.device),
                 torch.zeros(*shape, spec.v_head_dim, dtype=loaded.dtype, device=loaded.device),
             )
+        self._device, self._vocab_size = loaded.device, loaded.vocab_size
+        self._cache = caches[0].k
         self._attention = PagedStep(backend, caches)
         self._sampler = Sampler()
+        self._graphs: DecodeGraphs | None = None
         self._flat: FlatModel | None = None
         self.fused = self._fuse(loaded, caches, backend, lora_kernels)
 
@@ -88,7 +94,7 @@ class Runner:
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             return False
-        batch = _probe_batch(caches[0], loaded.vocab_size)
+        batch = self._probe_batch(1, tokens=16)
         try:
             fused = fuse_layers(
                 layers, caches, loaded.attention_options, self._attention, backend, self._lora, kernels
@@ -121,9 +127,34 @@ class Runner:
         except NotFusable as reason:
             log.info("around the fused layers, transformers' forward stays: %s", reason)
 
-    def _error(self, batch: Batch, want: torch.Tensor) -> float:
+    def _probe_batch(self, sequences: int, tokens: int) -> Batch:
+        """Prompts of `tokens` tokens in the first blocks of the cache, base model only."""
+        blocks, _, block_size, _ = self._cache.shape
+        sequences, tokens = min(sequences, blocks), min(tokens, blocks * block_size)
+        tables = torch.arange(sequences * -(-tokens // block_size), dtype=torch.int32).view(sequences, -1)
+        positions = torch.arange(tokens)
+        slots = tables[:, positions // block_size] * block_size + positions % block_size
+        return Batch(
+            token_ids=(torch.arange(sequences * tokens) * 7919 + 11) % self._vocab_size,
+            positions=positions.repeat(sequences),
+            sample_rows=torch.arange(1, sequences + 1) * tokens - 1,
+            attention=AttentionPlan(
+                query_starts=torch.arange(sequences + 1, dtype=torch.int32) * tokens,
+                context_lens=torch.full((sequences,), tokens, dtype=torch.int32),
+                block_tables=tables,
+                slot_mapping=slots.flatten(),
+                num_seqs=sequences,
+                max_query_len=tokens,
+                max_context_len=tokens,
+            ),
+            segments=None,
+            sample_segments=None,
+            samples=[],
+        )
+
+    def _error(self, batch: Batch, want: torch.Tensor, arena: ArenaView | None = None) -> float:
         """How far the batch's logits are from `want`, relative."""
-        return float((self.logits(batch, None).float() - want).norm() / want.norm())
+        return float((self.logits(batch, arena).float() - want).norm() / want.norm())
 
     @torch.inference_mode()
     def run(self, batch: Batch, arena: ArenaView) -> Sampled:
@@ -135,7 +166,47 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
-        """[N, vocabulary] for the batch's sample rows; writes the batch's K and V into the cache."""
+        """[N, vocabulary] for the sample rows of a batch on the host; writes its K and V into the cache."""
+        if self._graphs is not None and arena is not None:
+            logits_NV = self._graphs.logits(batch, arena)
+            if logits_NV is not None:
+                return logits_NV
+        return self._forward(batch.to(self._device), arena)
+
+    @torch.inference_mode()
+    def capture_decode(
+        self, arena: ArenaView, *, max_num_seqs: int, max_model_len: int, capture: Capture
+    ) -> None:
+        """Run decode steps as captured graphs from now on, where they give the logits of the usual way.
+
+        Writes into the first blocks of the cache. A model that cannot be captured is left as it is.
+        """
+        graphs = DecodeGraphs(
+            self._forward,
+            capture,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=self._cache.shape[2],
+            device=self._device,
+        )
+        started = time.monotonic()
+        batch = self._probe_batch(min(3, max_num_seqs), tokens=1)
+        want = self.logits(batch, arena).float()
+        try:
+            graphs.warm(arena)
+        except RuntimeError as reason:
+            log.warning("decode steps run without CUDA graphs, the model cannot be captured: %s", reason)
+            return
+        self._graphs = graphs
+        error = self._error(batch, want, arena)
+        if not error < _TOLERANCE[self._cache.dtype]:
+            self._graphs = None
+            log.warning("decode steps run without CUDA graphs: with them, the logits differ (by %.2g)", error)
+            return
+        log.info("captured the decode steps in %.1f s", time.monotonic() - started)
+
+    def _forward(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
+        """`logits` of a batch on the device."""
         self._attention.plan = batch.attention
         self._lora.arena = arena
         self._lora.segments = batch.segments
@@ -154,26 +225,3 @@ def _large_logits(model: PreTrainedModel, usual: torch.Tensor) -> Iterator[None]
         yield
     finally:
         hook.remove()
-
-
-def _probe_batch(cache: LayerCache, vocab_size: int) -> Batch:
-    """A prompt of some tokens in the first blocks of the cache, base model only."""
-    blocks, _, block_size, _ = cache.k.shape
-    tokens = min(16, blocks * block_size)
-    return Batch(
-        token_ids=(torch.arange(tokens) * 7919 + 11) % vocab_size,
-        positions=torch.arange(tokens),
-        sample_rows=torch.tensor([tokens - 1]),
-        attention=AttentionPlan(
-            query_starts=torch.tensor([0, tokens], dtype=torch.int32),
-            context_lens=torch.tensor([tokens], dtype=torch.int32),
-            block_tables=torch.arange(-(-tokens // block_size), dtype=torch.int32)[None],
-            slot_mapping=torch.arange(tokens),
-            num_seqs=1,
-            max_query_len=tokens,
-            max_context_len=tokens,
-        ),
-        segments=None,
-        sample_segments=None,
-        samples=[],
-    )

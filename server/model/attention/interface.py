@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,15 @@ class AttentionPlan:
     num_seqs: int
     max_query_len: int
     max_context_len: int
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        return replace(
+            self,
+            query_starts=self.query_starts.to(device, non_blocking=True),
+            context_lens=self.context_lens.to(device, non_blocking=True),
+            block_tables=self.block_tables.to(device, non_blocking=True),
+            slot_mapping=self.slot_mapping.to(device, non_blocking=True),
+        )
 
 
 class AttentionBackend(Protocol):

@@ -1,0 +1,249 @@
+"""Decode steps through captured graphs: padded sizes, split segments, what no graph fits.
+
+A CPU has no graphs: here a replay runs the captured work again, on the memory that it was captured with, and
+the kernels run in Triton's interpreter. tests/gpu/test_engine.py has the real ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.engine import Engine
+from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.triton import TritonKernels
+from server.lora.segments import Segments
+from server.model import decode_graphs
+from server.model.attention.interface import AttentionPlan
+from server.model.attention.paged_triton import PagedTritonAttention
+from server.model.batch import Batch
+from server.model.decode_graphs import DecodeGraphs, sizes_up_to
+from server.model.loader import load
+from server.model.memory import plan_memory
+from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, targets_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled")
+
+
+class FakeCapture:
+    """Replays by running the work again."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.replays = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        work()
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A base model, and adapters of different ranks on it."""
+    root = tmp_path_factory.mktemp("graphs")
+    model = build("llama", root / "model")
+    targets = targets_of("llama")
+    adapters = [
+        add_adapter(model, root / f"a{rank}", seed=rank, rank=rank, target_modules=targets)
+        for rank in (6, 3, 4)
+    ]
+    return model, adapters
+
+
+@pytest.fixture
+def triton_engine(folders: tuple[Path, list[Path]]) -> Iterator[Callable[..., Engine]]:
+    pytest.importorskip("triton")
+    made: list[Engine] = []
+
+    def make(**overrides: object) -> Engine:
+        settings = settings_for(folders[0], **({"max_model_len": 64, "max_num_seqs": 8} | overrides))
+        loaded = load(settings)
+        kernels = PagedTritonAttention(), TritonKernels(max_mix_rank=16)
+        made.append(Engine(settings, loaded, plan_memory(settings, loaded), kernels=kernels))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def capture(engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+    engine._runner.capture_decode(engine._arena.view(), max_num_seqs=8, max_model_len=64, capture=how)
+
+
+def test_captured_steps_give_the_tokens_of_the_model(
+    folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine]
+) -> None:
+    """Alone, shared and no adapters in one batch, whose size changes as the shorter ones end."""
+    model, (a, b, _) = folders
+    rng = random.Random(3)
+    jobs = [
+        Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens)
+        for length, adapter, tokens in ((9, a, 4), (3, None, 5), (5, b, 3), (2, a, 6), (4, a, 5))
+    ]
+    engine, fake = triton_engine(), FakeCapture()
+    capture(engine, fake)
+    assert fake.captures == 3 * len(sizes_up_to(8))
+    before = fake.replays
+    for i, job in enumerate(jobs):
+        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
+    outputs = run(engine)
+    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert fake.captures == 3 * len(sizes_up_to(8)), "captured while it served"
+    assert fake.replays - before >= 4, "the steps did not go through the graphs"
+    assert_at_rest(engine)
+
+
+def test_a_mix_with_too_many_adapters_runs_as_it_is(
+    folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graphs, "_ENTRIES_PER_SEQUENCE", 1)
+    mix = [adapter_ref(folder) for folder in folders[1]]
+    usual, captured, fake = triton_engine(), triton_engine(), FakeCapture()
+    capture(captured, fake)
+    before = fake.replays
+    outputs = []
+    for engine in (usual, captured):
+        engine.add(greedy("mix", [5, 6, 7], 4, mix))
+        outputs.append(tokens_of(run(engine)["mix"]))
+    assert outputs[0] == outputs[1]
+    assert fake.replays == before
+
+
+def test_a_model_that_cannot_be_captured_is_served_without(
+    triton_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = triton_engine()
+    capture(engine, refuse)
+    assert "the model cannot be captured: operation not permitted" in caplog.text
+    engine.add(greedy("r", [5, 6, 7], 3))
+    assert len(tokens_of(run(engine)["r"])) == 3
+
+
+def test_graphs_that_give_other_logits_are_not_used(
+    triton_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = triton_engine()
+    capture(engine, lambda work: work() or (lambda: None))  # a replay that does nothing
+    assert "the logits differ" in caplog.text
+    usual = triton_engine()
+    for each in (engine, usual):
+        each.add(greedy("r", [5, 6, 7], 4))
+    assert tokens_of(run(engine)["r"]) == tokens_of(run(usual)["r"])
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 64, 300])
+def test_sizes(most: int) -> None:
+    sizes = sizes_up_to(most)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, most)
+
+
+def decode_batch(segments: Segments | None, sequences: int, context: int = 5) -> Batch:
+    return Batch(
+        token_ids=torch.arange(sequences) + 100,
+        positions=torch.full((sequences,), context - 1),
+        sample_rows=torch.arange(sequences),
+        attention=AttentionPlan(
+            query_starts=torch.arange(sequences + 1, dtype=torch.int32),
+            context_lens=torch.full((sequences,), context, dtype=torch.int32),
+            block_tables=torch.arange(2 * sequences, dtype=torch.int32).view(sequences, 2),
+            slot_mapping=torch.arange(sequences) * 8 + 4,
+            num_seqs=sequences,
+            max_query_len=1,
+            max_context_len=context,
+        ),
+        segments=segments,
+        sample_segments=segments,
+        samples=[],
+    )
+
+
+def tables(slots: int) -> ArenaView:
+    empty = torch.zeros(slots, 1, 2, dtype=torch.int64)
+    return ArenaView(torch.zeros(64), empty, empty[..., 0].int())
+
+
+class Recorder:
+    """A forward that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def __call__(self, batch: Batch, arena: ArenaView) -> torch.Tensor:
+        self.batches.append(batch)
+        return batch.token_ids[:, None].float().expand(-1, 7)
+
+
+def graphs_of(forward: Recorder, fake: FakeCapture) -> DecodeGraphs:
+    return DecodeGraphs(
+        forward, fake, max_num_seqs=64, max_model_len=32, block_size=4, device=torch.device("cpu")
+    )
+
+
+def test_rows_beyond_the_batch_hold_nothing() -> None:
+    forward = Recorder()
+    graphs = graphs_of(forward, FakeCapture())
+    graphs.logits(decode_batch(Segments.build([(((2, 0.5),), 20)]), sequences=30), tables(4))
+    logits = graphs.logits(decode_batch(Segments.build([(((1, 2.0),), 2)]), sequences=5), tables(4))
+    assert logits is not None
+    assert logits.tolist() == [[float(i)] * 7 for i in range(100, 105)]
+    captured = forward.batches[-1]
+    plan, segments = captured.attention, captured.segments
+    assert plan.num_seqs == captured.token_ids.numel() == 8
+    assert plan.query_starts.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert plan.slot_mapping.tolist() == [4, 12, 20, 28, 36, -1, -1, -1]
+    assert plan.block_tables[:5, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert segments is not None
+    assert segments.token_starts.tolist() == [0] + 8 * [2]
+    assert segments.entry_starts.tolist() == [0] + 8 * [1]
+    assert (segments.slots[0], segments.weights[0]) == (1, 2.0)
+
+
+def test_long_segments_are_cut_into_shorter_ones_of_the_same_adapters() -> None:
+    forward = Recorder()
+    graphs = graphs_of(forward, FakeCapture())
+    mixes = [(((3, 1.0),), 1), (((1, 0.5), (2, 2.0)), 35), (((4, 1.0),), 16)]
+    graphs.logits(decode_batch(Segments.build(mixes), sequences=60), tables(5))
+    segments = forward.batches[-1].segments
+    assert segments is not None
+    assert segments.max_tokens == 16
+    assert segments.token_starts[:7].tolist() == [0, 1, 17, 33, 36, 52, 52]
+    assert segments.entry_starts[:7].tolist() == [0, 1, 3, 5, 7, 8, 8]
+    assert segments.slots[:8].tolist() == [3, 1, 2, 1, 2, 1, 2, 4]
+    assert segments.weights[:8].tolist() == [1.0, 0.5, 2.0, 0.5, 2.0, 0.5, 2.0, 1.0]
+
+
+def test_a_grown_arena_is_captured_anew() -> None:
+    forward, fake = Recorder(), FakeCapture()
+    graphs = graphs_of(forward, fake)
+    small, large = tables(4), tables(8)
+    for arena, captures in ((small, 1), (small, 1), (large, 2), (large, 2)):
+        graphs.logits(decode_batch(None, sequences=3), arena)
+        assert fake.captures == captures
+
+
+def test_prompts_and_larger_batches_are_left_alone() -> None:
+    forward = Recorder()
+    graphs = graphs_of(forward, FakeCapture())
+    assert graphs.logits(decode_batch(None, sequences=65), tables(1)) is None
+    batch = decode_batch(None, sequences=3)
+    prompt = AttentionPlan(**{**vars(batch.attention), "max_query_len": 9})
+    assert graphs.logits(Batch(**{**vars(batch), "attention": prompt}), tables(1)) is None
+    unsampled = Batch(**{**vars(batch), "sample_rows": torch.arange(2)})
+    assert graphs.logits(unsampled, tables(1)) is None
+    assert not forward.batches
