@@ -68,6 +68,21 @@ def test_cpu_kernels_equal_reference(dtype: torch.dtype, longest: int, tail: int
         check(CpuKernels(lib), dtype, seed, longest, tail)
 
 
+def test_cpu_kernels_take_modules_side_by_side() -> None:
+    widths, generator = (40, 8, 24), torch.Generator().manual_seed(3)
+    ranks = torch.randint(0, 20, (6, len(widths)), generator=generator).tolist()
+    arena = random_arena(ranks, [(16, width) for width in widths], torch.float32, seed=3)
+    segments = Segments.build(random_mixes(generator, slots=6, segments=7, longest=9))
+    assert segments is not None
+    x = torch.randn(segments.num_tokens, 16, generator=generator)
+    expected = torch.randn(segments.num_tokens, sum(widths), generator=generator)
+    out = expected.clone()
+    for module, part in enumerate(expected.split(widths, dim=1)):
+        ReferenceKernels().apply(part, x, module, segments, arena)
+    cpu_kernels(torch.float32).apply(out, x, 0, segments, arena, widths)
+    torch.testing.assert_close(out, expected)
+
+
 def test_float32_reference_is_close_to_float64() -> None:
     check(ReferenceKernels(), torch.float32, seed=11, longest=5, tail=1)
 

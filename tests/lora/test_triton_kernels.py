@@ -26,15 +26,18 @@ Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
 ALIGNMENT = 16  # elements of float32 in 64 bytes
 
 
-def make_arena(ranks: list[list[int]], in_features: int, out_features: int, seed: int = 0) -> ArenaView:
-    """Random A and B for `ranks[slot][module]`, gaps filled with NaN so that a wrong address shows."""
+def make_arena(ranks: list[list[int]], in_features: int, *out_features: int, seed: int = 0) -> ArenaView:
+    """Random A and B for `ranks[slot][module]`, gaps filled with NaN so that a wrong address shows.
+
+    `out_features`: of each module, or of all.
+    """
     generator = torch.Generator().manual_seed(seed)
     pieces, offsets, at = [torch.full((ALIGNMENT,), torch.nan)], [], ALIGNMENT
     for slot_ranks in ranks:
         row = []
-        for rank in slot_ranks:
+        for module, rank in enumerate(slot_ranks):
             pair = []
-            for width in (in_features, out_features):
+            for width in (in_features, out_features[module % len(out_features)]):
                 pair.append(at)
                 size = rank * width
                 padding = -size % ALIGNMENT + ALIGNMENT
@@ -119,6 +122,27 @@ def test_random_layouts(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 16), (2, 70)], ids=["rows", "small tiles", "tiles"])
+@pytest.mark.parametrize("widths", [(304, 48, 16), (130, 7, 33), (264, 264), (40,)])
+def test_modules_side_by_side(widths: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    """In one launch; the first and the last column of the tables are of other modules."""
+    ranks = [[9, 5, 0, 20, 9][: len(widths) + 2], [9, 0, 8, 3, 9][: len(widths) + 2]]
+    in_features = 72
+    arena = make_arena(ranks, in_features, 24, *widths, 24)
+    segments = Segments.build([(((g % 2, 1.0 + g), (0, 0.5)), length) for g, length in enumerate(lengths)])
+    assert segments is not None
+    x = torch.randn(segments.num_tokens + 2, in_features)
+    start = torch.randn(segments.num_tokens + 2, sum(widths) + 5)[:, : sum(widths)]  # rows with a stride
+    expected, out = start.clone(), start.clone()
+    for module, part in enumerate(expected.split(widths, dim=1), start=1):
+        ReferenceKernels().apply(part, x, module, segments, arena)
+    TritonKernels(max_mix_rank=48, programs=20).apply(out, x, 1, segments, arena, widths)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    reference = start.clone()
+    ReferenceKernels().apply(reference, x, 1, segments, arena, widths)
+    assert torch.equal(reference, expected)
+
+
 def test_large_rank_in_several_blocks() -> None:
     check(TritonKernels(programs=200), [(((0, 1.0),), 1)], [[256]], in_features=32, out_features=24)
     check(TritonKernels(programs=200), [(((0, 1.0),), 2)], [[256]], in_features=32, out_features=24)
@@ -186,6 +210,9 @@ def test_layouts_the_kernels_would_misread_are_refused() -> None:
         TritonKernels().apply(out, torch.randn(16, 2).T, 0, segments, arena)
     with pytest.raises(ValueError, match="rows"):
         TritonKernels().apply(out, x[:1], 0, segments, arena)
+    for widths in ((8, 4), (4, 4, 4, 4)):
+        with pytest.raises(ValueError, match="three modules"):
+            TritonKernels().apply(out, x, 0, segments, arena, widths)
 
 
 @pytest.mark.parametrize("tokens", [[1] * 64, [1, 3], [8000] + [1] * 63, [17] * 5, [8192]])

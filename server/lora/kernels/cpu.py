@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from server.lora.kernels.interface import ArenaView, LoraKernels
+from server.lora.kernels.interface import ArenaView, LoraKernels, each_module
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 from server.native import SUFFIXES, constant, library
@@ -60,19 +60,26 @@ class CpuKernels:
         self._width = 0
 
     def apply(
-        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        module: int,
+        segments: Segments,
+        arena: ArenaView,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
-        self._functions[out.dtype](
-            self.struct(segments, arena, out.shape[1]),
-            module,
-            out.data_ptr(),
-            out.stride(0),
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[1],
-            out.shape[1],
-            torch.get_num_threads(),
-        )
+        for column, part in each_module(out, module, widths):
+            self._functions[part.dtype](
+                self.struct(segments, arena, part.shape[1]),
+                column,
+                part.data_ptr(),
+                part.stride(0),
+                x.data_ptr(),
+                x.stride(0),
+                x.shape[1],
+                part.shape[1],
+                torch.get_num_threads(),
+            )
 
     def struct(self, segments: Segments, arena: ArenaView, width: int) -> SegmentsStruct:
         """The step's segments for compiled code; valid until it is asked for another step's.

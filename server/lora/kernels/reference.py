@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, each_module
 from server.lora.segments import Segments
 
 
@@ -17,6 +17,18 @@ class ReferenceKernels:
         self.dtype = dtype
 
     def apply(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        module: int,
+        segments: Segments,
+        arena: ArenaView,
+        widths: tuple[int, ...] | None = None,
+    ) -> None:
+        for column, part in each_module(out, module, widths):
+            self._apply(part, x, column, segments, arena)
+
+    def _apply(
         self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
     ) -> None:
         token_starts, entry_starts = segments.token_starts.tolist(), segments.entry_starts.tolist()

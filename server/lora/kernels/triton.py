@@ -7,6 +7,8 @@ particular here:
 - The adapters of a token's mix share one row of the intermediate h, side by side: an entry of a segment
   owns the columns that follow those of the entries before it. Expand adds a whole mix in one pass over
   `out`, with no race and one rounding.
+- Modules that read the same x (Q, K and V; gate and up) are one launch: each has its own columns of h and of
+  `out`, and is another program of the grid.
 - Shrink is split over `in_features` until the launch fills the chip. Each split stores its partial sum and
   expand adds them in a fixed order, so results do not change from run to run (no atomics).
 - Grids follow from what the host knows (`num_tokens`, `max_tokens`, `num_segments`, shapes), and programs
@@ -17,7 +19,7 @@ Two paths. Rows, when no segment is longer than one token (decode): vector produ
 A and B. Tiles, otherwise: up to BLOCK_T tokens of one segment at a time on the tensor cores, so that tokens
 that share an adapter read it once.
 
-Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, G segments.
+Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, G segments, M modules.
 """
 
 # Triton kernels have no Python types to state, and `triton.jit` is untyped:
@@ -80,15 +82,35 @@ def _tile(token_starts, n_segments, tile, BLOCK_T: tl.constexpr, BLOCK_G: tl.con
     return g, first, tl.load(token_starts + g + 1)
 
 
+@_jit()
+def _outputs(block, width_0, width_1, width_2, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of modules side by side: which one a block of outputs is of, how many outputs it has, which of them is
+    the block's first, and how many outputs come before its own.
+    """
+    blocks_0 = tl.cdiv(width_0, BLOCK_O)
+    blocks_1 = blocks_0 + tl.cdiv(width_1, BLOCK_O)
+    m, width, before, first = 0, width_0, 0, block
+    if block >= blocks_1:
+        m, width, before, first = 2, width_2, width_0 + width_1, block - blocks_1
+    elif block >= blocks_0:
+        m, width, before, first = 1, width_1, width_0, block - blocks_0
+    if ALIGNED:  # which the compiler no longer sees, and needs for loads of 16 bytes
+        width, before = tl.multiple_of(width, 16), tl.multiple_of(before, 16)
+    return m, width, first * BLOCK_O, before
+
+
 @_jit("module")
 def _shrink_rows(
     x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h[s, t, its columns] = weight * x_t A^T over split s of K; grid (segments, splits, rank blocks)."""
+    """h[s, t, m, columns] = weight * x_t A^T over split s of K; grid (segments, splits, M * rank blocks)."""
     g = tl.program_id(0)
     split = tl.program_id(1)
+    m = tl.program_id(2) // RANK_BLOCKS
+    module += m
+    h += m * h_width
     token = tl.load(token_starts + g).to(tl.int64)
     if token >= tl.load(token_starts + g + 1):
         return
@@ -97,7 +119,7 @@ def _shrink_rows(
     column = 0
     for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
         a_offset, _, rank, weight = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(tl.program_id(2) * BLOCK_R, rank, tl.num_programs(2) * BLOCK_R):
+        for r_first in range(tl.program_id(2) % RANK_BLOCKS * BLOCK_R, rank, RANK_BLOCKS * BLOCK_R):
             r_R = r_first + tl.arange(0, BLOCK_R)
             a_R = data + a_offset + r_R * in_features
             sum_RK = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
@@ -118,15 +140,19 @@ def _shrink_rows(
 @_jit("module")
 def _expand_rows(
     out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, out_features, out_stride, h_stride_s, h_stride_t, h_width,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    module, n_modules, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """out_t += sum over entries and splits of h[s, t] B; grid (segments, blocks of out_features)."""
+    """out_t += sum over entries and splits of h[s, t, m] B; grid (segments, blocks of all outputs)."""
     g = tl.program_id(0)
     token = tl.load(token_starts + g).to(tl.int64)
     if token >= tl.load(token_starts + g + 1):
         return
-    o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m, out_features, o_first, before = _outputs(tl.program_id(1), width_0, width_1, width_2, BLOCK_O, ALIGNED)
+    module += m
+    h += m * h_width
+    out += before
+    o_O = o_first + tl.arange(0, BLOCK_O)
     from_S = h + tl.arange(0, SPLITS) * h_stride_s + token * h_stride_t
     sum_RO = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
     column = 0
@@ -156,11 +182,14 @@ def _expand_rows(
 def _shrink_tiles(
     x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, n_segments, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_shrink_rows`, for BLOCK_T tokens of one segment; grid (tiles, splits, rank blocks)."""
+    """As `_shrink_rows`, for BLOCK_T tokens of one segment; grid (tiles, splits, M * rank blocks)."""
     split = tl.program_id(1)
+    m = tl.program_id(2) // RANK_BLOCKS
+    module += m
+    h += m * h_width
     g, t_first, t_last = _tile(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
     if t_first >= t_last:
         return
@@ -171,7 +200,7 @@ def _shrink_tiles(
     column = 0
     for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
         a_offset, _, rank, weight = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(tl.program_id(2) * BLOCK_R, rank, tl.num_programs(2) * BLOCK_R):
+        for r_first in range(tl.program_id(2) % RANK_BLOCKS * BLOCK_R, rank, RANK_BLOCKS * BLOCK_R):
             r_R = r_first + tl.arange(0, BLOCK_R)
             a_R = data + a_offset + r_R * in_features
             sum_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
@@ -194,19 +223,23 @@ def _shrink_tiles(
 @_jit("module", "n_segments")
 def _expand_tiles(
     out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, n_segments, out_features, out_stride, h_stride_s, h_stride_t, h_width,
+    module, n_modules, n_segments, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_expand_rows`, for BLOCK_T tokens of one segment; grid (tiles, blocks of out_features).
+    """As `_expand_rows`, for BLOCK_T tokens of one segment; grid (tiles, blocks of all outputs).
 
     h stays float32: B is widened, and at PRECISION tf32 a bfloat16 B loses nothing.
     """
     g, t_first, t_last = _tile(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
     if t_first >= t_last:
         return
+    m, out_features, o_first, before = _outputs(tl.program_id(1), width_0, width_1, width_2, BLOCK_O, ALIGNED)
+    module += m
+    h += m * h_width
+    out += before
     t_T = t_first.to(tl.int64) + tl.arange(0, BLOCK_T)
-    o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_O = o_first + tl.arange(0, BLOCK_O)
     in_out_O = (o_O < out_features)[None, :]
     sum_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     column = 0
@@ -252,11 +285,20 @@ class Launch:
     def num_warps(self) -> int:
         return 8 if self.block_t == 64 else 4
 
+    def output_blocks(self, widths: tuple[int, ...]) -> int:
+        return sum(-(-width // self.block_o) for width in widths)
+
     @classmethod
     def choose(
-        cls, segments: Segments, in_features: int, out_features: int, element_size: int, programs: int
+        cls,
+        segments: Segments,
+        in_features: int,
+        out_features: int,
+        element_size: int,
+        programs: int,
+        modules: int = 1,
     ) -> Launch:
-        """`programs`: how many shrink needs to fill the chip."""
+        """`programs`: how many shrink needs to fill the chip; `out_features`: those of the widest module."""
         if segments.max_tokens == 1:
             block_t, block_k, block_o = 1, 256, 256
         elif segments.max_tokens <= 16:
@@ -271,10 +313,11 @@ class Launch:
             tiles = segments.num_tokens // block_t + segments.num_segments
         block_k = min(block_k, max(16, _power_of_2(in_features)))
         block_o = min(block_o, max(16, _power_of_2(out_features)))
+        tasks = tiles * modules
         most_splits = min(32, -(-in_features // block_k))
-        splits = _power_of_2_below(max(1, min(most_splits, programs // tiles)))
+        splits = _power_of_2_below(max(1, min(most_splits, programs // tasks)))
         split_size = -(-in_features // (splits * block_k)) * block_k
-        rank_blocks = max(1, min(4, programs // (tiles * splits)))
+        rank_blocks = max(1, min(4, programs // (tasks * splits)))
         return cls(block_t, block_g, tiles, splits, split_size, rank_blocks, block_k, block_o)
 
 
@@ -304,7 +347,13 @@ class TritonKernels:
         self._programs = programs
 
     def apply(
-        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        module: int,
+        segments: Segments,
+        arena: ArenaView,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         """See `LoraKernels.apply`. Enqueues two kernels on the current stream and never waits for them.
 
@@ -312,66 +361,74 @@ class TritonKernels:
         """
         if segments.num_tokens == 0 or segments.num_entries == 0:
             return
-        _check(out, x, segments, arena)
+        widths = widths or (out.shape[1],)
+        _check(out, x, segments, arena, widths)
         programs = self._programs or _fill(x.device)
-        launch = Launch.choose(segments, x.shape[1], out.shape[1], x.element_size(), programs)
+        launch = Launch.choose(
+            segments, x.shape[1], max(widths), x.element_size(), programs, modules=len(widths)
+        )
         # From the caching allocator, so that each captured graph owns its buffer and no stream shares one.
-        h_STR = torch.empty(
-            (launch.splits, segments.num_tokens, self.max_mix_rank), dtype=torch.float32, device=x.device
+        h_STMR = torch.empty(
+            (launch.splits, segments.num_tokens, len(widths), self.max_mix_rank),
+            dtype=torch.float32,
+            device=x.device,
         )
         if launch.block_t == 1:
-            _apply_rows(out, x, h_STR, module, segments, arena, launch)
+            _apply_rows(out, x, h_STMR, module, segments, arena, widths, launch)
         else:
-            _apply_tiles(out, x, h_STR, module, segments, arena, launch)
+            _apply_tiles(out, x, h_STMR, module, segments, arena, widths, launch)
 
 
 def _apply_rows(
     out: torch.Tensor,
     x: torch.Tensor,
-    h_STR: torch.Tensor,
+    h_STMR: torch.Tensor,
     module: int,
     segments: Segments,
     arena: ArenaView,
+    widths: tuple[int, ...],
     launch: Launch,
 ) -> None:
     tables = _tables(segments, arena)
-    n_modules, h_strides = arena.ranks.shape[1], (h_STR.stride(0), h_STR.stride(1), h_STR.shape[2])
-    _shrink_rows[(launch.tiles, launch.splits, launch.rank_blocks)](
-        x, h_STR, *tables,
+    n_modules, h_strides = arena.ranks.shape[1], (*h_STMR.stride()[:2], h_STMR.shape[3])
+    _shrink_rows[(launch.tiles, launch.splits, len(widths) * launch.rank_blocks)](
+        x, h_STMR, *tables,
         module, n_modules, x.shape[1], x.stride(0), *h_strides, launch.split_size,
-        BLOCK_R=16, BLOCK_K=launch.block_k,
+        RANK_BLOCKS=launch.rank_blocks, BLOCK_R=16, BLOCK_K=launch.block_k,
     )  # fmt: skip
-    _expand_rows[(launch.tiles, -(-out.shape[1] // launch.block_o))](
-        out, h_STR, *tables,
-        module, n_modules, out.shape[1], out.stride(0), *h_strides,
-        SPLITS=launch.splits, BLOCK_R=16, BLOCK_O=launch.block_o,
+    _expand_rows[(launch.tiles, launch.output_blocks(widths))](
+        out, h_STMR, *tables,
+        module, n_modules, *_three(widths), out.stride(0), *h_strides,
+        SPLITS=launch.splits, BLOCK_R=16, BLOCK_O=launch.block_o, ALIGNED=_aligned(widths),
     )  # fmt: skip
 
 
 def _apply_tiles(
     out: torch.Tensor,
     x: torch.Tensor,
-    h_STR: torch.Tensor,
+    h_STMR: torch.Tensor,
     module: int,
     segments: Segments,
     arena: ArenaView,
+    widths: tuple[int, ...],
     launch: Launch,
 ) -> None:
     tables = _tables(segments, arena)
-    n_modules, h_strides = arena.ranks.shape[1], (h_STR.stride(0), h_STR.stride(1), h_STR.shape[2])
+    n_modules, h_strides = arena.ranks.shape[1], (*h_STMR.stride()[:2], h_STMR.shape[3])
     # a float32 model keeps float32 (three tf32 products); else operands have 8 or 11 bits and tf32 holds them
     precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    _shrink_tiles[(launch.tiles, launch.splits, launch.rank_blocks)](
-        x, h_STR, *tables,
+    _shrink_tiles[(launch.tiles, launch.splits, len(widths) * launch.rank_blocks)](
+        x, h_STMR, *tables,
         module, n_modules, segments.num_segments, x.shape[1], x.stride(0), *h_strides, launch.split_size,
-        BLOCK_T=launch.block_t, BLOCK_R=32, BLOCK_K=launch.block_k, BLOCK_G=launch.block_g,
-        PRECISION=precision, num_stages=3, num_warps=launch.num_warps,
+        RANK_BLOCKS=launch.rank_blocks, BLOCK_T=launch.block_t, BLOCK_R=32, BLOCK_K=launch.block_k,
+        BLOCK_G=launch.block_g, PRECISION=precision, num_stages=3, num_warps=launch.num_warps,
     )  # fmt: skip
-    _expand_tiles[(launch.tiles, -(-out.shape[1] // launch.block_o))](
-        out, h_STR, *tables,
-        module, n_modules, segments.num_segments, out.shape[1], out.stride(0), *h_strides,
+    _expand_tiles[(launch.tiles, launch.output_blocks(widths))](
+        out, h_STMR, *tables,
+        module, n_modules, segments.num_segments, *_three(widths), out.stride(0), *h_strides,
         SPLITS=launch.splits, BLOCK_T=launch.block_t, BLOCK_R=32, BLOCK_O=launch.block_o,
-        BLOCK_G=launch.block_g, PRECISION=precision, num_stages=2, num_warps=launch.num_warps,
+        BLOCK_G=launch.block_g, ALIGNED=_aligned(widths), PRECISION=precision,
+        num_stages=2, num_warps=launch.num_warps,
     )  # fmt: skip
 
 
@@ -383,7 +440,19 @@ def _tables(segments: Segments, arena: ArenaView) -> tuple[torch.Tensor, ...]:
     )  # fmt: skip
 
 
-def _check(out: torch.Tensor, x: torch.Tensor, segments: Segments, arena: ArenaView) -> None:
+def _three(widths: tuple[int, ...]) -> tuple[int, ...]:
+    return (*widths, 0, 0)[:3]
+
+
+def _aligned(widths: tuple[int, ...]) -> bool:
+    return all(width % 16 == 0 for width in widths)
+
+
+def _check(
+    out: torch.Tensor, x: torch.Tensor, segments: Segments, arena: ArenaView, widths: tuple[int, ...]
+) -> None:
+    if len(widths) > 3 or sum(widths) != out.shape[1]:
+        raise ValueError(f"out has {out.shape[1]} columns for at most three modules of {widths}")
     if x.dtype != arena.data.dtype:
         raise ValueError(f"x is {x.dtype} but the arena holds {arena.data.dtype}")
     if x.stride(-1) != 1 or out.stride(-1) != 1:
