@@ -26,14 +26,15 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step_plan import StepPlan
 from server.lora.arena import Arena
 from server.lora.kernels.interface import LoraKernels
 from server.lora.residency import Residency
 from server.model.attention.interface import AttentionBackend
 from server.model.batch import BatchBuilder
-from server.model.decode_graphs import cuda_capture
+from server.model.graphs import cuda_capture
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemoryPlan, plan_memory, token_budget
 from server.model.runner import Runner

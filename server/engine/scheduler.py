@@ -10,8 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 
 from server.engine.adapter_gate import AcquireStatus, AdapterGate
@@ -20,33 +18,8 @@ from server.engine.block_pool import BlockPool, extend_hashes
 from server.engine.messages import ErrorCode, Logprobs, TokenOutput
 from server.engine.policy import FirstComeFirstServed, Policy
 from server.engine.sequence import MixKey, Sequence, State
+from server.engine.step_plan import ScheduledRun, StepPlan
 from server.engine.waiting_line import WaitingLine
-
-
-@dataclass(slots=True)
-class ScheduledRun:
-    """Tokens [start, start + num_tokens) of one sequence, whose blocks are there."""
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool  # the run reaches the last known token, so the next one is sampled from it
-
-
-@dataclass
-class StepPlan:
-    """One step: `runs` of the same adapter mix are neighbours, those of the base model come last."""
-
-    runs: list[ScheduledRun]
-    failed: list[TokenOutput] = field(default_factory=list)  # ended while planning; owed to their clients
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(run.num_tokens for run in self.runs)
-
-    @cached_property
-    def num_samples(self) -> int:
-        return sum(run.samples for run in self.runs)
 
 
 class Scheduler:

@@ -10,8 +10,8 @@ from itertools import chain
 import numpy as np
 import torch
 
-from server.engine.scheduler import ScheduledRun
 from server.engine.sequence import MixKey, Tokens
+from server.engine.step_plan import ScheduledRun
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.sampler import SampleRow

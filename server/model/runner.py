@@ -19,9 +19,9 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
-from server.model.decode_graphs import Capture, DecodeGraphs
 from server.model.flat_model import FlatModel
 from server.model.fused_layers import FusedLayers, fuse_layers
+from server.model.graphs import Capture, DecodeGraphs
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
 from server.model.packed_linear import packed

@@ -7,8 +7,9 @@ from collections import Counter, OrderedDict
 from server.engine.adapter_gate import Acquire, AcquireStatus
 from server.engine.block_pool import BlockPool
 from server.engine.messages import AdapterRef, ErrorCode, Request, SamplingParams, TokenOutput
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import MixKey, Sequence
+from server.engine.step_plan import StepPlan
 
 EOS = 0
 VOCABULARY = 9

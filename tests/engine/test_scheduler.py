@@ -5,8 +5,9 @@ import pytest
 from server.engine.adapter_gate import AcquireStatus
 from server.engine.block_pool import BlockPool
 from server.engine.messages import AdapterRef, ErrorCode, Logprobs
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, State
+from server.engine.step_plan import StepPlan
 from tests.engine.fake_step import FakeGate, Harness, alone, request
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.messages import AdapterRef, ErrorCode, Request
-from server.engine.scheduler import StepPlan
 from server.engine.sequence import Sequence, State
+from server.engine.step_plan import StepPlan
 from tests.engine.fake_step import FakeGate, Harness, alone, request
 
 BROKEN = "adapter0"

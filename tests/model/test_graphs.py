@@ -17,11 +17,11 @@ from server.engine.engine import Engine
 from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
-from server.model import decode_graphs
+from server.model import graphs
 from server.model.attention.interface import AttentionPlan
 from server.model.attention.paged_triton import PagedTritonAttention
 from server.model.batch import Batch
-from server.model.decode_graphs import DecodeGraphs, sizes_up_to
+from server.model.graphs import DecodeGraphs, sizes_up_to
 from server.model.loader import load
 from server.model.memory import plan_memory
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
@@ -108,7 +108,7 @@ def test_captured_steps_give_the_tokens_of_the_model(
 def test_a_mix_with_too_many_adapters_runs_as_it_is(
     folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_graphs, "_ENTRIES_PER_SEQUENCE", 1)
+    monkeypatch.setattr(graphs, "_ENTRIES_PER_SEQUENCE", 1)
     mix = [adapter_ref(folder) for folder in folders[1]]
     usual, captured, fake = triton_engine(), triton_engine(), FakeCapture()
     capture(captured, fake)
