@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of under 8 minutes: tests/gpu, the kernels' times, the engine's.
-# Logs go to $OUT (default: a new folder of the temporary directory), the tables to the end of the output.
-# Needs python3 with torch, triton and pytest; wheels in .whl/ of the checkout are installed first.
+# Everything that wants a GPU, in one call of under 8 minutes, or only the parts that are named:
+#     load_tests/gpu/run.sh [tests|kernels|attention|engine-llama|engine-qwen|swap|sweep ...]
+# Logs and JSON go to $OUT (default: a new folder of the temporary directory), the tables to the end of the
+# output. Needs python3 with torch, triton and pytest; wheels in .whl/ of the checkout are installed first.
 set -u
 cd "$(dirname "$0")/../.."
 out=${OUT:-$(mktemp -d)}
@@ -14,15 +15,23 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-failed=()
-# step NAME SECONDS COMMAND...: runs to its own log, within its own time
+wanted=("$@") ran=() failed=()
+# step NAME SECONDS COMMAND...: runs to its own log, within its own time, where it is wanted
 step() {
     local name=$1 seconds=$2 began=$SECONDS status
     shift 2
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+    [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $name "* ]] || return 0
+    ran+=("$name")
+    timeout -k 5 "$seconds" "$@" >"$out/$name.log" 2>&1
     status=$?
     [ "$status" -eq 0 ] || failed+=("$name ($status)")
     echo "$name: exit $status after $((SECONDS - began)) s"
+}
+# gpu NAME SECONDS MODULE OPTION...: a measurement, whose figures also go to JSON
+gpu() {
+    local name=$1 seconds=$2 module=$3
+    shift 3
+    step "$name" "$seconds" python3 -m "load_tests.gpu.$module" --json "$out/$name.json" "$@"
 }
 has() { python3 -c "import $1" 2>/dev/null; }
 
@@ -31,14 +40,21 @@ print("torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_d
 # The project's own options ask for plugins that a lent machine may lack.
 pytest=(python3 -m pytest -q -o addopts= -o filterwarnings=default --durations=5)
 has xdist && pytest+=(-n 8) # most of the time is compilation
-step tests 200 "${pytest[@]}" tests/gpu
-step kernels 120 python3 -m load_tests.gpu.kernels --json "$out/kernels.json"
-step attention 40 python3 -m load_tests.gpu.attention
-[ ! -f load_tests/gpu/engine.py ] || step engine 110 python3 -m load_tests.gpu.engine
+# The limits add up to 450 s, which leaves some for what is above.
+step tests 135 "${pytest[@]}" tests/gpu
+gpu kernels 40 kernels --quick
+step attention 25 python3 -m load_tests.gpu.attention
+gpu engine-llama 105 engine --shape llama-3.1-8b --seconds 85
+gpu engine-qwen 45 engine --shape qwen2.5-0.5b --seconds 28
+gpu swap 50 swap --shape llama-3.1-8b --seconds 34
+gpu sweep 50 sweep --shape qwen2.5-0.5b --seconds 32
 
-grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -20
-for name in tests kernels attention engine; do
-    [ ! -f "$out/$name.log" ] || { echo "--- $name"; tail -n "$([ "$name" = kernels ] && echo 75 || echo 12)" "$out/$name.log"; }
+[ ${#ran[@]} -gt 0 ] || { echo "no such part: ${wanted[*]}"; exit 2; }
+[ ! -f "$out/tests.log" ] || grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -20
+for name in "${ran[@]}"; do
+    echo "--- $name"
+    # from the head of the table of figures on, or else the last lines
+    sed -n '/median  *low/,$p' "$out/$name.log" | grep . || tail -n "$([ "$name" = kernels ] && echo 18 || echo 12)" "$out/$name.log"
 done
 echo "failed: ${failed[*]:-nothing}"
 [ ${#failed[@]} -eq 0 ]
