@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
 
-from server.engine.sequence import MixKey, Tokens
+from server.engine.sequence import MixKey, Sequence
 from server.engine.step_plan import ScheduledRun
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.sampler import SampleRow
+
+_SPARE_BLOCKS = 8  # columns of the block tables that sequences may grow into
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,61 @@ class BatchBuilder:
         block_size: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
+        self._slot_of = slot_of
         self._block_size = block_size
         self._eos_token_ids = eos_token_ids
-        self._segments = _SegmentsMemo(slot_of)
-        self._sample_segments = _SegmentsMemo(slot_of)
+        self._last: _Last | None = None
 
     def build(self, runs: Ordered[ScheduledRun]) -> Batch:
-        """Runs of one mix are neighbours, those of the base model come last."""
+        """The batch of a step, valid until the next is built.
+
+        Runs of one mix are neighbours, those of the base model come last.
+        """
+        if self._last is not None and self._follow(runs, self._last):
+            batch = self._advanced(runs, self._last.batch)
+        else:
+            batch = self._built(runs)
+        self._last = _Last(runs, [run.seq.block_ids for run in runs], batch)
+        return batch
+
+    def _follow(self, runs: Ordered[ScheduledRun], last: _Last) -> bool:
+        """Whether each run is one token, the one after the last step's, in the same blocks and some more.
+
+        A sequence that was preempted and has come back has other blocks; a step that failed is planned again.
+        """
+        plan = last.batch.attention
+        return (
+            len(runs) == len(last.runs)
+            and plan.max_context_len < plan.block_tables.shape[1] * self._block_size
+            and all(
+                run.seq is before.seq
+                and run.start == before.start + 1
+                and run.num_tokens == before.num_tokens == 1
+                and run.samples
+                and before.samples
+                and run.seq.block_ids is block_ids
+                for run, before, block_ids in zip(runs, last.runs, last.block_ids, strict=True)
+            )
+        )
+
+    def _advanced(self, runs: Ordered[ScheduledRun], batch: Batch) -> Batch:
+        """The batch one token later: nearly all steps are, and most of a batch is then as it was."""
+        plan, block_size = batch.attention, self._block_size
+        positions_T, slots_T = batch.positions.numpy(), plan.slot_mapping.numpy()
+        batch.token_ids.numpy()[:] = [run.seq.last_token for run in runs]
+        positions_T += 1
+        slots_T += 1
+        plan.context_lens.numpy()[:] += 1
+        for s in np.flatnonzero(positions_T % block_size == 0).tolist():  # the first token of a block
+            at = positions_T[s] // block_size
+            block = runs[s].seq.block_ids[at]
+            plan.block_tables.numpy()[s, at] = block
+            slots_T[s] = block * block_size
+        for row, run in zip(batch.samples, runs, strict=True):
+            row.position, row.tokens = run.seq.num_tokens, run.seq.tokens
+        return replace(batch, attention=replace(plan, max_context_len=plan.max_context_len + 1))
+
+    def _built(self, runs: Ordered[ScheduledRun]) -> Batch:
         block_size = self._block_size
         lengths_S = np.array([run.num_tokens for run in runs])
         starts_S = np.array([run.start for run in runs])
@@ -73,7 +124,7 @@ class BatchBuilder:
 
         context_S = (starts_S + lengths_S).astype(np.int32)
         blocks_S = -(-context_S // block_size)
-        tables = np.zeros((len(runs), int(blocks_S.max())), dtype=np.int32)
+        tables = np.zeros((len(runs), int(blocks_S.max()) + _SPARE_BLOCKS), dtype=np.int32)
         in_use = chain.from_iterable(
             run.seq.block_ids[:blocks] for run, blocks in zip(runs, blocks_S.tolist(), strict=True)
         )
@@ -84,15 +135,15 @@ class BatchBuilder:
         slots_T += positions_T % block_size
 
         sampling = [i for i, run in enumerate(runs) if run.samples]
-
-        segments = self._segments.build([(run.seq.mix_key, run.num_tokens) for run in runs])
-        if len(sampling) == query_starts[-1]:  # every token is sampled from
-            sample_segments = segments
-        else:
-            sample_segments = self._sample_segments.build([(runs[i].seq.mix_key, 1) for i in sampling])
+        segments = self._segments([(run.seq.mix_key, run.num_tokens) for run in runs])
+        sample_segments = segments
+        if len(sampling) < query_starts[-1]:  # not every token is sampled from
+            sample_segments = self._segments([(runs[i].seq.mix_key, 1) for i in sampling])
 
         return Batch(
-            token_ids=torch.from_numpy(_token_ids(runs)),
+            token_ids=torch.from_numpy(
+                np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
+            ),
             positions=torch.from_numpy(positions_T),
             sample_rows=torch.from_numpy(query_starts[1:][sampling].astype(np.int64) - 1),
             attention=AttentionPlan(
@@ -106,50 +157,33 @@ class BatchBuilder:
             ),
             segments=segments,
             sample_segments=sample_segments,
-            samples=[_sample_row(runs[i], self._eos_token_ids) for i in sampling],
+            samples=[_sample_row(runs[i].seq, self._eos_token_ids) for i in sampling],
+        )
+
+    def _segments(self, runs: Iterable[tuple[MixKey, int]]) -> Segments | None:
+        """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
+        return Segments.build(
+            [
+                (
+                    [(self._slot_of(digest), weight) for digest, weight in mix],
+                    sum(tokens for _, tokens in group),
+                )
+                for mix, group in groupby(runs, key=itemgetter(0))
+                if mix
+            ]
         )
 
 
-def _token_ids(runs: Ordered[ScheduledRun]) -> Tokens:
-    """The tokens of all runs: [T]. Nearly all runs of nearly all steps are the one token sampled last."""
-    if all(run.num_tokens == 1 and run.samples for run in runs):
-        return np.array([run.seq.last_token for run in runs])
-    return np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
+@dataclass(frozen=True)
+class _Last:
+    """The step before: its runs, the lists of their blocks, its batch."""
+
+    runs: Ordered[ScheduledRun]
+    block_ids: list[list[int]]
+    batch: Batch
 
 
-class _SegmentsMemo:
-    """Makes a step's segments; while no sequence comes or goes they are the last step's again."""
-
-    def __init__(self, slot_of: Callable[[str], int]) -> None:
-        self._slot_of = slot_of
-        self._merged: list[tuple[MixKey, list[int], int]] = []  # mix, its slots, tokens
-        self._segments: Segments | None = None
-
-    def build(self, mixes: list[tuple[MixKey, int]]) -> Segments | None:
-        """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
-        merged: list[tuple[MixKey, list[int], int]] = []
-        last: MixKey = ()
-        for mix, tokens in mixes:
-            if not mix:
-                break
-            if mix == last:
-                merged[-1] = (mix, merged[-1][1], merged[-1][2] + tokens)
-            else:
-                merged.append((mix, [self._slot_of(digest) for digest, _ in mix], tokens))
-                last = mix
-        if merged != self._merged:
-            self._merged = merged
-            self._segments = Segments.build(
-                [
-                    ([(slot, weight) for slot, (_, weight) in zip(slots, mix, strict=True)], tokens)
-                    for mix, slots, tokens in merged
-                ]
-            )
-        return self._segments
-
-
-def _sample_row(run: ScheduledRun, eos_token_ids: tuple[int, ...]) -> SampleRow:
-    seq = run.seq
+def _sample_row(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
     return SampleRow(
         params=seq.sampling,
         seed=seq.seed,

@@ -199,8 +199,9 @@ class DecodeGraphs:
             to[name][count : size + 1] = starts[-1]
         self._inputs.memory.copy_(self._host.memory, non_blocking=True)
         # Only as wide as the longest context: the whole table of a model with a long context is megabytes.
-        tables = self._host_tables[: plan.block_tables.numel()].view_as(plan.block_tables)
-        tables.copy_(plan.block_tables)
+        live_tables = plan.block_tables[:, : self._tables.shape[1]]
+        tables = self._host_tables[: live_tables.numel()].view_as(live_tables)
+        tables.copy_(live_tables)
         self._tables[:live, : tables.shape[1]].copy_(
             tables.to(self._tables.device, non_blocking=True), non_blocking=True
         )
