@@ -31,6 +31,8 @@ from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan, LayerCache
 from server.model.attention.paged_triton import PagedTritonAttention
+from server.model.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.model.layer_reader import Norm
 
 MULTIPROCESSORS = 132
 
@@ -67,7 +69,10 @@ KINDS = {
 
 
 def launch_lora(
-    lengths: list[int], dtype: torch.dtype, in_features: int = 4096, out_features: int = 14336
+    lengths: list[int],
+    dtype: torch.dtype,
+    in_features: int = 4096,
+    widths: tuple[int, ...] = (4096, 1024, 1024),  # Q, K and V
 ) -> None:
     segments = Segments.build([(((slot, 1.0),), length) for slot, length in enumerate(lengths)])
     assert segments is not None
@@ -78,8 +83,8 @@ def launch_lora(
         torch.empty(slots, 7, dtype=torch.int32),
     )
     x = torch.empty(sum(lengths), in_features, dtype=dtype)
-    out = torch.empty(sum(lengths), out_features, dtype=dtype)
-    TritonKernels(programs=4 * MULTIPROCESSORS).apply(out, x, 2, segments, arena)
+    out = torch.empty(sum(lengths), sum(widths), dtype=dtype)
+    TritonKernels(programs=4 * MULTIPROCESSORS).apply(out, x, 2, segments, arena, widths)
 
 
 def launch_attention(
@@ -103,10 +108,35 @@ def launch_attention(
     PagedTritonAttention(2 * MULTIPROCESSORS).forward(query, key, value, cache, plan, scale=0.1, **options)
 
 
+def launch_layer(
+    dtype: torch.dtype,
+    hidden: int = 4096,
+    heads: int = 32,
+    dim: int = 128,
+    rotary_dim: int = 128,
+    per_head: bool | None = None,  # norms of Q and K; None: none
+) -> None:
+    kv_heads, tokens, intermediate = 8, 64, 14336
+    norm = Norm(torch.empty(hidden), 1e-6)
+    x, residual = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, hidden)
+    positions = torch.empty(tokens, dtype=torch.int64)
+    add_norm(x, residual, norm, x_norm=norm)
+    add_norm(x, residual, norm, rows_N=positions)
+    width = (heads + kv_heads) * dim
+    head_norm = None
+    if per_head is not None:
+        head_norm = HeadNorm(torch.empty(2 * dim if per_head else width), 1e-6, per_head)
+    cos = torch.empty(4096, rotary_dim, dtype=dtype)
+    qkv = torch.empty(tokens, width + kv_heads * dim, dtype=dtype)
+    norm_rotate(qkv, heads, kv_heads, dim, head_norm, (cos, cos), positions)
+    activate(torch.empty(tokens, 2 * intermediate, dtype=dtype), "gelu")
+
+
 MIXED = [1] * 63 + [2000]
 CASES: dict[str, Callable[[], None]] = {
     "lora rows bf16": lambda: launch_lora([1] * 64, torch.bfloat16),
     "lora rows bf16, one": lambda: launch_lora([1], torch.bfloat16),
+    "lora rows bf16, alone": lambda: launch_lora([1] * 64, torch.bfloat16, 14336, (4096,)),
     "lora small tiles bf16": lambda: launch_lora([1, 4, 8], torch.bfloat16),
     "lora tiles bf16": lambda: launch_lora(MIXED, torch.bfloat16),
     "lora tiles fp16": lambda: launch_lora(MIXED, torch.float16),
@@ -124,6 +154,14 @@ CASES: dict[str, Callable[[], None]] = {
     "mixed fp32": lambda: launch_attention(MIXED, torch.float32),
     "mixed fp32, dim 256": lambda: launch_attention(MIXED, torch.float32, dim=256),
     "decode fp32, dim 256": lambda: launch_attention([1] * 64, torch.float32, dim=256),
+    "layer bf16": lambda: launch_layer(torch.bfloat16),
+    "layer bf16, heads normed": lambda: launch_layer(torch.bfloat16, per_head=True),
+    "layer bf16, widest": lambda: launch_layer(
+        torch.bfloat16, hidden=16384, heads=128, rotary_dim=64, per_head=False
+    ),
+    "layer fp32, odd widths": lambda: launch_layer(
+        torch.float32, hidden=3000, heads=24, dim=80, rotary_dim=32, per_head=True
+    ),
 }
 
 

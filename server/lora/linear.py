@@ -48,13 +48,22 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., out_features]."""
         y: torch.Tensor = self.base(x)
+        self.add_deltas(y, x)
+        return y
+
+    def add_deltas(self, y: torch.Tensor, x: torch.Tensor, widths: tuple[int, ...] | None = None) -> None:
+        """Add to y what the step's adapters make of x; for code that computes base(x) by itself.
+
+        x: [..., in_features]; y: [..., out_features]. `widths`: y holds the outputs of the layers after this
+        one too, see `LoraKernels.apply`.
+        """
         segments = self._step.samples if self.is_output_head else self._step.segments
         if segments is not None and self._step.arena is not None:
             x_TI = x.reshape(-1, x.shape[-1])
             if x_TI.stride(-1) != 1:
                 x_TI = x_TI.contiguous()
-            self._step.kernels.apply(y.view(-1, y.shape[-1]), x_TI, self.module, segments, self._step.arena)
-        return y
+            y_TO = y.view(-1, y.shape[-1])
+            self._step.kernels.apply(y_TO, x_TI, self.module, segments, self._step.arena, widths)
 
 
 def wrap_linears(model: nn.Module, step: LoraStep, head: nn.Module | None) -> list[tuple[str, LoraLinear]]:

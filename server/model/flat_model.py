@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from server.model.fused_layers import FusedLayers
+from server.model.decoder_layers import DecoderLayers
 from server.model.layer_reader import LayerReader, NotFusable
 
 
@@ -19,20 +19,24 @@ class FlatModel:
     comparing logits.
     """
 
-    def __init__(self, model: PreTrainedModel, fused: FusedLayers, max_model_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, fused: DecoderLayers, max_model_len: int) -> None:
         decoder = model.get_decoder()
         self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._fused = fused
-        self._reader = LayerReader()  # keeps the norm's weights
-        self._norm = self._reader.norm(decoder, "norm")
-        if not self._norm.weight:
+        norm = LayerReader().norm(decoder, "norm")
+        if norm is None:
             raise NotFusable("it has no final norm")
+        self._norm = norm
         rotary = getattr(decoder, "rotary_emb", None)
         if rotary is None or not fused.one_table:
             raise NotFusable("its layers have different rotary tables")
-        like = self._embed(torch.zeros(1, 1, dtype=torch.long))
-        cos, sin = rotary(like, torch.arange(max_model_len)[None])
-        fused.keep_positions(cos[0].to(like.dtype).contiguous(), sin[0].to(like.dtype).contiguous())
+        device = norm.weight.device
+        like = self._embed(torch.zeros(1, 1, dtype=torch.long, device=device))
+        cos, sin = (
+            table[0].to(like.dtype).contiguous()
+            for table in rotary(like, torch.arange(max_model_len, device=device)[None])
+        )
+        fused.keep_positions((cos, sin))
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
         """Token ids and positions [T], rows whose logits are wanted [N] -> logits [N, V]."""

@@ -1,26 +1,55 @@
 """A model's decoder layers as one call of compiled code (native/decoder.cpp).
 
 transformers runs a layer as some forty small operations; on the CPU a step of a few tokens spends more time
-between them than in them. What is around the layers (embedding, positions, final norm, output head) is
-transformers' own here; flat_model.py takes it over where it can.
+between them than in them.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from server.lora.kernels.cpu import CpuKernels, SegmentsStruct
-from server.lora.linear import LoraStep
+from server.lora.linear import LoraLinear, LoraStep
 from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
-from server.model.attention.paged_cpu import PagedCpuAttention, PlanStruct
-from server.model.layer_reader import LayerReader, LayerStruct, NormStruct, NotFusable
+from server.model.attention.paged_cpu import AttentionStruct, PagedCpuAttention, PlanStruct
+from server.model.decoder_layers import DecoderLayers, Tables
+from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
+from server.model.packed_linear import LinearStruct, PackedLinear
 from server.native import SUFFIXES, constant, library
+
+
+class NormStruct(ctypes.Structure):
+    """`ChorusNorm` of native/decoder.cpp."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+class LayerStruct(ctypes.Structure):
+    """`ChorusLayer` of native/decoder.cpp."""
+
+    _fields_ = (
+        *(
+            (name, NormStruct)
+            for name in ("attention_in", "attention_out", "mlp_in", "mlp_out", "q_norm", "k_norm")
+        ),
+        ("qk_norm_width", ctypes.c_int64),
+        ("qkv", LinearStruct * 3),
+        ("output", LinearStruct),
+        ("gate_up", LinearStruct * 2),
+        ("down", LinearStruct),
+        ("num_qkv", ctypes.c_int64),
+        ("num_gate_up", ctypes.c_int64),
+        ("attention", AttentionStruct),
+        ("rotary_dim", ctypes.c_int64),
+        ("gelu", ctypes.c_int64),
+        ("residual_multiplier", ctypes.c_float),
+    )
 
 
 class _Decoder(ctypes.Structure):
@@ -59,88 +88,67 @@ class _Widths:
         return max(self.hidden, self.qkv, 2 * self.intermediate)
 
 
-class FusedLayers:
-    """The layers of one model over its KV cache."""
+class _Pointers:
+    """The rotary tables of each layer, as compiled code takes them."""
+
+    def __init__(self, tables: Sequence[Tables | None]) -> None:
+        self._keep_alive = list(tables)
+        addresses = ctypes.c_void_p * len(tables)
+        self.cos, self.sin = (
+            addresses(*(None if table is None else table[side].data_ptr() for table in tables))
+            for side in range(2)
+        )
+        self.rotary_dims = [0 if table is None else table[0].shape[1] for table in tables]
+
+
+class FusedLayers(DecoderLayers):
+    """`DecoderLayers` in native/decoder.cpp."""
 
     def __init__(
         self,
-        layers: list[LayerStruct],
+        layers: list[Layer],
         widths: _Widths,
-        keep_alive: list[torch.Tensor],
         paged: PagedStep,
         attention: PagedCpuAttention,
         lora: LoraStep,
         kernels: CpuKernels,
-        block_size: int,
-        dtype: torch.dtype,
         lib: ctypes.CDLL,
     ) -> None:
-        self._layers = (LayerStruct * len(layers))(*layers)
+        dtype = layers[0].cache.k.dtype
+        super().__init__([layer.rotary for layer in layers], dtype)
+        self._keep_alive: list[torch.Tensor] = []
+        self._layers = (LayerStruct * len(layers))(*(_struct(layer, self._keep_alive) for layer in layers))
         self._widths = widths
-        self._keep_alive = keep_alive
         self._paged, self._attention = paged, attention
         self._lora, self._kernels = lora, kernels
-        self._block_size = block_size
-        self._dtype = dtype
+        self._block_size = layers[0].cache.k.shape[2]
         self._function = lib[f"chorus_decoder_{SUFFIXES[dtype]}"]
         self._function.restype = None
         self._function.argtypes = [ctypes.POINTER(_Decoder), ctypes.c_int64]
-        self._cos = (ctypes.c_void_p * len(layers))()
-        self._sin = (ctypes.c_void_p * len(layers))()
-        self._rotated = [layer.rotary_dim > 0 for layer in layers]
-        self.one_table = False  # whether all layers of the last forward got the same rotary tables
-        self._embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # the layer before's
-        self._tables = (0, 0, 0)  # pointers and width of the same
-        self._in_use: list[torch.Tensor] = []  # what the two arrays point to
-        self._kept: tuple[torch.Tensor, ...] = ()  # tables of all positions
-        self._kept_tables: tuple[ctypes.Array[ctypes.c_void_p], ...] = ()  # pointers to them for each layer
+        self._kept: _Pointers | None = None
         self._buffers: dict[str, torch.Tensor] = {}
         self._rows = 0
 
-    def slots(self) -> tuple[LayerSlot, ...]:
-        """What to put in the place of the layers."""
-        last = len(self._layers) - 1
-        return tuple(LayerSlot(self, i, last=i == last) for i in range(last + 1))
+    def keep_positions(self, tables: Tables) -> None:
+        self._kept = _Pointers([tables if rotated else None for rotated in self._rotated])
 
-    def take_positions(self, layer: int, embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """The step's rotary tables of one layer, cos and sin, each [1, T, rotary_dim]."""
-        if embeddings is None or not self._rotated[layer]:
-            self._layers[layer].rotary_dim = 0
-            return
-        if embeddings is not self._embeddings:  # most models hand all layers the same
-            self.one_table = self._embeddings is None
-            self._embeddings = embeddings
-            cos, sin = (table.to(self._dtype).contiguous() for table in embeddings)
-            self._tables = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-            self._in_use += (cos, sin)
-        self._cos[layer], self._sin[layer], self._layers[layer].rotary_dim = self._tables
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [1, T, hidden_size], the embedded tokens -> the same after the last layer."""
-        out = hidden.contiguous().clone()
-        self._call(out, None, NormStruct(), None, None)
-        self._embeddings, self._in_use = None, []
-        return out
-
-    def keep_positions(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotary tables of all positions, each [positions, rotary_dim], for all later calls of `sample`."""
-        self._kept = cos, sin
-        pointers = ctypes.c_void_p * len(self._layers)
-        self._kept_tables = tuple(pointers(*[table.data_ptr()] * len(self._layers)) for table in self._kept)
-        for layer, rotated in zip(self._layers, self._rotated, strict=True):
-            layer.rotary_dim = cos.shape[-1] if rotated else 0
+    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None]) -> torch.Tensor:
+        out_TH = hidden_TH.contiguous().clone()
+        self._call(out_TH, _Pointers(tables), None, NormStruct(), None, None)
+        return out_TH
 
     def sample(
-        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: NormStruct, rows_N: torch.Tensor
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor
     ) -> torch.Tensor:
-        """The embedded tokens (lost after) -> those in `rows_N` after the last layer and `norm`: [N, H]."""
+        assert self._kept is not None
         sampled_NH = hidden_TH.new_empty(rows_N.numel(), self._widths.hidden)
-        self._call(hidden_TH, positions_T, norm, rows_N, sampled_NH)
+        self._call(hidden_TH, self._kept, positions_T, _norm_struct(norm), rows_N, sampled_NH)
         return sampled_NH
 
     def _call(
         self,
         hidden: torch.Tensor,
+        tables: _Pointers,
         positions: torch.Tensor | None,
         norm: NormStruct,
         rows: torch.Tensor | None,
@@ -148,6 +156,8 @@ class FusedLayers:
     ) -> None:
         plan, segments, arena = self._paged.plan, self._lora.segments, self._lora.arena
         assert plan is not None
+        for layer, rotary_dim in zip(self._layers, tables.rotary_dims, strict=True):
+            layer.rotary_dim = rotary_dim
         self._reserve(hidden.numel() // self._widths.hidden)
         step = _Decoder(
             self._layers,
@@ -157,7 +167,8 @@ class FusedLayers:
             None
             if segments is None or arena is None
             else ctypes.pointer(self._kernels.struct(segments, arena, self._widths.side_by_side)),
-            *((self._cos, self._sin) if positions is None else self._kept_tables),
+            tables.cos,
+            tables.sin,
             None if positions is None else positions.data_ptr(),
             norm,
             None if rows is None else rows.data_ptr(),
@@ -183,23 +194,6 @@ class FusedLayers:
         self._rows = rows
 
 
-class LayerSlot:
-    """Stands where a layer stood: hands over its rotary tables; the last one runs them all."""
-
-    def __init__(self, fused: FusedLayers, index: int, *, last: bool) -> None:
-        self._fused, self._index, self._last = fused, index, last
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        *_: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **__: Any,
-    ) -> torch.Tensor:
-        self._fused.take_positions(self._index, position_embeddings)
-        return self._fused.forward(hidden_states) if self._last else hidden_states
-
-
 def fuse_layers(
     layers: nn.ModuleList,
     caches: dict[int, LayerCache],
@@ -222,27 +216,70 @@ def fuse_layers(
     if len(widths) != 1:
         raise NotFusable("layers of different widths")
     panel = constant(lib, "panel")
-    if any(layer.num_gate_up == 1 and layer.down.in_features % panel for layer in read):
+    if any(len(layer.gate_up) == 1 and layer.down.in_features % panel for layer in read):
         raise NotFusable("gate and up are packed in one, and are not whole panels each")
-    cache = caches[0].k
-    return FusedLayers(
-        read,
-        widths.pop(),
-        reader.keep_alive,
-        paged,
-        attention,
-        lora,
-        kernels,
-        cache.shape[2],
-        cache.dtype,
-        lib,
+    return FusedLayers(read, widths.pop(), paged, attention, lora, kernels, lib)
+
+
+def _widths(layer: Layer) -> _Widths:
+    return _Widths(
+        layer.output.out_features,
+        sum(linear.out_features for linear in layer.qkv),
+        layer.output.in_features,
+        layer.down.in_features,
     )
 
 
-def _widths(layer: LayerStruct) -> _Widths:
-    return _Widths(
-        layer.output.out_features,
-        sum(layer.qkv[i].out_features for i in range(layer.num_qkv)),
-        layer.output.in_features,
-        layer.down.in_features,
+def _struct(layer: Layer, keep_alive: list[torch.Tensor]) -> LayerStruct:
+    """The layer for compiled code; what it points to is added to `keep_alive`."""
+    norms = (
+        layer.attention_in, layer.attention_out, layer.mlp_in, layer.mlp_out, layer.q_norm, layer.k_norm
+    )  # fmt: skip
+    keep_alive += (norm.weight for norm in norms if norm is not None)
+    linears = [_linear_struct(linear, keep_alive) for linear in (*layer.qkv, *layer.gate_up)]
+    return LayerStruct(
+        *(_norm_struct(norm) for norm in norms),
+        0 if layer.q_norm is None else layer.q_norm.weight.numel(),
+        (LinearStruct * 3)(*linears[: len(layer.qkv)]),
+        _linear_struct(layer.output, keep_alive),
+        (LinearStruct * 2)(*linears[len(layer.qkv) :]),
+        _linear_struct(layer.down, keep_alive),
+        len(layer.qkv),
+        len(layer.gate_up),
+        _attention_struct(layer, keep_alive),
+        0,  # rotary_dim: as wide as the tables
+        layer.activation == "gelu",
+        layer.residual_multiplier,
+    )
+
+
+def _norm_struct(norm: Norm | None) -> NormStruct:
+    return NormStruct() if norm is None else NormStruct(norm.weight.data_ptr(), norm.eps)
+
+
+def _linear_struct(linear: LoraLinear, keep_alive: list[torch.Tensor]) -> LinearStruct:
+    if not isinstance(linear.base, PackedLinear):
+        raise NotFusable("a Linear is not packed")
+    keep_alive += linear.base.tensors()
+    return linear.base.struct(linear.module)
+
+
+def _attention_struct(layer: Layer, keep_alive: list[torch.Tensor]) -> AttentionStruct:
+    cache, options = layer.cache, layer.options
+    keep_alive += (cache.k, cache.v)
+    sinks = options["sinks"]
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+        keep_alive.append(sinks)
+    return AttentionStruct(
+        k_cache=cache.k.data_ptr(),
+        v_cache=cache.v.data_ptr(),
+        heads=layer.heads,
+        kv_heads=cache.k.shape[1],
+        k_dim=cache.k.shape[3],
+        v_dim=cache.v.shape[3],
+        window=options["sliding_window"] or 0,
+        scale=options["scale"],
+        softcap=options["softcap"] or 0.0,
+        sinks=None if sinks is None else sinks.data_ptr(),
     )

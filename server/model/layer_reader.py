@@ -7,8 +7,9 @@ check, by comparing logits.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,50 +17,58 @@ from torch.nn import functional
 
 from server.lora.linear import LoraLinear
 from server.model.attention.interface import AttentionOptions, LayerCache
-from server.model.attention.paged_cpu import AttentionStruct
-from server.model.packed_linear import LinearStruct, PackedLinear
+
+Activation = Literal["silu", "gelu"]  # gelu: by tanh
 
 
 class NotFusable(Exception):
-    """The layers are of another build than the compiled code knows; the message says how."""
+    """The layers are of another build than the fused code knows; the message says how."""
 
 
-class NormStruct(ctypes.Structure):
-    """`ChorusNorm` of native/decoder.cpp."""
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
 
-    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
+    weight: torch.Tensor  # [values normed together] float32, as it multiplies: where a model adds 1, with it
+    eps: float
 
 
-class LayerStruct(ctypes.Structure):
-    """`ChorusLayer` of native/decoder.cpp."""
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: x += m * norm(attention(norm(x))), x += m * norm(mlp(norm(x))).
 
-    _fields_ = (
-        *(
-            (name, NormStruct)
-            for name in ("attention_in", "attention_out", "mlp_in", "mlp_out", "q_norm", "k_norm")
-        ),
-        ("qk_norm_width", ctypes.c_int64),
-        ("qkv", LinearStruct * 3),
-        ("output", LinearStruct),
-        ("gate_up", LinearStruct * 2),
-        ("down", LinearStruct),
-        ("num_qkv", ctypes.c_int64),
-        ("num_gate_up", ctypes.c_int64),
-        ("attention", AttentionStruct),
-        ("rotary_dim", ctypes.c_int64),
-        ("gelu", ctypes.c_int64),
-        ("residual_multiplier", ctypes.c_float),
-    )
+    m is the `residual_multiplier`; a norm that is None is not there.
+    """
+
+    attention_in: Norm | None
+    attention_out: Norm | None
+    mlp_in: Norm | None
+    mlp_out: Norm | None
+    q_norm: Norm | None  # of each head, or of all heads at once: as wide as its weight
+    k_norm: Norm | None
+    qkv: tuple[LoraLinear, ...]  # one that holds all three, or Q, K and V
+    output: LoraLinear
+    gate_up: tuple[LoraLinear, ...]  # one that holds both, or gate and up
+    down: LoraLinear
+    heads: int
+    cache: LayerCache  # says how many KV heads there are, and how wide heads are
+    options: AttentionOptions
+    rotary: bool
+    activation: Activation
+    residual_multiplier: float
 
 
 class LayerReader:
-    """Reads layers off transformers' modules, and keeps the tensors that the result points to."""
+    """Reads one layer after another."""
 
     def __init__(self) -> None:
-        self.keep_alive: list[torch.Tensor] = []
         self._read: set[int] = set()  # ids of the parameters understood so far
 
-    def layer(self, layer: nn.Module, cache: LayerCache, options: AttentionOptions) -> LayerStruct:
+    def layer(self, layer: nn.Module, cache: LayerCache, options: AttentionOptions) -> Layer:
+        """Raises NotFusable where the layer is, or holds, something else.
+
+        `options`: what it asks of the attention, as a forward showed it.
+        """
         attn, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
         norms = self._wiring(layer)
         qkv = self._linears(attn, "qkv_proj") or self._linears(attn, "q_proj", "k_proj", "v_proj")
@@ -67,31 +76,29 @@ class LayerReader:
         output, down = self._linears(attn, "o_proj"), self._linears(mlp, "down_proj")
         if not (qkv and gate_up and output and down):
             raise NotFusable("its projections are not those of Llama")
-        geometry = self._attention(output[0], qkv, cache, options)
-        q_norm, k_norm = self.norm(attn, "q_norm"), self.norm(attn, "k_norm")
-        q_norm_weight = getattr(getattr(attn, "q_norm", None), "weight", None)
-        result = LayerStruct(
+        if options["sinks"] is not None:
+            self._read.add(id(options["sinks"]))
+        result = Layer(
             *norms,
-            q_norm,
-            k_norm,
-            0 if q_norm_weight is None else q_norm_weight.numel(),
-            (LinearStruct * 3)(*qkv),
-            output[0],
-            (LinearStruct * 2)(*gate_up),
-            down[0],
-            len(qkv),
-            len(gate_up),
-            geometry,
-            geometry.k_dim if getattr(attn, "use_rope", True) else 0,  # SmolLM 3 leaves it out at times
-            self._is_gelu(mlp),
-            getattr(layer, "residual_multiplier", 1.0),
+            q_norm=self.norm(attn, "q_norm"),
+            k_norm=self.norm(attn, "k_norm"),
+            qkv=qkv,
+            output=output[0],
+            gate_up=gate_up,
+            down=down[0],
+            heads=_heads(output[0], qkv, cache),
+            cache=cache,
+            options=options,
+            rotary=bool(getattr(attn, "use_rope", True)),  # SmolLM 3 leaves it out at times
+            activation=_activation(mlp),
+            residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
         )
         unread = [name for name, p in layer.named_parameters() if id(p) not in self._read]
         if unread:
             raise NotFusable(f"a layer also has {', '.join(unread)}")
         return result
 
-    def _wiring(self, layer: nn.Module) -> tuple[NormStruct, NormStruct, NormStruct, NormStruct]:
+    def _wiring(self, layer: nn.Module) -> tuple[Norm | None, Norm | None, Norm | None, Norm | None]:
         """The norms before and after attention, before and after the MLP.
 
         `post_attention_layernorm` stands after the attention in models with a norm after the MLP (Gemma 2,
@@ -102,19 +109,19 @@ class LayerReader:
         if hasattr(layer, "post_feedforward_layernorm"):
             mlp_in = self.norm(layer, "pre_feedforward_layernorm")
             return entry, middle, mlp_in, self.norm(layer, "post_feedforward_layernorm")
-        return entry, NormStruct(), middle, NormStruct()
+        return entry, None, middle, None
 
-    def norm(self, parent: nn.Module, name: str) -> NormStruct:
-        """The RMSNorm of that name; one without a weight where there is none."""
+    def norm(self, parent: nn.Module, name: str) -> Norm | None:
+        """The RMSNorm of that name, or None where there is none."""
         module = getattr(parent, name, None)
         if module is None:
-            return NormStruct()
+            return None
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if weight is None or eps is None or weight.dim() != 1:
             raise NotFusable(f"{name} is not an RMSNorm")
         self._read.add(id(weight))
-        x = 1 + torch.randn(1, weight.numel(), generator=torch.Generator().manual_seed(0))
+        x = 1 + torch.randn(1, weight.numel(), generator=torch.Generator().manual_seed(0)).to(weight.device)
         normed = x * torch.rsqrt(x.square().mean() + eps)
         scale = weight.detach().float()
         scales = [scale, 1.0 + scale]  # Gemma's weights are around zero
@@ -123,63 +130,48 @@ class LayerReader:
         best = min(range(2), key=errors.__getitem__)
         if not errors[best] < 0.05:
             raise NotFusable(f"{name} is not an RMSNorm")
-        self.keep_alive.append(scales[best].contiguous())
-        return NormStruct(self.keep_alive[-1].data_ptr(), eps)
+        return Norm(scales[best].contiguous(), eps)
 
-    def _linears(self, parent: nn.Module, *names: str) -> list[LinearStruct]:
-        """The packed layers of these names, or [] where there are none."""
+    def _linears(self, parent: nn.Module, *names: str) -> tuple[LoraLinear, ...]:
+        """The Linears of these names, or () where there are none."""
         found = [getattr(parent, name, None) for name in names]
         if all(layer is None for layer in found):
-            return []
-        structs = []
+            return ()
+        linears = []
         for name, layer in zip(names, found, strict=True):
-            if not isinstance(layer, LoraLinear) or not isinstance(layer.base, PackedLinear):
-                raise NotFusable(f"{name} is not a packed Linear")
-            structs.append(layer.base.struct(layer.module))
-            self.keep_alive += layer.base.tensors()
-        return structs
+            if not isinstance(layer, LoraLinear):
+                raise NotFusable(f"{name} is not a Linear")
+            linears.append(layer)
+            self._read.update(id(p) for p in layer.parameters())
+        return tuple(linears)
 
-    def _attention(
-        self, output: LinearStruct, qkv: list[LinearStruct], cache: LayerCache, options: AttentionOptions
-    ) -> AttentionStruct:
-        kv_heads, k_dim, v_dim = cache.k.shape[1], cache.k.shape[3], cache.v.shape[3]
-        heads = output.in_features // v_dim
-        width = sum(linear.out_features for linear in qkv)
-        if width != heads * k_dim + kv_heads * (k_dim + v_dim) or output.in_features != heads * v_dim:
-            raise NotFusable("its query, key and value are not laid out as Llama's")
-        sinks = options["sinks"]
-        if sinks is not None:
-            self._read.add(id(sinks))
-            sinks = sinks.float().contiguous()
-            self.keep_alive.append(sinks)
-        self.keep_alive += (cache.k, cache.v)
-        return AttentionStruct(
-            k_cache=cache.k.data_ptr(),
-            v_cache=cache.v.data_ptr(),
-            heads=heads,
-            kv_heads=kv_heads,
-            k_dim=k_dim,
-            v_dim=v_dim,
-            window=options["sliding_window"] or 0,
-            scale=options["scale"],
-            softcap=options["softcap"] or 0.0,
-            sinks=None if sinks is None else sinks.data_ptr(),
-        )
 
-    def _is_gelu(self, mlp: nn.Module) -> bool:
-        activation = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-        if activation is None:
-            raise NotFusable("its MLP has no gate")
-        x = torch.linspace(-4, 4, 65)
-        y = activation(x)
-        known: list[Callable[[torch.Tensor], torch.Tensor]] = [
-            functional.silu,
-            lambda x: functional.gelu(x, approximate="tanh"),
-        ]
-        for index, function in enumerate(known):
-            if torch.allclose(y, function(x), atol=1e-5):
-                return bool(index)
-        raise NotFusable("its activation is neither SiLU nor tanh GELU")
+def _heads(output: LoraLinear, qkv: tuple[LoraLinear, ...], cache: LayerCache) -> int:
+    """How many query heads there are."""
+    kv_heads, k_dim, v_dim = cache.k.shape[1], cache.k.shape[3], cache.v.shape[3]
+    heads = output.in_features // v_dim
+    width = sum(linear.out_features for linear in qkv)
+    if width != heads * k_dim + kv_heads * (k_dim + v_dim) or output.in_features != heads * v_dim:
+        raise NotFusable("its query, key and value are not laid out as Llama's")
+    return heads
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+def _activation(mlp: nn.Module) -> Activation:
+    module = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if module is None:
+        raise NotFusable("its MLP has no gate")
+    x = torch.linspace(-4, 4, 65)
+    y = module(x)
+    for name, function in _ACTIVATIONS.items():
+        if torch.allclose(y, function(x), atol=1e-5):
+            return name
+    raise NotFusable("its activation is neither SiLU nor tanh GELU")
 
 
 def _part(layer: nn.Module, name: str) -> nn.Module:

@@ -19,8 +19,9 @@ from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
+from server.model.decoder_layers import DecoderLayers
 from server.model.flat_model import FlatModel
-from server.model.fused_layers import FusedLayers, fuse_layers
+from server.model.fused_layers import fuse_layers
 from server.model.graphs import Capture, DecodeGraphs
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
@@ -59,7 +60,7 @@ class Runner:
         self._lora = LoraStep(lora_kernels)
         self.max_mix_rank = lora_kernels.max_mix_rank
         layers = wrap_linears(loaded.model, self._lora, loaded.model.get_output_embeddings())
-        if loaded.device.type == "cpu":
+        if isinstance(backend, PagedCpuAttention):
             for _, layer in layers:
                 layer.base = packed(layer.base)
         self.targets = [LoraTarget(name, layer.in_features, layer.out_features) for name, layer in layers]
@@ -87,22 +88,18 @@ class Runner:
         backend: AttentionBackend,
         kernels: LoraKernels,
     ) -> bool:
-        """Let compiled code run the decoder layers, where it gives the logits that the modules give."""
-        if not isinstance(backend, PagedCpuAttention) or not isinstance(kernels, CpuKernels):
-            return False
+        """Let fused code run the decoder layers, where it gives the logits that the modules give."""
         decoder = loaded.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             return False
         batch = self._probe_batch(1, tokens=16)
+        want = self.logits(batch, None).float()  # before fusing, which may move weights
         try:
-            fused = fuse_layers(
-                layers, caches, loaded.attention_options, self._attention, backend, self._lora, kernels
-            )
+            fused = self._fused_layers(layers, loaded, caches, backend, kernels)
         except NotFusable as reason:
             log.info("the decoder layers run as torch modules: %s", reason)
             return False
-        want = self.logits(batch, None).float()
         del decoder.layers
         decoder.layers = fused.slots()
         error = self._error(batch, want)
@@ -114,7 +111,27 @@ class Runner:
         self._flatten(loaded, fused, batch, usual=want)
         return True
 
-    def _flatten(self, loaded: LoadedModel, fused: FusedLayers, batch: Batch, usual: torch.Tensor) -> None:
+    def _fused_layers(
+        self,
+        layers: nn.ModuleList,
+        loaded: LoadedModel,
+        caches: dict[int, LayerCache],
+        backend: AttentionBackend,
+        kernels: LoraKernels,
+    ) -> DecoderLayers:
+        """The layers as the backend's fused code. Raises NotFusable."""
+        options = loaded.attention_options
+        if isinstance(backend, PagedCpuAttention) and isinstance(kernels, CpuKernels):
+            return fuse_layers(layers, caches, options, self._attention, backend, self._lora, kernels)
+        # not at the top: a CPU install need not wait for Triton
+        from server.model.attention.paged_triton import PagedTritonAttention
+        from server.model.triton_layers import triton_layers
+
+        if isinstance(backend, PagedTritonAttention):
+            return triton_layers(layers, caches, options, self._attention)
+        raise NotFusable("no compiled kernels")
+
+    def _flatten(self, loaded: LoadedModel, fused: DecoderLayers, batch: Batch, usual: torch.Tensor) -> None:
         """Leave out transformers' outer forward too, where the logits are the same without it."""
         try:
             flat = FlatModel(loaded.model, fused, loaded.max_model_len)

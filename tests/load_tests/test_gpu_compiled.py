@@ -15,7 +15,14 @@ triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on sm_90
-CASES = ["lora rows bf16", "lora tiles bf16", "decode bf16, split", "mixed bf16"]
+CASES = [
+    "lora rows bf16",
+    "lora tiles bf16",
+    "decode bf16, split",
+    "mixed bf16",
+    "layer bf16",
+    "layer bf16, widest",
+]
 SCRIPT = """
 import json, sys
 from dataclasses import asdict
@@ -47,7 +54,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 def test_every_kernel_fits_the_chip(compiled: dict[str, list[dict[str, Any]]]) -> None:
     kernels = [kernel for case in compiled.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} == {
-        "_shrink_rows", "_expand_rows", "_shrink_tiles", "_expand_tiles", "_write", "_attend", "_join"
+        "_shrink_rows", "_expand_rows", "_shrink_tiles", "_expand_tiles", "_write", "_attend", "_join",
+        "_add_norm", "_norm_rotate", "_activate"
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["stack"] == 0, f"{kernel} spills registers"
@@ -66,3 +74,5 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
     assert by_case["decode bf16, split"]["_attend"]["HMMA"] > 0
     for name in ("_shrink_rows", "_expand_rows"):
         assert by_case["lora rows bf16"][name]["LD.128"] > 0
+    for name in ("_add_norm", "_norm_rotate", "_activate"):
+        assert by_case["layer bf16"][name]["LD.128"] > 0

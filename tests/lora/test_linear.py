@@ -19,10 +19,16 @@ class SpyKernels(ReferenceKernels):
         self.modules: list[int] = []
 
     def apply(
-        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        module: int,
+        segments: Segments,
+        arena: ArenaView,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         self.modules.append(module)
-        super().apply(out, x, module, segments, arena)
+        super().apply(out, x, module, segments, arena, widths)
 
 
 class Tiny(nn.Module):

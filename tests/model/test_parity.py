@@ -6,21 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
-from server.engine.engine import Engine
-from server.engine.messages import AdapterRef
-from server.lora.kernels.triton import TritonKernels
-from server.model.attention.paged_triton import PagedTritonAttention
-from server.model.loader import load
-from server.model.memory import plan_memory
 from tests.engine.harness import (
     adapter_ref,
     assert_at_rest,
     greedy,
     make_engine,
     run,
-    settings_for,
     tokens_of,
 )
 from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, targets_of
@@ -77,34 +69,6 @@ def test_an_adapter_on_a_tied_output_head(tmp_path: Path) -> None:
     engine = make_engine(model, max_num_batched_tokens=16)
     for i, job in enumerate(jobs):
         engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
-    outputs = run(engine)
-    engine.close()
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled")
-def test_the_triton_kernels_serve_the_same_tokens(tmp_path: Path) -> None:
-    """The whole engine on the CUDA kernels, in Triton's interpreter."""
-    pytest.importorskip("triton")
-    model = build("mistral", tmp_path / "model")
-    targets = targets_of("mistral")
-    adapters = [
-        add_adapter(model, tmp_path / "all", seed=1, rank=6, target_modules=targets),
-        add_adapter(model, tmp_path / "few", seed=2, rank=3, target_modules=["q_proj", "down_proj"]),
-    ]
-    rng = random.Random(3)
-    jobs = [
-        Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens=3)
-        for length, adapter in ((14, adapters[0]), (3, None), (5, adapters[1]))
-    ]
-    settings = settings_for(model, max_num_batched_tokens=16)
-    loaded = load(settings)
-    engine = Engine(
-        settings, loaded, plan_memory(settings, loaded), kernels=(PagedTritonAttention(), TritonKernels())
-    )
-    for i, job in enumerate(jobs):
-        refs: list[AdapterRef] = [adapter_ref(job.adapter)] if job.adapter else []
-        engine.add(greedy(str(i), job.prompt, job.tokens, refs))
     outputs = run(engine)
     engine.close()
     assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
