@@ -30,7 +30,7 @@ struct ChorusAttention {  // one layer; strides in elements, the last dimension 
 namespace chorus {
 
 constexpr int kRows = 32;       // (query token, query head of the KV head) pairs in one tile
-constexpr int kAheadKeys = 32;  // keys and values that memory is asked for ahead of use
+constexpr int kAheadKeys = 64;  // how many keys ahead of use memory is asked for them and their values
 constexpr int kLanes = 16;      // partial sums of a row's weights: added up once, at its end
 
 // Where a token's K (which = 0) or V of one KV head lies in the cache.
@@ -43,9 +43,10 @@ T* cache_row(const ChorusPlan& p, const ChorusAttention& a, int64_t token, int64
 
 // Scores [rows, kKeys] of which the first `keys` are there -> the weights of their values: cap, mask, online
 // softmax. Loops are over all kKeys places, so that they stay in vector registers. `seen(row)` gives the first
-// and last key that a row sees. Leaves in `shrink` the factor by which a row's sums so far must shrink.
-template <typename T, typename Seen>
-void softmax_rows(float* scores, int rows, int keys, const ChorusAttention& a, Seen seen, float* row_max,
+// and last key that a row sees, `ask(row)` is called for each. Leaves in `shrink` the factor by which a row's sums so
+// far must shrink.
+template <typename T, typename Seen, typename Ask>
+void softmax_rows(float* scores, int rows, int keys, const ChorusAttention& a, Seen seen, Ask ask, float* row_max,
                   float (*row_sum)[kLanes], float* shrink, T* weights) {
     const float softcap = a.softcap, scale = softcap > 0 ? 1.0f : a.scale;
     for (int row = 0; row < rows; row++) {
@@ -71,6 +72,7 @@ void softmax_rows(float* scores, int rows, int keys, const ChorusAttention& a, S
         shrink[row] = top == -INFINITY ? 1.0f : exp_negative(shrink[row] - top);
     }
     for (int row = 0; row < rows; row++) {
+        ask(row);
         float *score = scores + row * kKeys, *sum = row_sum[row];
         const float top = row_max[row] == -INFINITY ? 0.0f : row_max[row], less = shrink[row];
         float lanes[kLanes];
@@ -93,7 +95,7 @@ template <typename T>
 struct Scratch {  // one thread's
     Lines<T> q, panel;
     Lines<float> sum;
-    const T *row[kKeys], *ahead[kKeys + 1];  // of the round's keys, then of its values
+    const T *key[kKeys], *key_ahead[kKeys], *value[kKeys], *value_ahead[kKeys];  // rows of the round
     alignas(64) float score[kRows * kKeys];
     alignas(64) T weight[kRows * kKeys];
     float row_max[kRows], shrink[kRows], row_sum[kRows][kLanes];
@@ -158,36 +160,41 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, const AttentionTile& 
     };
     for (int64_t key0 = tile.first_key; key0 <= last; key0 += kKeys) {
         const int keys = int(last + 1 - key0 < kKeys ? last + 1 - key0 : kKeys);
-        auto rows_in = [&](const void* cache, int64_t dim) {  // of the round's keys or values
+        auto rows_in = [&](const void* cache, int64_t dim, const T** rows, const T** ahead) {
             for (int j = 0; j < keys;) {
                 const int64_t block = (key0 + j) / p.block_size, offset = (key0 + j) % p.block_size;
                 const int n = int(p.block_size - offset < keys - j ? p.block_size - offset : keys - j);
                 const T *here = block_of(tile, cache, block, dim), *after = block_after(cache, block, dim);
                 if (!after) after = here;
                 for (int i = 0; i < n; i++) {
-                    scratch.row[j + i] = here + (offset + i) * dim;
-                    scratch.ahead[j + i] = after + (offset + i) * dim;
+                    rows[j + i] = here + (offset + i) * dim;
+                    ahead[j + i] = after + (offset + i) * dim;
                 }
                 j += n;
             }
-            scratch.ahead[keys] = scratch.ahead[keys - 1];  // of a pair
         };
-        rows_in(a.k_cache, a.k_dim);
-        score_keys(scratch.q.data(), rows, a.k_dim, scratch.row, scratch.ahead, keys, scratch.panel.data(),
+        rows_in(a.k_cache, a.k_dim, scratch.key, scratch.key_ahead);
+        rows_in(a.v_cache, a.v_dim, scratch.value, scratch.value_ahead);
+        // Memory is kept busy through all three parts: asked for half of the later keys, the values, the other half.
+        const int half = keys / 2;
+        score_keys(scratch.q.data(), rows, a.k_dim, scratch.key, scratch.key_ahead, half, keys, scratch.panel.data(),
                    scratch.score);
         auto seen = [&](int row) {
             const int64_t at = position(row) - key0, from = a.window > 0 ? at - a.window + 1 : 0;
             return std::pair<int, int>(int(from > 0 ? from : 0), int(at < keys ? at : keys));
         };
-        softmax_rows(scratch.score, rows, keys, a, seen, scratch.row_max, scratch.row_sum, scratch.shrink,
+        auto ask = [&](int row) __attribute__((always_inline)) {
+            for (int i = keys * row / rows; i < keys * (row + 1) / rows; i++) prefetch(scratch.value_ahead[i], a.v_dim);
+        };
+        softmax_rows(scratch.score, rows, keys, a, seen, ask, scratch.row_max, scratch.row_sum, scratch.shrink,
                      scratch.weight);
         for (int row = 0; row < rows && key0 > tile.first_key; row++) {
             if (scratch.shrink[row] == 1.0f) continue;
             float* sum = scratch.sum.data() + row * a.v_dim;
             for (int64_t c = 0; c < a.v_dim; c++) sum[c] *= scratch.shrink[row];
         }
-        rows_in(a.v_cache, a.v_dim);
-        add_values(scratch.weight, rows, scratch.row, scratch.ahead, keys, a.v_dim, scratch.sum.data());
+        add_values(scratch.weight, rows, scratch.value, scratch.key_ahead + half, keys - half, keys, a.v_dim,
+                   scratch.sum.data());
     }
     T* out = static_cast<T*>(a.out);
     for (int row = 0; row < rows; row++) {

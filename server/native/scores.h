@@ -3,8 +3,8 @@
 //   score_keys:  score[n, keys]  = q[n, k_dim] . K^T
 //   add_values:  sum[n, v_dim]  += weight[n, keys] . V     weights from `keys` on are there, and zero
 //
-// Where rows lie, the processor can't foresee: for each row there is one `ahead` of it that memory is asked for
-// meanwhile, at the pace at which rows are used up. Asked for all at once, they would wait for each other.
+// Where rows lie, the processor can't foresee: memory is asked for `asked` later rows, `ahead`, meanwhile, at the pace
+// at which these are used up. Asked for all at once, they would wait for each other.
 #pragma once
 #include "panel.h"
 
@@ -110,18 +110,18 @@ static void score_16(const T* q, const T* const* rows, int n, int64_t dim, float
 }
 
 template <typename T>
-static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, const T* const* ahead, int keys, T* panel,
-                       float* score) {
+static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, const T* const* ahead, int asked, int keys,
+                       T* panel, float* score) {
     if (n <= kFewQueries) {
         for (int j = 0; j < keys; j += 16) {
-            for (int i = j; i < j + 16 && i < keys; i++) prefetch(ahead[i], dim);
+            for (int i = j; i < j + 16 && i < asked; i++) prefetch(ahead[i], dim);
             for (int i = 0; i < n; i++) score_16(q + i * dim, rows + j, keys - j, dim, score + i * kKeys + j);
         }
         return;
     }
     for (int j = 0; j < keys; j += kPanel) {
         const int here = keys - j < kPanel ? keys - j : kPanel;
-        for (int i = j; i < j + here; i++) prefetch(ahead[i], dim);
+        for (int i = j; i < j + here && i < asked; i++) prefetch(ahead[i], dim);
         panel_of_rows(rows + j, here, dim, panel);
         for (int i = 0; i < n; i += kPanelRows)
             panel_rows_of(n - i < kPanelRows ? n - i : kPanelRows, q + i * dim, dim, panel, dim, kNoStart, 0,
@@ -130,8 +130,8 @@ static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, con
 }
 
 template <int R, int C, typename T>  // C times 32 columns
-static void add_values_tile(const T* weight, const T* const* rows, const T* const* ahead, int keys, int64_t first,
-                            int columns, float* sum, int64_t dim) {
+static void add_values_tile(const T* weight, const T* const* rows, const T* const* ahead, int asked, int keys,
+                            int64_t first, int columns, float* sum, int64_t dim) {
     __m512 acc[R][2 * C];
     __mmask16 m[2 * C];
     UNROLL
@@ -141,7 +141,7 @@ static void add_values_tile(const T* weight, const T* const* rows, const T* cons
         UNROLL
         for (int v = 0; v < 2 * C; v++) acc[i][v] = load16(sum + i * dim + 16 * v, m[v]);
     for (int k = 0; k < keys; k += Pair<T>::value) {
-        for (int i = k; ahead && i < k + Pair<T>::value; i++) prefetch(ahead[i], dim);
+        if (k / Pair<T>::value < asked) prefetch(ahead[k / Pair<T>::value], dim);
         __m512 w[2 * C];
         UNROLL
         for (int v = 0; v < C; v++) {
@@ -162,37 +162,40 @@ static void add_values_tile(const T* weight, const T* const* rows, const T* cons
 }
 
 template <int R = kPanelRows, typename T>
-static void add_values_of(int n, const T* weight, const T* const* rows, const T* const* ahead, int keys, int64_t dim,
-                          float* sum) {
+static void add_values_of(int n, const T* weight, const T* const* rows, const T* const* ahead, int asked, int keys,
+                          int64_t dim, float* sum) {
     if (n == R) {
         constexpr int C = R <= 5 ? 2 : 1;
         for (int64_t c = 0; c < dim; c += 32 * C) {
             const int columns = int(dim - c < 32 * C ? dim - c : 32 * C);
-            add_values_tile<R, C>(weight, rows, c == 0 ? ahead : nullptr, keys, c, columns, sum + c, dim);
+            add_values_tile<R, C>(weight, rows, ahead, c == 0 ? asked : 0, keys, c, columns, sum + c, dim);
         }
         return;
     }
-    if constexpr (R > 1) add_values_of<R - 1>(n, weight, rows, ahead, keys, dim, sum);
+    if constexpr (R > 1) add_values_of<R - 1>(n, weight, rows, ahead, asked, keys, dim, sum);
 }
 
 template <typename T>
-static void add_values(const T* weight, int n, const T* const* rows, const T* const* ahead, int keys, int64_t dim,
-                       float* sum) {
+static void add_values(const T* weight, int n, const T* const* rows, const T* const* ahead, int asked, int keys,
+                       int64_t dim, float* sum) {
     for (int i = 0; i < n; i += kPanelRows)
-        add_values_of(n - i < kPanelRows ? n - i : kPanelRows, weight + i * kKeys, rows, i == 0 ? ahead : nullptr, keys,
-                      dim, sum + i * dim);
+        add_values_of(n - i < kPanelRows ? n - i : kPanelRows, weight + i * kKeys, rows, ahead, i == 0 ? asked : 0,
+                      keys, dim, sum + i * dim);
 }
 
 #else
 
 template <typename T>
-static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, const T* const*, int keys, T*,
+static inline void prefetch(const T*, int64_t) {}
+
+template <typename T>
+static void score_keys(const T* q, int n, int64_t dim, const T* const* rows, const T* const*, int, int keys, T*,
                        float* score) {
     for (int j = 0; j < keys; j++) dots(q, dim, n, rows[j], dim, 1, int(dim), score + j, kKeys);
 }
 
 template <typename T>
-static void add_values(const T* weight, int n, const T* const* rows, const T* const*, int keys, int64_t dim,
+static void add_values(const T* weight, int n, const T* const* rows, const T* const*, int, int keys, int64_t dim,
                        float* sum) {
     constexpr int kWidth = 64;
     for (int i = 0; i < n; i++)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import adapter_ref, assert_at_rest, greedy, make_engine, run, tokens_of
-from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, targets_of
+from tests.engine.harness import assert_at_rest, make_engine
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -37,9 +37,6 @@ def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
     )
     if architecture != "gpt_oss":  # experts may be chosen in a way that cannot be captured
         assert (engine._runner._graphs is None) == eager
-    for i, job in enumerate(jobs):
-        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
-    outputs = run(engine)
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert serve(engine, jobs) == expected(model, jobs)
     assert_at_rest(engine)
     engine.close()

@@ -25,7 +25,7 @@ from server.model.graphs import DecodeGraphs, sizes_up_to
 from server.model.loader import load
 from server.model.memory import plan_memory
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
-from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, targets_of
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled"),
@@ -101,10 +101,7 @@ def test_captured_steps_give_the_tokens_of_the_model(
     capture(engine, fake)
     assert fake.captures == 3 * len(sizes_up_to(8))
     before = fake.replays
-    for i, job in enumerate(jobs):
-        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
-    outputs = run(engine)
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert serve(engine, jobs) == expected(model, jobs)
     assert fake.captures == 3 * len(sizes_up_to(8)), "captured while it served"
     assert fake.replays - before >= 4, "the steps did not go through the graphs"
     assert_at_rest(engine)

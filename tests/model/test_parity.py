@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import (
-    adapter_ref,
-    assert_at_rest,
-    greedy,
-    make_engine,
-    run,
-    tokens_of,
-)
-from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, targets_of
+from server import native
+from tests.engine.harness import assert_at_rest, make_engine
+from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
@@ -51,11 +46,7 @@ def test_mixed_batches_equal_transformers_and_peft(model_and_jobs: tuple[Path, l
     want = expected(model, jobs)
     # A budget of 24 tokens a step makes the longer prompts come in chunks, beside decoding neighbours.
     engine = make_engine(model, max_num_batched_tokens=24, max_num_seqs=6, block_size=8)
-    for i, job in enumerate(jobs):
-        refs = [adapter_ref(job.adapter)] if job.adapter else []
-        engine.add(greedy(str(i), job.prompt, job.tokens, refs))
-    outputs = run(engine)
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == want
+    assert serve(engine, jobs) == want
     assert_at_rest(engine)
     engine.close()
 
@@ -67,8 +58,31 @@ def test_an_adapter_on_a_tied_output_head(tmp_path: Path) -> None:
     rng = random.Random(1)
     jobs = [Job([rng.randrange(3, VOCAB) for _ in range(9)], who, 8) for who in (adapter, None, adapter)]
     engine = make_engine(model, max_num_batched_tokens=16)
-    for i, job in enumerate(jobs):
-        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
-    outputs = run(engine)
+    got = serve(engine, jobs)
     engine.close()
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert got == expected(model, jobs)
+
+
+@pytest.fixture
+def no_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without a compiler, or whose processor can run none of the builds."""
+    monkeypatch.setattr(native, "libraries", lambda: iter(()))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiled_kernels")
+def test_without_compiled_kernels_torch_serves_the_same_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("llama", tmp_path / "model")
+    adapter = add_adapter(model, tmp_path / "a", seed=1, rank=4, target_modules=targets_of("llama"))
+    rng = random.Random(2)
+    jobs = [Job([rng.randrange(3, VOCAB) for _ in range(9)], who, 6) for who in (adapter, None, adapter)]
+    engine = make_engine(model, max_num_batched_tokens=16)
+    assert not engine._runner.fused
+    assert "no compiled CPU kernels for this machine; using the slower torch paths" in caplog.text
+    got = serve(engine, jobs)
+    engine.close()
+    assert got == expected(model, jobs)

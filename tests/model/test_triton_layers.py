@@ -17,8 +17,8 @@ from server.model.layer_reader import NotFusable
 from server.model.loader import load
 from server.model.memory import plan_memory
 from server.model.runner import Runner
-from tests.engine.harness import adapter_ref, greedy, run, settings_for, tokens_of
-from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, targets_of
+from tests.engine.harness import settings_for
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -72,11 +72,9 @@ def test_mixed_batches_equal_transformers_and_peft(
         )
     assert engine._runner.fused
     assert ("transformers' forward stays" in caplog.text) is not flat
-    for i, job in enumerate(jobs):
-        engine.add(greedy(str(i), job.prompt, job.tokens, [adapter_ref(job.adapter)] if job.adapter else []))
-    outputs = run(engine)
+    got = serve(engine, jobs)
     engine.close()
-    assert [tokens_of(outputs[str(i)]) for i in range(len(jobs))] == expected(model, jobs)
+    assert got == expected(model, jobs)
 
 
 def linears(*out_features: int, bias: tuple[bool, ...] = ()) -> tuple[LoraLinear, ...]:

@@ -11,6 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from server.engine.engine import Engine
+from tests.engine.harness import adapter_ref, greedy, run, tokens_of
+
 VOCAB = 211
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -103,3 +106,12 @@ def expected(model_folder: Path, jobs: list[Job]) -> list[list[int]]:
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         results.append(ids[len(job.prompt) :])
     return results
+
+
+def serve(engine: Engine, jobs: list[Job]) -> list[list[int]]:
+    """The tokens that an engine generates for them, all at once."""
+    for i, job in enumerate(jobs):
+        refs = [adapter_ref(job.adapter)] if job.adapter else []
+        engine.add(greedy(str(i), job.prompt, job.tokens, refs))
+    outputs = run(engine)
+    return [tokens_of(outputs[str(i)]) for i in range(len(jobs))]
