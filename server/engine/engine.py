@@ -76,7 +76,7 @@ class Engine:
                 self._arena.view(),
                 max_num_seqs=settings.max_num_seqs,
                 max_model_len=loaded.max_model_len,
-                capture=cuda_capture(),
+                new_capture=cuda_capture,
             )
         self._residency = Residency(
             self._arena,

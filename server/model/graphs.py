@@ -22,7 +22,8 @@ from server.model.batch import Batch
 
 log = logging.getLogger(__name__)
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]  # work -> its replay
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]  # work -> its replay
 
 _ENTRIES_PER_SEQUENCE = 4  # adapters of a mix, on average, that a captured step has room for
 # Tokens of a segment at most, where sequences share an adapter: what the kernels take at a time.
@@ -123,20 +124,22 @@ class DecodeGraphs:
     """Logits of decode steps, captured by size and by kind of segment; at first use where not before.
 
     `forward`: a batch of a size that is captured, and the arena -> logits [size, vocabulary], on the current
-    stream and with nothing that waits for the device.
+    stream and with nothing that waits for the device. `new_capture`: how to capture all graphs over one view
+    of the arena.
     """
 
     def __init__(
         self,
         forward: Callable[[Batch, ArenaView], torch.Tensor],
-        capture: Capture,
+        new_capture: Callable[[], Capture],
         *,
         max_num_seqs: int,
         max_model_len: int,
         block_size: int,
         device: torch.device,
     ) -> None:
-        self._forward, self._capture = forward, capture
+        self._forward, self._new_capture = forward, new_capture
+        self._capture: Capture  # over the arena's present view
         self._sizes = sizes_up_to(max_num_seqs)
         self._max_model_len = max_model_len
         blocks = -(-max_model_len // block_size)
@@ -149,7 +152,7 @@ class DecodeGraphs:
         self._rows = torch.arange(max_num_seqs, device=device)
         self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._arena: ArenaView | None = None  # that the graphs were captured with
-        self._replays: dict[_Kind, Callable[[], None]] = {}
+        self._replays: dict[_Kind, Work] = {}
         self._logits: torch.Tensor | None = None  # [max_num_seqs, vocabulary], of all graphs
 
     def warm(self, arena: ArenaView) -> None:
@@ -212,6 +215,9 @@ class DecodeGraphs:
         if arena is not self._arena:  # its tables have grown, or these are the first
             self._arena = arena
             self._replays.clear()
+            self._capture = (
+                self._new_capture()
+            )  # into memory of its own: that of the old graphs goes with them
         if kind not in self._replays:
             batch = self._captured_batch(kind)
             self._replays[kind] = self._capture(lambda: self._run(batch, arena))
@@ -260,7 +266,7 @@ def cuda_capture() -> Capture:
     """Captures on the current device, all graphs in one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
-    def capture(work: Callable[[], None]) -> Callable[[], None]:
+    def capture(work: Work) -> Work:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -192,7 +192,7 @@ class Runner:
 
     @torch.inference_mode()
     def capture_decode(
-        self, arena: ArenaView, *, max_num_seqs: int, max_model_len: int, capture: Capture
+        self, arena: ArenaView, *, max_num_seqs: int, max_model_len: int, new_capture: Callable[[], Capture]
     ) -> None:
         """Run decode steps as captured graphs from now on, where they give the logits of the usual way.
 
@@ -200,7 +200,7 @@ class Runner:
         """
         graphs = DecodeGraphs(
             self._forward,
-            capture,
+            new_capture,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             block_size=self._cache.shape[2],
@@ -212,7 +212,7 @@ class Runner:
         try:
             graphs.warm(arena)
         except RuntimeError as reason:
-            log.warning("decode steps run without CUDA graphs, the model cannot be captured: %s", reason)
+            log.warning("decode steps run without CUDA graphs, they could not be captured: %s", reason)
             return
         self._graphs = graphs
         error = self._error(batch, want, arena)

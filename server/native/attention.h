@@ -193,6 +193,7 @@ void attend(const ChorusPlan& p, const ChorusAttention& a, const AttentionTile& 
             float* sum = scratch.sum.data() + row * a.v_dim;
             for (int64_t c = 0; c < a.v_dim; c++) sum[c] *= scratch.shrink[row];
         }
+        // Keys are asked for as wide as values, which they are nearly always.
         add_values(scratch.weight, rows, scratch.value, scratch.key_ahead + half, keys - half, keys, a.v_dim,
                    scratch.sum.data());
     }

@@ -3,8 +3,8 @@
 //   score_keys:  score[n, keys]  = q[n, k_dim] . K^T
 //   add_values:  sum[n, v_dim]  += weight[n, keys] . V     weights from `keys` on are there, and zero
 //
-// Where rows lie, the processor can't foresee: memory is asked for `asked` later rows, `ahead`, meanwhile, at the pace
-// at which these are used up. Asked for all at once, they would wait for each other.
+// Where rows lie, the processor can't foresee: memory is asked for `asked` later rows, `ahead`, meanwhile, one for
+// each row or pair of rows. Asked for all at once, they would wait for each other.
 #pragma once
 #include "panel.h"
 

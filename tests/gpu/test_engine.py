@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine import engine as engine_module
 from tests.engine.harness import assert_at_rest, make_engine
 from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
@@ -39,4 +40,20 @@ def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
         assert (engine._runner._graphs is None) == eager
     assert serve(engine, jobs) == expected(model, jobs)
     assert_at_rest(engine)
+    engine.close()
+
+
+def test_an_arena_whose_tables_grow_is_captured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(engine_module, "_CUDA_SLOTS", 1)
+    model = build("llama", tmp_path / "model")
+    targets = targets_of("llama")
+    adapters = [
+        add_adapter(model, tmp_path / f"a{i}", seed=i, rank=4, target_modules=targets) for i in range(3)
+    ]
+    engine = make_engine(model, device="cuda", max_num_seqs=2, arena_bytes=2**20)
+    for i, adapter in enumerate(adapters):
+        jobs = [Job([5 + i, 6, 7], who, tokens=6) for who in (adapter, adapters[0])]
+        assert serve(engine, jobs) == expected(model, jobs)
+    assert engine._runner._graphs is not None
     engine.close()

@@ -83,7 +83,9 @@ def triton_engine(folders: tuple[Path, list[Path]]) -> Iterator[Callable[..., En
 
 
 def capture(engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
-    engine._runner.capture_decode(engine._arena.view(), max_num_seqs=8, max_model_len=64, capture=how)
+    engine._runner.capture_decode(
+        engine._arena.view(), max_num_seqs=8, max_model_len=64, new_capture=lambda: how
+    )
 
 
 def test_captured_steps_give_the_tokens_of_the_model(
@@ -131,7 +133,7 @@ def test_a_model_that_cannot_be_captured_is_served_without(
 
     engine = triton_engine()
     capture(engine, refuse)
-    assert "the model cannot be captured: operation not permitted" in caplog.text
+    assert "they could not be captured: operation not permitted" in caplog.text
     engine.add(greedy("r", [5, 6, 7], 3))
     assert len(tokens_of(run(engine)["r"])) == 3
 
@@ -193,7 +195,7 @@ class Recorder:
 
 def graphs_of(forward: Recorder, fake: FakeCapture) -> DecodeGraphs:
     return DecodeGraphs(
-        forward, fake, max_num_seqs=64, max_model_len=32, block_size=4, device=torch.device("cpu")
+        forward, lambda: fake, max_num_seqs=64, max_model_len=32, block_size=4, device=torch.device("cpu")
     )
 
 

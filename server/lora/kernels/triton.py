@@ -335,8 +335,8 @@ class TritonKernels:
     """`LoraKernels` on CUDA, for float32, bfloat16 and float16.
 
     `max_mix_rank` is the width of h: the ranks of a mix's adapters on one module may sum up to it (h takes
-    4 * tokens * splits * max_mix_rank bytes while `apply` runs; only live columns are touched). A wider mix
-    gives NaN. `programs` is how many programs fill the chip; default: four for each multiprocessor.
+    4 * tokens * splits * modules * max_mix_rank bytes while `apply` runs; only live columns are touched). A
+    wider mix gives NaN. `programs` is how many programs fill the chip; default: four for each multiprocessor.
     Raises RuntimeError without Triton.
     """
 
