@@ -14,34 +14,22 @@ are rotated together, C the values of a head after those, I the intermediate siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from server.model.layer_reader import Activation, Norm
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU install, which never comes here: PagedTritonAttention() raises before
-    triton = tl = None
+from server.native.jit import jit, power_of_2, tl
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, harmless without Triton."""
-    return function if triton is None else triton.jit(function)
-
-
-@_jit
+@jit()
 def _normed(x_W, weight, eps, mask_W, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """RMSNorm of one row, zero where masked."""
     weight_W = tl.load(weight + tl.arange(0, BLOCK), mask=mask_W, other=0.0)
     return x_W * tl.rsqrt(tl.sum(x_W * x_W, axis=0) / WIDTH + eps) * weight_W
 
 
-@_jit
+@jit()
 def _add_norm(
     x, residual, out, rows, x_weight, weight, multiplier, x_eps, eps,
     WIDTH: tl.constexpr, BEGIN: tl.constexpr, ROWS: tl.constexpr, X_NORM: tl.constexpr, NORM: tl.constexpr,
@@ -67,7 +55,7 @@ def _add_norm(
     tl.store(out + row * WIDTH + w_W, sum_W.to(out.dtype.element_ty), mask=mask_W)
 
 
-@_jit
+@jit()
 def _norm_rotate(
     qkv, cos, sin, positions, weight, eps,
     WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -114,7 +102,7 @@ def _norm_rotate(
         tl.store(at_H + HALF + p_P, b_HP.to(qkv.dtype.element_ty), mask=mask_HP)
 
 
-@_jit
+@jit()
 def _activate(gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """out = activation(gate) * up; grid (T, blocks of the intermediate size)."""
     token = tl.program_id(0).to(tl.int64)
@@ -148,7 +136,7 @@ def add_norm(
     """
     tokens, width = x_TW.shape
     out = x_TW.new_empty(tokens if rows_N is None else rows_N.numel(), width)
-    block = _power_of_2(width)
+    block = power_of_2(width)
     _add_norm[(len(out),)](
         x_TW, residual_TW, out, x_TW if rows_N is None else rows_N,
         residual_TW if x_norm is None else x_norm.weight, residual_TW if norm is None else norm.weight,
@@ -188,14 +176,14 @@ def norm_rotate(
     if norm is None and rotary_dim == 0:
         return
     cos, sin = (qkv_TW, qkv_TW) if tables is None else tables
-    block_h, block_p = _power_of_2(max(heads, kv_heads)), _power_of_2(max(1, rotary_dim // 2))
+    block_h, block_p = power_of_2(max(heads, kv_heads)), power_of_2(max(1, rotary_dim // 2))
     _norm_rotate[(len(qkv_TW), 2)](
         qkv_TW, cos, sin, positions_T, cos if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
         WIDTH=qkv_TW.shape[1], Q_HEADS=heads, K_HEADS=kv_heads, DIM=dim, HALF=rotary_dim // 2,
         NORM=norm is not None, PER_HEAD=norm is not None and norm.per_head,
-        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=_power_of_2(max(1, dim - rotary_dim)),
-        num_warps=_warps(block_h * _power_of_2(dim)),
+        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=power_of_2(max(1, dim - rotary_dim)),
+        num_warps=_warps(block_h * power_of_2(dim)),
     )  # fmt: skip
 
 
@@ -203,16 +191,11 @@ def activate(gate_up_TW: torch.Tensor, activation: Activation) -> torch.Tensor:
     """activation(gate) * up (Shazeer 2020): [T, 2 * I] contiguous, gate then up -> [T, I]."""
     tokens, width = len(gate_up_TW), gate_up_TW.shape[1] // 2
     out_TI = gate_up_TW.new_empty(tokens, width)
-    block = min(1024, _power_of_2(width))
+    block = min(1024, power_of_2(width))
     _activate[(tokens, -(-width // block))](
         gate_up_TW, out_TI, WIDTH=width, GELU=activation == "gelu", BLOCK=block
     )
     return out_TI
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two >= n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 def _warps(values: int) -> int:

@@ -27,31 +27,17 @@ Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, G seg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from server.lora.kernels.interface import ArenaView
 from server.lora.segments import Segments
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU install; TritonKernels() raises
-    triton = tl = None
+from server.native.jit import jit, power_of_2, power_of_2_below, tile_of, tl, triton
 
 
-def _jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`, harmless without Triton. `counts`: int arguments whose value never recompiles."""
-    if triton is None:
-        return lambda function: function
-    return triton.jit(do_not_specialize=counts)  # type: ignore[no-any-return]  # triton is untyped
-
-
-@_jit()
+@jit()
 def _entry(slots, weights, offsets, ranks, e, module, n_modules):
     """Entry e of the step: offsets of A and B in the arena, rank, weight."""
     slot = tl.load(slots + e).to(tl.int64)
@@ -62,27 +48,7 @@ def _entry(slots, weights, offsets, ranks, e, module, n_modules):
     return a_offset, b_offset, tl.load(ranks + where), tl.load(weights + e)
 
 
-@_jit()
-def _tile(token_starts, n_segments, tile, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Segment of a tile of tokens, its first row and the end of its segment (first >= end: no such tile).
-
-    BLOCK_G == 0: every segment fits one tile. Otherwise segment g owns the tiles from
-    starts[g] // BLOCK_T + g on: enough for each, and at most T // BLOCK_T + G in all.
-    """
-    if BLOCK_G == 0:
-        g = tile
-        first = tl.load(token_starts + g)
-    else:
-        g_G = tl.arange(0, BLOCK_G)
-        starts_G = tl.load(token_starts + g_G, mask=g_G < n_segments, other=0)
-        mine_G = (g_G < n_segments) & (starts_G // BLOCK_T + g_G <= tile)
-        g = tl.sum(mine_G.to(tl.int32), axis=0) - 1
-        first = tl.load(token_starts + g)
-        first += (tile - first // BLOCK_T - g) * BLOCK_T
-    return g, first, tl.load(token_starts + g + 1)
-
-
-@_jit()
+@jit()
 def _outputs(block, width_0, width_1, width_2, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr):
     """Of modules side by side: which one a block of outputs is of, how many outputs it has, which of them is
     the block's first, and how many outputs come before its own.
@@ -99,7 +65,7 @@ def _outputs(block, width_0, width_1, width_2, BLOCK_O: tl.constexpr, ALIGNED: t
     return m, width, first * BLOCK_O, before
 
 
-@_jit("module")
+@jit("module")
 def _shrink_rows(
     x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
@@ -137,7 +103,7 @@ def _shrink_rows(
         column += rank
 
 
-@_jit("module")
+@jit("module")
 def _expand_rows(
     out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
@@ -178,7 +144,7 @@ def _expand_rows(
         tl.store(to_O, y_O.to(out.dtype.element_ty), mask=o_O < out_features)
 
 
-@_jit("module", "n_segments")
+@jit("module", "n_segments")
 def _shrink_tiles(
     x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, n_segments, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
@@ -190,7 +156,7 @@ def _shrink_tiles(
     m = tl.program_id(2) // RANK_BLOCKS
     module += m
     h += m * h_width
-    g, t_first, t_last = _tile(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
+    g, t_first, t_last = tile_of(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
     if t_first >= t_last:
         return
     t_T = t_first.to(tl.int64) + tl.arange(0, BLOCK_T)
@@ -220,7 +186,7 @@ def _shrink_tiles(
         column += rank
 
 
-@_jit("module", "n_segments")
+@jit("module", "n_segments")
 def _expand_tiles(
     out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
     module, n_modules, n_segments, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
@@ -231,7 +197,7 @@ def _expand_tiles(
 
     h stays float32: B is widened, and at PRECISION tf32 a bfloat16 B loses nothing.
     """
-    g, t_first, t_last = _tile(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
+    g, t_first, t_last = tile_of(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
     if t_first >= t_last:
         return
     m, out_features, o_first, before = _outputs(tl.program_id(1), width_0, width_1, width_2, BLOCK_O, ALIGNED)
@@ -309,26 +275,16 @@ class Launch:
             block_k, block_o = 64, 64
         block_g, tiles = 0, segments.num_segments
         if segments.max_tokens > block_t:
-            block_g = max(16, _power_of_2(segments.num_segments))
+            block_g = max(16, power_of_2(segments.num_segments))
             tiles = segments.num_tokens // block_t + segments.num_segments
-        block_k = min(block_k, max(16, _power_of_2(in_features)))
-        block_o = min(block_o, max(16, _power_of_2(out_features)))
+        block_k = min(block_k, max(16, power_of_2(in_features)))
+        block_o = min(block_o, max(16, power_of_2(out_features)))
         tasks = tiles * modules
         most_splits = min(32, -(-in_features // block_k))
-        splits = _power_of_2_below(max(1, min(most_splits, programs // tasks)))
+        splits = power_of_2_below(max(1, min(most_splits, programs // tasks)))
         split_size = -(-in_features // (splits * block_k)) * block_k
         rank_blocks = max(1, min(4, programs // (tasks * splits)))
         return cls(block_t, block_g, tiles, splits, split_size, rank_blocks, block_k, block_o)
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two >= n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
-def _power_of_2_below(n: int) -> int:
-    """The largest power of two <= n, n >= 1."""
-    return 1 << (n.bit_length() - 1)
 
 
 class TritonKernels:

@@ -18,50 +18,16 @@ head dimensions of K and V, P splits, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from server.model.attention.interface import AttentionPlan, LayerCache
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # a CPU install; PagedTritonAttention() raises
-    triton = tl = None
+from server.native.jit import jit, power_of_2, power_of_2_below, tile_of, tl, triton
 
 
-def _jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`, harmless without Triton. `counts`: int arguments whose value never recompiles."""
-    if triton is None:
-        return lambda function: function
-    return triton.jit(do_not_specialize=counts)  # type: ignore[no-any-return]  # triton is untyped
-
-
-@_jit()
-def _tile(query_starts, n_seqs, tile, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Sequence of a tile of tokens, its first token and the end of its run (first >= end: no such tile).
-
-    BLOCK_S == 0: every run fits one tile. Otherwise run s owns the tiles from starts[s] // BLOCK_T + s on:
-    enough for each, and at most T // BLOCK_T + S in all.
-    """
-    if BLOCK_S == 0:
-        s = tile
-        first = tl.load(query_starts + s)
-    else:
-        s_S = tl.arange(0, BLOCK_S)
-        starts_S = tl.load(query_starts + s_S, mask=s_S < n_seqs, other=0)
-        mine_S = (s_S < n_seqs) & (starts_S // BLOCK_T + s_S <= tile)
-        s = tl.sum(mine_S.to(tl.int32), axis=0) - 1
-        first = tl.load(query_starts + s)
-        first += (tile - first // BLOCK_T - s) * BLOCK_T
-    return s, first, tl.load(query_starts + s + 1)
-
-
-@_jit()
+@jit()
 def _write(
     key, value, k_cache, v_cache, slot_mapping,
     key_stride_t, key_stride_h, value_stride_t, value_stride_h,
@@ -87,7 +53,7 @@ def _write(
     tl.store(v_cache + block * v_stride_b + h_H * v_stride_h + n * v_stride_n + e_E, v_HE, mask=mask_HE)
 
 
-@_jit()
+@jit()
 def _span(
     context, t_first, t_last, window, split,
     WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -103,7 +69,7 @@ def _span(
     return shift, begin, tl.minimum(begin + split_size, end)
 
 
-@_jit()
+@jit()
 def _rows(
     cache, block_N, n_N, end, kv_head, stride_b, stride_h, stride_n,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -116,7 +82,7 @@ def _rows(
     )
 
 
-@_jit()
+@jit()
 def _scores(q_MD, k_ND, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Logits in base 2, so that the softmax can use exp2."""
     score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale
@@ -126,7 +92,7 @@ def _scores(q_MD, k_ND, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.con
     return score_MN * 1.4426950408889634  # log2(e)
 
 
-@_jit()
+@jit()
 def _soften(score_MN, top_M, sum_M):
     """Running softmax: exponentials, what the sums so far shrink by, new greatest logit, new sum."""
     new_top_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
@@ -136,7 +102,7 @@ def _soften(score_MN, top_M, sum_M):
     return p_MN, fade_M, new_top_M, sum_M * fade_M + tl.sum(p_MN, axis=1)
 
 
-@_jit("n_seqs", "lse_stride_p", "table_stride")
+@jit("n_seqs", "lse_stride_p", "table_stride")
 def _attend(
     query, k_cache, v_cache, out, lse, query_starts, context_lens, block_tables, sinks,
     n_seqs, scale, softcap, window,
@@ -153,7 +119,7 @@ def _attend(
     split's own softmax and `lse` its logarithm (base 2) of the sum of exponentials.
     """
     kv_head, split = tl.program_id(1), tl.program_id(2)
-    s, t_first, t_last = _tile(query_starts, n_seqs, tl.program_id(0), BLOCK_T, BLOCK_S)
+    s, t_first, t_last = tile_of(query_starts, n_seqs, tl.program_id(0), BLOCK_T, BLOCK_S)
     if t_first >= t_last:
         return
     row_M = tl.arange(0, BLOCK_T * GROUP)
@@ -202,7 +168,7 @@ def _attend(
         tl.store(at_M, top_M + tl.log2(sum_M), mask=real_M)
 
 
-@_jit("lse_stride_p")
+@jit("lse_stride_p")
 def _join(
     parts, lse, out, parts_stride_p, lse_stride_p,
     V_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -238,17 +204,17 @@ class Launch:
         cls, plan: AttentionPlan, tokens: int, ratio: int, kv_heads: int, row: int, programs: int
     ) -> Launch:
         """`row`: bytes of the larger of a K and a V row; `programs`: how many fill the chip."""
-        group = _power_of_2(ratio)
+        group = power_of_2(ratio)
         rows, block_n = next(shape for bound, *shape in _SHAPES if row <= bound)
         block_t = max(1, 16 // group)  # 16 rows: the least that a tensor core takes
         if plan.max_query_len > block_t:
             block_t = max(1, rows // group)
         block_s, tiles = 0, plan.num_seqs
         if plan.max_query_len > block_t:
-            block_s = max(16, _power_of_2(plan.num_seqs))
+            block_s = max(16, power_of_2(plan.num_seqs))
             tiles = tokens // block_t + plan.num_seqs
         most_splits = min(32, -(-plan.max_context_len // (2 * block_n)))
-        splits = _power_of_2_below(max(1, min(most_splits, programs // (tiles * kv_heads))))
+        splits = power_of_2_below(max(1, min(most_splits, programs // (tiles * kv_heads))))
         return cls(
             group, block_t, block_s, tiles, splits, block_n, num_warps=8 if block_t * group > 64 else 4
         )
@@ -256,16 +222,6 @@ class Launch:
 
 # Bytes of a row up to which, rows of a prefill tile, keys of a step: what fits registers and shared memory.
 _SHAPES = ((256, 128, 64), (512, 64, 32), (1 << 30, 16, 32))
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two >= n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
-def _power_of_2_below(n: int) -> int:
-    """The largest power of two <= n, n >= 1."""
-    return 1 << (n.bit_length() - 1)
 
 
 class PagedTritonAttention:
@@ -330,7 +286,7 @@ def _write_cache(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, plan
         key, value, cache.k, cache.v, plan.slot_mapping,
         *key.stride()[:2], *value.stride()[:2], *cache.k.stride()[:3], *cache.v.stride()[:3],
         KV_HEADS=kv_heads, K_DIM=k_dim, V_DIM=v_dim, BLOCK_SIZE=block_size,
-        BLOCK_H=_power_of_2(kv_heads), BLOCK_D=_dim_block(k_dim), BLOCK_E=_dim_block(v_dim),
+        BLOCK_H=power_of_2(kv_heads), BLOCK_D=_dim_block(k_dim), BLOCK_E=_dim_block(v_dim),
     )  # fmt: skip
 
 
@@ -364,7 +320,7 @@ def _launch_attend(
 
 
 def _dim_block(dim: int) -> int:
-    return max(16, _power_of_2(dim))
+    return max(16, power_of_2(dim))
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: LayerCache) -> None:

@@ -1,0 +1,57 @@
+"""What kernels in Triton share: its compiler where it is installed, tiles of a batch, powers of two.
+
+Shape suffix: S runs of tokens (sequences, or segments of one adapter mix).
+"""
+
+# Triton kernels have no Python types to state, and `triton.jit` is untyped:
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # a CPU install: whoever launches a kernel says so
+    triton = tl = None
+
+__all__ = ["jit", "power_of_2", "power_of_2_below", "tile_of", "tl", "triton"]
+
+
+def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`, harmless without Triton. `counts`: int arguments whose value never recompiles."""
+    if triton is None:
+        return lambda function: function
+    return triton.jit(do_not_specialize=counts)  # type: ignore[no-any-return]  # triton is untyped
+
+
+@jit()
+def tile_of(starts, n_runs, tile, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Run of a tile of tokens, its first token and the end of its run (first >= end: no such tile).
+
+    `starts`: [n_runs + 1]. BLOCK_S == 0: every run fits one tile. Otherwise run s owns the tiles from
+    starts[s] // BLOCK_T + s on: enough for each, and at most T // BLOCK_T + S in all.
+    """
+    if BLOCK_S == 0:
+        s = tile
+        first = tl.load(starts + s)
+    else:
+        s_S = tl.arange(0, BLOCK_S)
+        starts_S = tl.load(starts + s_S, mask=s_S < n_runs, other=0)
+        mine_S = (s_S < n_runs) & (starts_S // BLOCK_T + s_S <= tile)
+        s = tl.sum(mine_S.to(tl.int32), axis=0) - 1
+        first = tl.load(starts + s)
+        first += (tile - first // BLOCK_T - s) * BLOCK_T
+    return s, first, tl.load(starts + s + 1)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two >= n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def power_of_2_below(n: int) -> int:
+    """The largest power of two <= n, n >= 1."""
+    return 1 << (n.bit_length() - 1)
