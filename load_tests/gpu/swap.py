@@ -31,9 +31,8 @@ from load_tests.gpu.figures import Deadline, Figure, alternate, finish, ratios
 from load_tests.gpu.subject import Subject, Version, adapter_bytes, parser, subject
 from server.engine.messages import AdapterResult, UnloadAdapter
 
-UNDER_WAY = (
-    8  # loads of a storm: their copies outlast the two steps that it takes to hear of one and call again
-)
+# Loads of a storm: their copies outlast the two steps that it takes to hear of one and call again.
+UNDER_WAY = 8
 _IN_USE = 8  # adapters of those who decode
 _ROOM = 2 * UNDER_WAY  # for so many others in the arena, so that one can always come
 _STORMING = _IN_USE + _ROOM + UNDER_WAY  # adapters that come and go: more than the arena holds

@@ -126,6 +126,7 @@ class FusedLayers(DecoderLayers):
         self._function.restype = None
         self._function.argtypes = [ctypes.POINTER(_Decoder), ctypes.c_int64]
         self._kept: _Pointers | None = None
+        self._tables_in_use: _Pointers | None = None  # that the layers are set for
         self._buffers: dict[str, torch.Tensor] = {}
         self._rows = 0
 
@@ -156,8 +157,10 @@ class FusedLayers(DecoderLayers):
     ) -> None:
         plan, segments, arena = self._paged.plan, self._lora.segments, self._lora.arena
         assert plan is not None
-        for layer, rotary_dim in zip(self._layers, tables.rotary_dims, strict=True):
-            layer.rotary_dim = rotary_dim
+        if tables is not self._tables_in_use:
+            self._tables_in_use = tables
+            for layer, rotary_dim in zip(self._layers, tables.rotary_dims, strict=True):
+                layer.rotary_dim = rotary_dim
         self._reserve(hidden.numel() // self._widths.hidden)
         step = _Decoder(
             self._layers,

@@ -150,7 +150,7 @@ class DecodeGraphs:
         self._host_tables = torch.zeros(max_num_seqs * blocks, dtype=torch.int32, pin_memory=cuda)
         self._tables = torch.zeros(max_num_seqs, blocks, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_num_seqs, device=device)
-        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]  # no hints
         self._arena: ArenaView | None = None  # that the graphs were captured with
         self._replays: dict[_Kind, Work] = {}
         self._logits: torch.Tensor | None = None  # [max_num_seqs, vocabulary], of all graphs
@@ -158,8 +158,8 @@ class DecodeGraphs:
     def warm(self, arena: ArenaView) -> None:
         """Capture every kind of step. Raises what `forward` raises where it cannot be captured."""
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._fill(_NO_SEQUENCES, _NO_SEGMENTS, size)
             for longest in (0, 1, _SHARED):
-                self._fill(_NO_SEQUENCES, _NO_SEGMENTS, size)
                 self._replay(_Kind(size, longest), arena)
 
     def logits(self, batch: Batch, arena: ArenaView) -> torch.Tensor | None:
@@ -267,7 +267,7 @@ def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(work: Work) -> Work:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # no hints
         side.wait_stream(current)
         with torch.cuda.stream(side):
             work()  # compiles kernels and makes workspaces, which a capture may not

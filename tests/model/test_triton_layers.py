@@ -25,8 +25,8 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these layers", allow_module_level=True)
 
 from server.lora.kernels.triton import TritonKernels  # noqa: E402  (after the skip)
-from server.model.attention.paged_triton import PagedTritonAttention  # noqa: E402
-from server.model.triton_layers import _JointLinear  # noqa: E402
+from server.model.attention.paged_triton import PagedTritonAttention  # noqa: E402  (the same)
+from server.model.triton_layers import _JointLinear  # noqa: E402  (the same)
 
 # With each: whether transformers' forward around the layers is left out too.
 MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
