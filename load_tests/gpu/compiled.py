@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
-from server.model.attention.interface import AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
 from server.model.attention.paged_triton import PagedTritonAttention
 from server.model.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.model.layer_reader import Norm
@@ -88,24 +88,33 @@ def launch_lora(
 
 
 def launch_attention(
-    queries: list[int], dtype: torch.dtype, dim: int = 128, context: int = 4096, **options: Any
+    queries: list[int],
+    dtype: torch.dtype,
+    dim: int = 128,
+    context: int = 4096,
+    kv_heads: int = 8,
+    ratio: int = 4,
+    **options: Any,
 ) -> None:
-    kv_heads, ratio, tokens = 8, 4, sum(queries)
+    tokens = sum(queries)
     cache = LayerCache(*(torch.empty(64, kv_heads, 16, dim, dtype=dtype) for _ in "kv"))
     plan = AttentionPlan(
-        torch.empty(len(queries) + 1, dtype=torch.int32),
-        torch.empty(len(queries), dtype=torch.int32),
+        torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int(),
+        torch.full((len(queries),), context, dtype=torch.int32),
         torch.empty(len(queries), context // 16, dtype=torch.int32),
         torch.empty(tokens, dtype=torch.int64),
         num_seqs=len(queries),
         max_query_len=max(queries),
         max_context_len=context,
     )
-    query = torch.empty(tokens, kv_heads * ratio, dim, dtype=dtype)
-    key, value = (torch.empty(tokens, kv_heads, dim, dtype=dtype) for _ in "kv")
+    # as slices of what one product made
+    heads_THD = torch.empty(tokens, (ratio + 2) * kv_heads, dim, dtype=dtype)
+    query, key, value = heads_THD.split([ratio * kv_heads, kv_heads, kv_heads], dim=1)
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(kv_heads * ratio, dtype=dtype)
-    PagedTritonAttention(2 * MULTIPROCESSORS).forward(query, key, value, cache, plan, scale=0.1, **options)
+    layer = LayerCacheSpec(kv_heads, dim, dim, kv_heads * ratio)
+    backend = PagedTritonAttention([layer], dtype, 2 * MULTIPROCESSORS)
+    backend.forward(query, key, value, cache, backend.prepare(plan), scale=0.1, **options)
 
 
 def launch_layer(
@@ -182,15 +191,33 @@ def compile_only(launch: Callable[[], None]) -> Iterator[Any]:
     yield from found
 
 
-def read(kernel: Any) -> Compiled:
-    """Registers and instructions, from the disassembler that Triton carries."""
+def distinct(launch: Callable[[], None]) -> set[tuple[str, str]]:
+    """Of the kernels that `launch` would start, name and key: what each is compiled for. Compiles nothing."""
+    found: set[tuple[str, str]] = set()
+
+    def skip(*, fn: Any, key: Any, **others: Any) -> bool:
+        found.add((fn.name, str(key)))
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = skip
+    try:
+        list(compile_only(launch))
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+    return found
+
+
+def read(kernel: Any, *, instructions: bool = True) -> Compiled:
+    """Registers and instructions, from the disassembler that Triton carries; listing the latter is slow."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage, sass = (
             subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
+            if asked
+            else ""
+            for option, asked in (("--dump-resource-usage", True), ("--dump-sass", instructions))
         )
     number = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Compiled(

@@ -29,20 +29,6 @@ class Deadline:
         return self.left == 0
 
 
-def alternate(works: Mapping[str, Callable[[], T]], rounds: int, deadline: Deadline) -> dict[str, list[T]]:
-    """What each work gave in each round. They take turns, in the other direction every second round.
-
-    All get equally many rounds: `rounds`, or fewer (never none) where the deadline comes first.
-    """
-    results: dict[str, list[T]] = {name: [] for name in works}
-    for number in range(rounds):
-        if number and deadline.over:
-            break
-        for name in works if number % 2 == 0 else reversed(list(works)):
-            results[name].append(works[name]())
-    return results
-
-
 @dataclass(frozen=True)
 class Figure:
     """One line of the table. At most one of the two targets is set."""
@@ -92,10 +78,64 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def finish(figures: Sequence[Figure], rows: Iterable[Any], path: Path | None, **about: object) -> None:
-    """Print the table and, with a `path`, write everything there: `rows` are dataclasses."""
-    print(table(figures) if figures else "no figures: out of time", flush=True)
-    if path is not None:
-        judged = [asdict(f) | {"median": f.median, "verdict": f.verdict} for f in figures]
-        dicts = [asdict(row) for row in rows]
-        path.write_text(json.dumps({**about, "figures": judged, "rows": dicts}, indent=1))
+class Results:
+    """What one part measured. Each addition is on disk at once: a part that is killed leaves what it had.
+
+    `NAME.json` holds the figures, the rows (dataclasses) and `about`; `NAME.txt` what people read. Without a
+    folder nothing is written.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None, **about: object) -> None:
+        self.figures: list[Figure] = []
+        self.rows: list[Any] = []
+        self.about = about
+        self._name, self._folder = name, folder
+        self._lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Print, and keep for the reader."""
+        print(text, flush=True)
+        self._lines.append(text)
+        self._save()
+
+    def add(self, rows: Iterable[Any] = (), figures: Iterable[Figure] = (), **about: object) -> None:
+        self.rows += rows
+        self.figures += figures
+        self.about |= about
+        self._save()
+
+    @property
+    def text(self) -> str:
+        """What was said, and the table of the figures so far."""
+        return "\n".join([*self._lines, *([table(self.figures)] if self.figures else [])])
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        judged = [
+            asdict(figure) | {"median": figure.median, "verdict": figure.verdict} for figure in self.figures
+        ]
+        found = {**self.about, "figures": judged, "rows": [asdict(row) for row in self.rows]}
+        for ending, text in (("json", json.dumps(found, indent=1)), ("txt", self.text + "\n")):
+            partial = self._folder / f"{self._name}.{ending}.part"
+            partial.write_text(text)
+            partial.replace(self._folder / f"{self._name}.{ending}")
+
+
+def alternate(
+    works: Mapping[str, Callable[[int], T]], rounds: int, deadline: Deadline, results: Results
+) -> dict[str, list[T]]:
+    """The row that each work gave in each round, which it is told; in the results as soon as it is there.
+
+    They take turns, in the other direction every second round. All get equally many rounds: `rounds`, or
+    fewer (never none) where the deadline comes first.
+    """
+    rows: dict[str, list[T]] = {name: [] for name in works}
+    for number in range(rounds):
+        if number and deadline.over:
+            break
+        for name in works if number % 2 == 0 else reversed(list(works)):
+            row = works[name](number)
+            results.add([row])
+            rows[name].append(row)
+    return rows

@@ -1,38 +1,31 @@
 """The LoRA kernels alone against the bytes they must move, and against two other ways to do the same.
 
-    python -m load_tests.gpu.kernels [--quick] [--json FILE]
-
 Each row applies one module's adapters to a batch: `tokens` tokens, spread over `adapters` distinct ones.
 The floor is the time of the bytes that must move (each distinct A and B once; x read; out read and
 written) at the rate of a device-to-device copy measured in the same run. `grouped` is torch's grouped_mm
 (two of them and an addition), `bmm` is a batched product; both pad every rank to the largest and get their
 inputs already sorted and packed, at no cost. Calls rotate over adapters, so that no cache holds a call's
-weights.
+weights. On a CPU, for which Triton has its interpreter alone, everything is float32.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from load_tests.gpu.timing import copy_rate, median_seconds
+from load_tests.gpu.context import Context
+from load_tests.gpu.timing import copy_rate, device, median_seconds
 from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 
-DTYPE = torch.bfloat16
-RANKS: list[tuple[int, ...]] = [(8,), (16,), (64,), (128,), (8, 16, 64, 128)]
-BATCHES = [(1, 1), *product([16], [1, 16]), *product([64], [1, 16, 64]), *product([256], [1, 16, 64, 256])]
-PREFILLS = [(2048, 1), (2048, 16), (8192, 1), (8192, 64)]
+DTYPE = torch.bfloat16 if device() == "cuda" else torch.float32
+RANKS: list[tuple[int, ...]] = [(8,), (64,), (128,), (8, 16, 64, 128)]  # besides the workload's
 COLD_BYTES = 256 * 2**20  # several times the L2 cache of any GPU so far
-MOST_CALLS = 512
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,7 @@ class Case:
     ranks: tuple[int, ...]  # dealt out to the adapters in turn
     in_features: int = 4096
     out_features: int = 4096
+    most_calls: int = 512
 
     def rank(self, adapter: int) -> int:
         return self.ranks[adapter % len(self.ranks)]
@@ -57,7 +51,7 @@ class Case:
 
     def calls(self) -> int:
         """How many sets of adapters to rotate over."""
-        return min(MOST_CALLS, max(4, -(-COLD_BYTES // self.floor_bytes())))
+        return min(self.most_calls, max(4, -(-COLD_BYTES // self.floor_bytes())))
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class Inputs:
         self.rank = max(case.ranks)
         self.slots = case.calls() * case.adapters
         slot_size = self.rank * (case.in_features + case.out_features)
-        self.data = torch.empty(self.slots * slot_size, device="cuda", dtype=DTYPE).normal_(std=0.02)
+        self.data = torch.empty(self.slots * slot_size, device=device(), dtype=DTYPE).normal_(std=0.02)
         # rows past an adapter's rank are zero, so that padded products give the same
         self.a = self.data.view(self.slots, -1)[:, : self.rank * case.in_features].unflatten(
             1, (self.rank, -1)
@@ -92,19 +86,19 @@ class Inputs:
         )
         for adapter in range(case.adapters):
             self.a[adapter :: case.adapters, case.rank(adapter) :] = 0
-        starts = torch.arange(self.slots, device="cuda")[:, None] * slot_size
+        starts = torch.arange(self.slots, device=device())[:, None] * slot_size
         offsets = torch.stack([starts, starts + self.rank * case.in_features], dim=2)
         ranks = [[case.rank(slot % case.adapters)] for slot in range(self.slots)]
-        self.arena = ArenaView(self.data, offsets, torch.tensor(ranks, dtype=torch.int32, device="cuda"))
+        self.arena = ArenaView(self.data, offsets, torch.tensor(ranks, dtype=torch.int32, device=device()))
         self.lengths = [case.tokens // case.adapters] * case.adapters
-        self.x = torch.randn(case.tokens, case.in_features, device="cuda").to(DTYPE)
-        self.out = torch.zeros(case.tokens, case.out_features, device="cuda", dtype=DTYPE)
+        self.x = torch.randn(case.tokens, case.in_features, device=device()).to(DTYPE)
+        self.out = torch.zeros(case.tokens, case.out_features, device=device(), dtype=DTYPE)
 
     def triton(self) -> Callable[[int], None]:
         kernels, adapters = TritonKernels(), self.case.adapters
         segments = [
             Segments.build(
-                [(((call * adapters + i, 1.0),), length) for i, length in enumerate(self.lengths)], "cuda"
+                [(((call * adapters + i, 1.0),), length) for i, length in enumerate(self.lengths)], device()
             )
             for call in range(self.case.calls())
         ]
@@ -135,7 +129,7 @@ class Inputs:
         grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
         if grouped_mm is None:
             return None
-        ends = torch.tensor(list(accumulate(self.lengths)), dtype=torch.int32, device="cuda")
+        ends = torch.tensor(list(accumulate(self.lengths)), dtype=torch.int32, device=device())
 
         def apply(call: int) -> None:
             a, b = self.packed(call)
@@ -149,7 +143,7 @@ class Inputs:
         return self.out.double()
 
 
-def measure(case: Case, rate: float) -> Row:
+def measure_case(case: Case, rate: float) -> Row:
     inputs = Inputs(case)
     calls = case.calls()
 
@@ -192,24 +186,31 @@ def show(row: Row) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="LoRA kernels against the bytes they must move.")
-    parser.add_argument("--quick", action="store_true", help="one rank")
-    parser.add_argument("--json", type=Path, help="also write every figure here")
-    arguments = parser.parse_args()
-    rate = copy_rate()
-    ranks = [(16,)] if arguments.quick else RANKS
-    print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s; us a call, 4096 -> 4096, bf16")
-    print(f"{'tokens':>7}{'adapters':>9}{'ranks':>13}{'floor':>10}{'triton':>10}{'share':>8}", end="")
-    print(f"{'grouped':>10}{'bmm':>10}{'error':>10}")
-    rows = []
-    for (tokens, adapters), rank in product(BATCHES + PREFILLS, ranks):
-        rows.append(measure(Case(tokens, adapters, rank), rate))
-        print(show(rows[-1]), flush=True)
+def run(context: Context, ranks: Sequence[tuple[int, ...]]) -> None:
+    """Every batch with every choice of ranks, as far as the time reaches."""
+    results, work = context.results, context.workload
+    rate, width = context.rate or copy_rate(work.copy_bytes), work.kernel_width
+    results.add(copy_rate=rate)
+    results.say(f"copy {rate / 1e12:.2f} TB/s; us a call, {width} -> {width}")
+    results.say(
+        f"{'tokens':>7}{'adapters':>9}{'ranks':>13}{'floor':>10}{'triton':>10}{'share':>8}"
+        f"{'grouped':>10}{'bmm':>10}{'error':>10}"
+    )
+    for (tokens, adapters), of_rank in product(work.kernel_batches, ranks):
+        if context.deadline.over:
+            results.say("out of time")
+            return
+        row = measure_case(Case(tokens, adapters, of_rank, width, width, work.kernel_calls), rate)
+        results.add([row])
+        results.say(show(row))
         torch.cuda.empty_cache()
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"copy_rate": rate, "rows": [asdict(row) for row in rows]}))
 
 
-if __name__ == "__main__":
-    main()
+def measure(context: Context) -> None:
+    """One rank."""
+    run(context, [(context.workload.rank,)])
+
+
+def measure_ranks(context: Context) -> None:
+    """The other ranks, and mixed ones."""
+    run(context, RANKS)

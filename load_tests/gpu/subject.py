@@ -7,10 +7,8 @@ seconds. The operating system's page cache therefore serves every read: "from di
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +51,10 @@ _WIDTH = 2  # bytes of a bfloat16
 _SPARE_TOKENS = 64  # KV room of each sequence beyond its tokens: its last block, and those held back
 
 
+class SlowEngine(RuntimeError):
+    """On CUDA the engine runs without one of its fast paths: its times would say nothing of Chorus."""
+
+
 @dataclass(frozen=True)
 class Version:
     """An adapter version of its own."""
@@ -68,10 +70,36 @@ Mix = Sequence[Version | None]  # what each sequence of a batch uses; None: the 
 class Subject:
     """An engine, its base model's config, and where an adapter of each rank lies. One thread drives it."""
 
+    shape: str
     engine: Engine
     config: dict[str, Any]
     folders: dict[int, Path]
     _calls: Iterator[int] = field(default_factory=count)
+
+    @property
+    def about(self) -> dict[str, object]:
+        """For the JSON of a part that measures it."""
+        info = self.engine.info
+        return {
+            "shape": self.shape,
+            "device": info.device,
+            "weights_bytes": info.weights_bytes,
+            "fast_paths": self.engine.fast_paths,
+        }
+
+    @property
+    def head(self) -> str:
+        """One line: what is measured, and on which paths it runs."""
+        info, paths = self.engine.info, self.engine.fast_paths
+        on = ", ".join(f"{name} {'yes' if there else 'NO'}" for name, there in paths.items())
+        return f"{self.shape} on {info.device}, {info.weights_bytes / 1e9:.1f} GB; {on}"
+
+    def require_fast_paths(self) -> None:
+        """Raises SlowEngine on CUDA where fused layers, the flat model or captured steps are not in use."""
+        paths = self.engine.fast_paths
+        missing = [name for name in ("fused", "flat", "graphs") if not paths[name]]
+        if missing and self.engine.info.device.startswith("cuda"):
+            raise SlowEngine(f"the engine runs without {', '.join(missing)}; its log says why")
 
     def ref(self, version: Version) -> AdapterRef:
         return AdapterRef(f"rank-{version.rank}-{version.number}", str(self.folders[version.rank]))
@@ -80,22 +108,22 @@ class Subject:
         """A call to bring it into the arena, with a number of its own."""
         return LoadAdapter(next(self._calls), self.ref(version))
 
-    def add(self, version: Version | None, prompt: int, output: int) -> str:
-        """Put a request of so many tokens in line; returns its id."""
+    def add(self, version: Version | None, prompt: int, output: int, **sampling: float) -> str:
+        """Put a request of so many tokens in line, greedy unless `sampling` says more; returns its id."""
         number = next(self._calls)
         ids = [(7 * number + 13 * place) % 500 + 5 for place in range(prompt)]
-        sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(**{"max_tokens": output, "temperature": 0.0, "ignore_eos": True} | sampling)
         refs = () if version is None else (self.ref(version),)
-        self.engine.add(Request(f"request-{number}", ids, sampling, refs))
+        self.engine.add(Request(f"request-{number}", ids, params, refs))
         return f"request-{number}"
 
     def turn(self) -> tuple[list[TokenOutput], list[AdapterResult]]:
-        """A step, after a pause where all there is waits for an adapter: its thread wants the interpreter.
+        """A step; where all there is waits for an adapter, once that has landed.
 
         Raises RuntimeError when a request or a call ends with an error.
         """
         if wait_ms := self.engine.idle_ms():
-            time.sleep(wait_ms / 1000)
+            self.engine.wait(wait_ms / 1000)
         outputs, results = self.engine.step()
         answers: list[TokenOutput | AdapterResult] = [*outputs, *results]
         for answer in answers:
@@ -129,6 +157,10 @@ class Subject:
             self.bring(version)
         return True
 
+    def adapter_bytes(self, rank: int) -> int:
+        """Of one adapter, in the arena or on the host."""
+        return _WIDTH * floor.adapter_values(self.config, rank)
+
     def step_bytes(self, mix: Mix, context: float) -> floor.StepBytes:
         """What a decode step of the mix must read: weights, each distinct adapter and the live KV, once.
 
@@ -138,11 +170,7 @@ class Subject:
         weights = self.engine.info.weights_bytes
         if not self.config["tie_word_embeddings"]:
             weights -= _WIDTH * floor.head_values(self.config)
-        adapters = sum(
-            _WIDTH * floor.adapter_values(self.config, version.rank)
-            for version in set(mix)
-            if version is not None
-        )
+        adapters = sum(self.adapter_bytes(version.rank) for version in set(mix) if version is not None)
         kv = round(_WIDTH * floor.kv_values(self.config) * context * len(mix))
         return floor.StepBytes(weights, adapters, kv)
 
@@ -162,7 +190,7 @@ def subject(
     kv_tokens: int,
     host_bytes: int = 0,
 ) -> Iterator[Subject]:
-    """An engine with random weights, with folders for versions of `ranks`.
+    """An engine with random weights, with folders for versions of `ranks`. Raises SlowEngine.
 
     `arena_ranks`: what the ranks of all adapters in the arena may add up to. `kv_tokens`: room of the KV
     cache for each of `max_num_seqs` sequences. `host_bytes`: of the cache of packed adapters.
@@ -190,18 +218,8 @@ def subject(
             )
         )
         try:
-            yield Subject(engine, config, by_rank)
+            on = Subject(shape, engine, config, by_rank)
+            on.require_fast_paths()
+            yield on
         finally:
             engine.close()
-
-
-def parser(doc: str | None, *, shape: str, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """With the options that all these measurements have, and their defaults."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default=shape, help=f"default: {shape}")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, help=f"begin nothing more after; default: {seconds:.0f}"
-    )
-    parser.add_argument("--json", type=Path, help="write every round and figure here too")
-    return parser

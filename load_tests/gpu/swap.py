@@ -1,7 +1,5 @@
 """Adapters on their way into the arena: how fast one is copied, and what that costs those who decode.
 
-    python -m load_tests.gpu.swap --shape llama-3.1-8b
-
 - Copy: an adapter whose image is in page-locked host memory goes into the arena the engine's own way (a
   LoadAdapter call, and the milliseconds that its answer states), in turns with a plain copy of as many bytes
   from page-locked memory, both by the host's clock and with the engine idle. The storm states the same of
@@ -12,7 +10,7 @@
   turns; every one starts anew, so all see the same context. Inter-token is the time between one step's end
   and the next one's: every sequence gets a token in each.
 
-Runs on a CPU too (`--shape tiny`), where "page-locked" is ordinary memory.
+On a CPU "page-locked" is ordinary memory.
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ from itertools import cycle
 import numpy as np
 import torch
 
-from load_tests.gpu.figures import Deadline, Figure, alternate, finish, ratios
-from load_tests.gpu.subject import Subject, Version, adapter_bytes, parser, subject
+from load_tests.gpu.context import Context
+from load_tests.gpu.figures import Deadline, Figure, Results, alternate, ratios
+from load_tests.gpu.subject import Subject, Version
+from load_tests.gpu.timing import device
 from server.engine.messages import AdapterResult, UnloadAdapter
 
 # Loads of a storm: their copies outlast the two steps that it takes to hear of one and call again.
 UNDER_WAY = 8
 _IN_USE = 8  # adapters of those who decode
-_ROOM = 2 * UNDER_WAY  # for so many others in the arena, so that one can always come
-_STORMING = _IN_USE + _ROOM + UNDER_WAY  # adapters that come and go: more than the arena holds
-_COPIES = 15  # rounds
+IN_ARENA = _IN_USE + 2 * UNDER_WAY  # adapters it must hold at least, so that one can always come
 _PROMPT = 64  # tokens
 _WARM_STEPS = 8  # before each window's first
 
@@ -55,6 +53,7 @@ class Window:
     """One round of decoding."""
 
     weather: str
+    round: int
     gaps_s: tuple[float, ...]  # between the ends of steps
     loads: int  # that came into the arena
     evictions: int  # that made room for them; forgotten ones not counted
@@ -111,10 +110,9 @@ def copy_once(subject: Subject, version: Version, pair: tuple[torch.Tensor, torc
 def copies(subject: Subject, version: Version, rounds: int) -> list[Copy]:
     """Of one version, after two rounds that do not count."""
     subject.load([version])
-    nbytes = subject.engine.stats().arena_bytes_used  # nothing else is there
-    cuda = torch.cuda.is_available()
-    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=cuda)
-    pair = torch.zeros_like(source, device="cuda" if cuda else "cpu"), source
+    nbytes = subject.adapter_bytes(version.rank)
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=device() == "cuda")
+    pair = torch.zeros_like(source, device=device()), source
     return [copy_once(subject, version, pair) for _ in range(rounds + 2)][2:]
 
 
@@ -123,7 +121,14 @@ def output_tokens(steps: int) -> int:
     return steps + 4 * _WARM_STEPS
 
 
-def window(subject: Subject, weather: str, storm: Storm, users: Sequence[Version], steps: int) -> Window:
+def longest(steps: int) -> int:
+    """Tokens of a sequence, prompt and output together."""
+    return _PROMPT + output_tokens(steps)
+
+
+def window(
+    subject: Subject, weather: str, storm: Storm, users: Sequence[Version], steps: int, number: int = 0
+) -> Window:
     """`steps` decode steps of one sequence for each of `users`, with the storm beside them.
 
     Raises RuntimeError when a step gives not every sequence its token.
@@ -150,6 +155,7 @@ def window(subject: Subject, weather: str, storm: Storm, users: Sequence[Version
     storm.end()
     seen = Window(
         weather,
+        number,
         tuple(gaps),
         after.adapter_loads - before.adapter_loads,
         after.adapter_evictions - before.adapter_evictions,
@@ -160,12 +166,21 @@ def window(subject: Subject, weather: str, storm: Storm, users: Sequence[Version
 
 
 def windows(
-    subject: Subject, rank: int, sequences: int, *, steps: int, rounds: int, deadline: Deadline
+    subject: Subject,
+    rank: int,
+    sequences: int,
+    *,
+    steps: int,
+    rounds: int,
+    deadline: Deadline,
+    results: Results,
 ) -> list[Window]:
     """Rounds of calm and of both storms; adapters that stay, and the host's images, are brought in first."""
+    room = subject.engine.info.arena_bytes // subject.adapter_bytes(rank) - _IN_USE
+    storming = room + UNDER_WAY  # more than the arena holds beside those in use
     staying = [Version(rank, number) for number in range(_IN_USE)]
-    from_host = [Version(rank, _IN_USE + number) for number in range(_STORMING)]
-    from_disk = [Version(rank, _IN_USE + _STORMING + number) for number in range(_STORMING)]
+    from_host = [Version(rank, _IN_USE + number) for number in range(storming)]
+    from_disk = [Version(rank, _IN_USE + storming + number) for number in range(storming)]
     subject.load(from_host + staying)
     users = [staying[index % len(staying)] for index in range(sequences)]
     weathers = {
@@ -176,7 +191,7 @@ def windows(
     for name, storm in weathers.items():
         window(subject, name, storm, users, _WARM_STEPS)
     works = {name: partial(window, subject, name, storm, users, steps) for name, storm in weathers.items()}
-    return [one for many in alternate(works, rounds, deadline).values() for one in many]
+    return [one for many in alternate(works, rounds, deadline, results).values() for one in many]
 
 
 def copy_figures(copied: Sequence[Copy]) -> list[Figure]:
@@ -210,38 +225,26 @@ def storm_figures(seen: Sequence[Window], copied: Sequence[Copy]) -> list[Figure
     return figures
 
 
-def arena_ranks(rank: int) -> int:
-    """What the ranks of the adapters in the arena may add up to."""
-    return rank * (_IN_USE + _ROOM)
+def host_images(in_arena: int) -> int:
+    """Adapters for which the host needs room, beside an arena for so many: all but those from disk, which
+    are forgotten at once."""
+    return in_arena + 3 * UNDER_WAY
 
 
-def host_bytes(shape: str, rank: int) -> int:
-    """For the images of all but those that come from disk, which are forgotten at once."""
-    return adapter_bytes(shape, rank) * (_IN_USE + _STORMING + 2 * UNDER_WAY)
-
-
-def main() -> None:
-    options = parser(__doc__, shape="llama-3.1-8b", rounds=5, seconds=34)
-    options.add_argument("--rank", type=int, default=16)
-    options.add_argument("--sequences", type=int, default=64)
-    options.add_argument("--steps", type=int, default=150, help="of a round")
-    args = options.parse_args()
-    deadline = Deadline(args.seconds)
-    with subject(
-        args.shape,
-        ranks=[args.rank],
-        arena_ranks=arena_ranks(args.rank),
-        max_num_seqs=args.sequences,
-        kv_tokens=_PROMPT + output_tokens(args.steps),
-        host_bytes=host_bytes(args.shape, args.rank),
-    ) as on:
-        nbytes = adapter_bytes(args.shape, args.rank)
-        print(f"{args.shape} on {on.engine.info.device}, rank {args.rank}: {nbytes / 1e6:.1f} MB", flush=True)
-        copied = copies(on, Version(args.rank), _COPIES)
-        seen = windows(on, args.rank, args.sequences, steps=args.steps, rounds=args.rounds, deadline=deadline)
-    figures = copy_figures(copied) + storm_figures(seen, copied)
-    finish(figures, [*copied, *seen], args.json, shape=args.shape, rank=args.rank, sequences=args.sequences)
-
-
-if __name__ == "__main__":
-    main()
+def measure(context: Context) -> None:
+    """On the shared engine."""
+    on, work, results = context.subject(), context.workload, context.results
+    results.add(rank=work.rank, sequences=work.sequences)
+    results.say(f"rank {work.rank}: {on.adapter_bytes(work.rank) / 1e6:.1f} MB")
+    copied = copies(on, Version(work.rank), work.copies)
+    results.add(copied, copy_figures(copied))
+    seen = windows(
+        on,
+        work.rank,
+        work.sequences,
+        steps=work.storm_steps,
+        rounds=work.storms,
+        deadline=context.deadline,
+        results=results,
+    )
+    results.add(figures=storm_figures(seen, copied))

@@ -1,7 +1,5 @@
 """Throughput and time to the first token against the number of adapters that requests ask for.
 
-    python -m load_tests.gpu.sweep --shape qwen2.5-0.5b
-
 A closed loop, in this process, through `Engine.add` and `Engine.step`: as many requests as the engine runs at
 once, another one for each that ended. It needs no rate that suits the machine, keeps the engine full, and
 nothing queues for a place, so that the time to the first token is the wait for an adapter and the prompt's
@@ -9,27 +7,28 @@ own time. The k-th adapter is asked for in proportion to k**-alpha, and outputs 
 requests do not run in step (`load_tests.trace`). Registering costs the engine nothing: it sees an adapter
 when a request names it (`load_tests scaling registered` goes through the registry and HTTP).
 
-The arena holds 100 adapters; the others wait as images in host memory, as many as `--host-cache` takes, and
-on disk (the page cache, see `subject`). 2,000 images of rank 16 for Llama-3.1-8B would be 168 GB. So the
-default is the small model and rank 8, 8.8 MB each, and a cache of 8 GiB for 976 of them (page-locked memory
-comes in powers of two: it takes 15 GiB). A fifth of the time goes to bringing in the most popular first, and
-every point runs for a while before its first measured request; beyond the cache, misses come from disk.
+The arena holds 100 adapters; the others wait as images in host memory, as many as its cache takes, and on
+disk (the page cache, see `subject`). 2,000 images of rank 16 for Llama-3.1-8B would be 168 GB. So it takes
+the small model and rank 8, 8.8 MB each, and a cache of 8 GiB for 976 of them. A fifth of the time goes to
+bringing in the most popular first, and every point runs for a while before its first measured request;
+beyond the cache, misses come from disk.
 
-Points take turns, there and back. Runs on a CPU too (`--shape tiny`).
+Points take turns, there and back.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 
 import numpy as np
 
-from load_tests.gpu.figures import Deadline, Figure, alternate, finish, ratios
-from load_tests.gpu.subject import Subject, Version, parser, subject
+from load_tests.gpu.context import Context
+from load_tests.gpu.figures import Deadline, Figure, Results, alternate, ratios
+from load_tests.gpu.subject import Subject, Version, subject
 from load_tests.trace import Lengths, TraceRequest, TraceSpec, adapter_names, generate
 from server.engine.messages import TokenOutput
 
@@ -37,8 +36,10 @@ IN_ARENA = 100  # adapters
 _WARM_SHARE = 0.25  # of a window's time, before what is measured
 _BRING_IN_SHARE = 0.2  # of all the time
 _MEASURE_SHARE = 0.8  # of what is left then; windows end when the last one has its first token
-_SHORTEST_S, _LONGEST_S = 0.4, 4.0  # of a window
+_SHORTEST_S = 0.4  # of a window
 _DRAWN = 4096  # requests, which then come again
+_RANK = 8
+_ALPHA = 1.0  # of the popularity; 0: all equally popular
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ class ClosedLoop:
             self._live.remove(output.request_id)
 
 
-def window(subject: Subject, load: Load, registered: int, seconds: float, seeds: Iterator[int]) -> Window:
-    """Raises RuntimeError when it was too short for a single request."""
-    loop = ClosedLoop(subject, load, draw(registered, load, next(seeds)))
+def window(subject: Subject, load: Load, registered: int, seconds: float, number: int) -> Window:
+    """One round; its number is the seed. Raises RuntimeError when it was too short for a single request."""
+    loop = ClosedLoop(subject, load, draw(registered, load, number))
     loop.run(seconds * _WARM_SHARE)
     before, began = subject.engine.stats(), time.perf_counter()
     tokens = loop.run(seconds * (1 - _WARM_SHARE))
@@ -159,16 +160,21 @@ def bring_in(subject: Subject, load: Load, registered: int, deadline: Deadline) 
 
 
 def windows(
-    subject: Subject, load: Load, points: Sequence[int], *, rounds: int, deadline: Deadline
+    subject: Subject,
+    load: Load,
+    points: Sequence[int],
+    *,
+    longest_s: float,
+    rounds: int,
+    deadline: Deadline,
+    results: Results,
 ) -> list[Window]:
-    """Every round at every point, of equal length."""
+    """Every round at every point, of equal length, `longest_s` seconds at most."""
     bring_in(subject, load, max(points), Deadline(deadline.left * _BRING_IN_SHARE))
     share = _MEASURE_SHARE * deadline.left / (len(points) * rounds)
-    seconds = min(max(share, _SHORTEST_S), _LONGEST_S)
-    works = {
-        str(point): partial(window, subject, load, point, seconds, iter(range(rounds))) for point in points
-    }
-    return [one for many in alternate(works, rounds, deadline).values() for one in many]
+    seconds = min(max(share, _SHORTEST_S), longest_s)
+    works = {str(point): partial(window, subject, load, point, seconds) for point in points}
+    return [one for many in alternate(works, rounds, deadline, results).values() for one in many]
 
 
 def figures_of(seen: Sequence[Window]) -> list[Figure]:
@@ -189,33 +195,27 @@ def figures_of(seen: Sequence[Window]) -> list[Figure]:
     return figures
 
 
-def main() -> None:
-    options = parser(__doc__, shape="qwen2.5-0.5b", rounds=3, seconds=32)
-    options.add_argument("--points", default="1,8,64,512,2000", help="adapters")
-    options.add_argument("--rank", type=int, default=8)
-    options.add_argument("--alpha", type=float, default=1.0, help="0: all equally popular")
-    options.add_argument("--sequences", type=int, default=64, help="requests at once")
-    options.add_argument("--prompt", type=int, default=128, help="tokens")
-    options.add_argument("--output", default="32:96", help="tokens, fewest:most")
-    options.add_argument("--host-cache", type=float, default=8, help="GiB")
-    args = options.parse_args()
-    deadline = Deadline(args.seconds)
-    low, high = map(int, args.output.split(":"))
-    load = Load(args.rank, args.sequences, args.alpha, args.prompt, (low, high))
+def measure(context: Context) -> None:
+    """On an engine of its own with the small model."""
+    work, results = context.workload, context.results
+    load = Load(_RANK, work.sequences, _ALPHA, work.prompt, work.sweep_output)
     with subject(
-        args.shape,
-        ranks=[args.rank],
-        arena_ranks=args.rank * IN_ARENA,
-        max_num_seqs=args.sequences,
-        kv_tokens=args.prompt + high,
-        host_bytes=int(args.host_cache * 2**30),
+        work.small_shape,
+        ranks=[load.rank],
+        arena_ranks=load.rank * IN_ARENA,
+        max_num_seqs=load.concurrency,
+        kv_tokens=load.prompt + load.output[1],
+        host_bytes=work.sweep_host_bytes,
     ) as on:
-        print(f"{args.shape} on {on.engine.info.device}, ready with {deadline.left:.0f} s left", flush=True)
-        points = [int(point) for point in args.points.split(",")]
-        seen = windows(on, load, points, rounds=args.rounds, deadline=deadline)
-    about = {"shape": args.shape, "rank": args.rank, "sequences": args.sequences, "alpha": args.alpha}
-    finish(figures_of(seen), seen, args.json, **about)
-
-
-if __name__ == "__main__":
-    main()
+        context.head(on)
+        results.add(**asdict(load))
+        seen = windows(
+            on,
+            load,
+            work.sweep_points,
+            longest_s=work.sweep_window_s,
+            rounds=work.rounds,
+            deadline=context.deadline,
+            results=results,
+        )
+    results.add(figures=figures_of(seen))

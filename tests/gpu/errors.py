@@ -19,8 +19,12 @@ def assert_near(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) 
     assert error < BOUNDS[dtype], f"relative error {error:.2e} in {dtype}"
 
 
-def poison_free_memory(gibibytes: int = 2) -> None:
-    """Leaves NaN in the memory that the next `torch.empty` of this process gets."""
-    sizes = [2**size for size in range(9, 28)] + [gibibytes * 2**28]
-    held = [torch.full((size,), torch.nan, device="cuda") for size in sizes for _ in range(2)]
+def poison_free_memory(largest: int = 2**28) -> None:
+    """Leaves NaN in the memory that the next `torch.empty` of this process gets.
+
+    `largest`: float32 values of one piece (1 GiB). With two of each smaller size it holds 1.5 GiB until the
+    test is over, so that six workers fit on a card of 80 GB.
+    """
+    sizes = [2**size for size in range(9, 26) for _ in "ab"]
+    held = [torch.full((size,), torch.nan, device="cuda") for size in [*sizes, largest]]
     del held

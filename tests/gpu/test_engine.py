@@ -13,8 +13,12 @@ from tests.engine.harness import assert_at_rest, make_engine
 from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(
+    "architecture",
+    # a capture of gpt-oss fails, and torch's allocator and generators may remember it
+    ["llama", "gemma2", "mistral", pytest.param("gpt_oss", marks=pytest.mark.alone)],
+)
 def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     model = build(architecture, tmp_path / "model")
@@ -37,7 +41,7 @@ def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
         enforce_eager=eager,
     )
     if architecture != "gpt_oss":  # experts may be chosen in a way that cannot be captured
-        assert (engine._runner._graphs is None) == eager
+        assert engine.fast_paths["graphs"] != eager
     assert serve(engine, jobs) == expected(model, jobs)
     assert_at_rest(engine)
     engine.close()
@@ -55,5 +59,5 @@ def test_an_arena_whose_tables_grow_is_captured_anew(tmp_path: Path, monkeypatch
     for i, adapter in enumerate(adapters):
         jobs = [Job([5 + i, 6, 7], who, tokens=6) for who in (adapter, adapters[0])]
         assert serve(engine, jobs) == expected(model, jobs)
-    assert engine._runner._graphs is not None
+    assert engine.fast_paths["graphs"]
     engine.close()

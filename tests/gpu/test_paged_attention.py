@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.attention.interface import AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionPlan, AttentionWork, LayerCache, LayerCacheSpec
 from server.model.attention.paged_triton import PagedTritonAttention
 from tests.gpu.errors import assert_near, poison_free_memory
 
@@ -22,7 +22,7 @@ class Step:
     key: torch.Tensor
     value: torch.Tensor
     cache: LayerCache
-    plan: AttentionPlan
+    plan: AttentionPlan  # on the host
 
     @classmethod
     def random(
@@ -62,27 +62,27 @@ class Step:
             value.unflatten(1, (kv_heads, v_dim)),
             cache,
             AttentionPlan(
-                torch.tensor(starts, dtype=torch.int32, device="cuda"),
-                torch.tensor([context for _, context in runs], dtype=torch.int32, device="cuda"),
-                tables.cuda(),
-                slot_mapping,
+                torch.tensor(starts, dtype=torch.int32),
+                torch.tensor([context for _, context in runs], dtype=torch.int32),
+                tables,
+                slot_mapping.cpu(),
                 num_seqs=len(runs),
                 max_query_len=max(queries for queries, _ in runs),
                 max_context_len=max(context for _, context in runs),
             ),
         )
 
+    def backend(self) -> PagedTritonAttention:
+        _, kv_heads, _, k_dim = self.cache.k.shape
+        spec = LayerCacheSpec(kv_heads, k_dim, self.cache.v.shape[3], self.query.shape[1])
+        return PagedTritonAttention([spec], self.query.dtype)
+
     def forward(self, **options: Any) -> torch.Tensor:
+        backend = self.backend()
+        plan = backend.prepare(self.plan).to(self.query.device)
         poison_free_memory()
-        return PagedTritonAttention().forward(
-            self.query,
-            self.key,
-            self.value,
-            self.cache,
-            self.plan,
-            scale=self.query.shape[2] ** -0.5,
-            **options,
-        )
+        scale = self.query.shape[2] ** -0.5
+        return backend.forward(self.query, self.key, self.value, self.cache, plan, scale=scale, **options)
 
     def reference(
         self,
@@ -97,7 +97,7 @@ class Step:
         starts, contexts = self.plan.query_starts.tolist(), self.plan.context_lens.tolist()
         for s in range(self.plan.num_seqs):
             run = slice(starts[s], starts[s + 1])
-            blocks = self.plan.block_tables[s, : -(-contexts[s] // block_size)].long()
+            blocks = self.plan.block_tables[s, : -(-contexts[s] // block_size)].long().to(self.query.device)
             k, v = (
                 tensor[blocks].transpose(1, 2).flatten(0, 1)[: contexts[s]].double()  # [N, kv_heads, dim]
                 .repeat_interleave(heads // kv_heads, dim=1)
@@ -122,6 +122,7 @@ class Step:
 
 RUNS = {
     "decode": [(1, 37 * s % 2000 + 1) for s in range(64)],
+    "decode, one long": [(1, 8000 if s == 20 else 144 + s) for s in range(64)],
     "decode, few and long": [(1, 8000), (1, 1), (1, 4099)],
     "prefill": [(700, 700), (300, 1500), (16, 16)],
     "mixed": [*[(1, 61 * s % 900 + 1) for s in range(20)], (512, 2048), (5, 5)],
@@ -134,10 +135,8 @@ def test_llama(runs: str, dtype: torch.dtype) -> None:
     step = Step.random(RUNS[runs], dtype)
     out = step.forward()
     assert_near(out, step.reference(), dtype)
-    written = (
-        tensor.transpose(1, 2)[step.plan.slot_mapping // 16, step.plan.slot_mapping % 16]
-        for tensor in (step.cache.k, step.cache.v)
-    )
+    slots = step.plan.slot_mapping.cuda()
+    written = (tensor.transpose(1, 2)[slots // 16, slots % 16] for tensor in (step.cache.k, step.cache.v))
     assert all(torch.equal(*pair) for pair in zip(written, (step.key, step.value), strict=True))
     assert torch.equal(out, step.forward()), "the same inputs gave another result: a race"
 
@@ -181,40 +180,54 @@ def test_head_shapes(
     assert_near(step.forward(), step.reference(), dtype)
 
 
-@pytest.mark.parametrize("runs", ["decode", "decode, few and long", "mixed"])
+def copied(work: AttentionWork, into: AttentionWork) -> None:
+    """What a step does before a replay: rows of zeros where there are fewer items or cuts."""
+    for rows, live in ((into.items, work.items), (into.cuts, work.cuts)):
+        rows.zero_()
+        rows[: len(live)].copy_(live)
+
+
+@pytest.mark.parametrize("runs", ["decode, one long", "decode, few and long", "mixed"])
 def test_captured_graph_replays_other_contents(runs: str) -> None:
     """Replayed with a shorter context for each sequence, new K and V, and one sequence gone."""
     step = Step.random(RUNS[runs], torch.bfloat16)
-    backend = PagedTritonAttention()
-    arguments = (step.query, step.key, step.value, step.cache, step.plan)
+    backend, host, block_size = step.backend(), step.plan, 16
+    work = backend.prepare(host).work
+    assert work is not None
+    assert len(work.cuts), "nothing is cut"
+    room = dataclasses.replace(
+        work,
+        items=work.items.new_zeros(len(work.items) + work.spare, 8, device="cuda"),
+        cuts=work.cuts.new_zeros(work.spare, 4, device="cuda"),
+        parts=2 * work.spare,
+    )
+    copied(work, into=room)
+    plan = dataclasses.replace(host.to(torch.device("cuda")), work=room)
+    arguments = (step.query, step.key, step.value, step.cache, plan)
     backend.forward(*arguments, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = backend.forward(*arguments, scale=0.1)
 
-    plan, block_size = step.plan, 16
-    starts = plan.query_starts.tolist()
-    live = plan.num_seqs - 1
-    lengths = [starts[s + 1] - starts[s] for s in range(live)]
-    contexts = [
-        max(length, context - 11)
-        for length, context in zip(lengths, plan.context_lens.tolist(), strict=False)
-    ]
-    plan.context_lens[:live].copy_(torch.tensor(contexts))
-    plan.query_starts[live + 1 :] = starts[live]
+    live = host.num_seqs - 1
+    starts = host.query_starts[: live + 1]
+    lengths = starts.diff()
+    contexts = torch.maximum(lengths, host.context_lens[:live] - 11)
     plan.slot_mapping.fill_(-1)
-    for s in range(live):
-        positions = torch.arange(contexts[s] - lengths[s], contexts[s], device="cuda")
-        blocks = plan.block_tables[s][positions // block_size].long()
-        plan.slot_mapping[starts[s] : starts[s + 1]] = blocks * block_size + positions % block_size
+    for s, (first, length, context) in enumerate(zip(starts[:-1], lengths, contexts, strict=True)):
+        positions = torch.arange(context - length, context)
+        slots = host.block_tables[s][positions // block_size].long() * block_size + positions % block_size
+        plan.slot_mapping[first : first + length].copy_(slots)
+    smaller = dataclasses.replace(host, query_starts=starts, context_lens=contexts, num_seqs=live)
+    fewer = backend.prepare(smaller).work
+    assert fewer is not None
+    copied(fewer, into=room)
     for tensor in (step.query, step.key, step.value):
         tensor.normal_()
     graph.replay()
 
-    tokens = starts[live]
-    smaller = dataclasses.replace(
-        step,
-        query=step.query[:tokens].double() * (0.1 * 128**0.5),  # the reference's own scale is 128 ** -0.5
-        plan=dataclasses.replace(plan, num_seqs=live),
+    tokens = int(starts[-1])
+    query = step.query[:tokens].double() * (0.1 * 128**0.5)  # the reference's own scale is 128 ** -0.5
+    assert_near(
+        out[:tokens], dataclasses.replace(step, query=query, plan=smaller).reference(), torch.bfloat16
     )
-    assert_near(out[:tokens], smaller.reference(), torch.bfloat16)

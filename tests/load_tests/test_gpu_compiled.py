@@ -23,6 +23,25 @@ CASES = [
     "layer bf16",
     "layer bf16, widest",
 ]
+# The most kernels that a model may compile, at start and for steps with prompts: 1 or 2 s each on a card.
+MOST = {"llama-3.1-8b": (30, 26), "qwen2.5-0.5b": (30, 30)}
+MOST_TINY = (20, 8)
+COUNTS = """
+import json
+from load_tests.gpu.warmup import MODELS, TINY, decode, kernels, prompts
+found = {}
+for name, model in (MODELS | TINY).items():
+    at_start = kernels(decode(model))
+    found[name] = len(at_start), len(kernels(prompts(model)) - at_start)
+print(json.dumps(found))
+"""
+STARTS = """
+import json
+from dataclasses import asdict
+from load_tests.gpu.warmup import MODELS, TINY, compiled, decode
+models = {"llama-3.1-8b": MODELS["llama-3.1-8b"], "gemma2": TINY["gemma2"]}
+print(json.dumps({name: [asdict(one) for one in compiled(decode(models[name]))] for name in models}))
+"""
 SCRIPT = """
 import json, sys
 from dataclasses import asdict
@@ -40,15 +59,28 @@ def runs(tool: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (runs("ptxas") and runs("cuobjdump")):
         pytest.skip("Triton's ptxas and cuobjdump do not run here")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    return tmp_path_factory.mktemp("triton")
+
+
+def found_by(script: str, *arguments: str, cache: Path | None = None) -> Any:
+    environment = dict(os.environ) if cache is None else {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *CASES], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: Path) -> dict[str, list[dict[str, Any]]]:
+    return found_by(SCRIPT, *CASES, cache=cache)
 
 
 def test_every_kernel_fits_the_chip(compiled: dict[str, list[dict[str, Any]]]) -> None:
@@ -76,3 +108,19 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
         assert by_case["lora rows bf16"][name]["LD.128"] > 0
     for name in ("_add_norm", "_norm_rotate", "_activate"):
         assert by_case["layer bf16"][name]["LD.128"] > 0
+
+
+def test_a_start_compiles_few_kernels() -> None:
+    """Each takes a second or two of a start, and of the first steps with prompts."""
+    for name, (at_start, later) in found_by(COUNTS).items():
+        most_at_start, most_later = MOST.get(name, MOST_TINY)
+        assert 10 < at_start <= most_at_start, name
+        assert 0 < later <= most_later, name
+
+
+def test_all_that_a_start_compiles_fits_the_chip(cache: Path) -> None:
+    """Of a real model, and of a tiny one as in tests/gpu."""
+    for name, kernels in found_by(STARTS, cache=cache).items():
+        for kernel in kernels:
+            assert kernel["shared"] <= SHARED_MEMORY, name
+            assert kernel["stack"] == 0, f"{name}: {kernel} spills registers"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from load_tests.gpu.figures import Deadline, Figure, alternate, finish, ratios, table
+from load_tests.gpu.figures import Deadline, Figure, Results, alternate, ratios, table
 
 
 @dataclass(frozen=True)
@@ -15,21 +15,18 @@ class Row:
 
 
 def test_works_take_turns_there_and_back() -> None:
-    calls: list[str] = []
-
-    def work(name: str) -> int:
-        calls.append(name)
-        return len(calls)
-
-    results = alternate({name: lambda name=name: work(name) for name in "abc"}, 3, Deadline(60))
-    assert "".join(calls) == "abccbaabc"
-    assert results == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    results = Results("turns")
+    works = {name: lambda number, name=name: f"{name}{number}" for name in "abc"}
+    rows = alternate(works, 3, Deadline(60), results)
+    assert results.rows == ["a0", "b0", "c0", "c1", "b1", "a1", "a2", "b2", "c2"]
+    assert rows == {name: [f"{name}{number}" for number in range(3)] for name in "abc"}
 
 
 def test_no_round_begins_after_the_deadline_but_the_first() -> None:
     over = Deadline(0)
     assert over.over
-    assert alternate({"a": lambda: 1, "b": lambda: 2}, 3, over) == {"a": [1], "b": [2]}
+    works = {"a": lambda number: 1, "b": lambda number: 2}
+    assert alternate(works, 3, over, Results("late")) == {"a": [1], "b": [2]}
     assert 0 < Deadline(60).left <= 60
 
 
@@ -66,16 +63,37 @@ def test_the_table_says_median_spread_target_and_verdict() -> None:
     assert lines[2].split() == ["c", "1234", "1234", "1234", "1", "-"]
 
 
-def test_everything_goes_to_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "figures.json"
-    finish([Figure("a", (0.7,), at_least=0.92)], [Row(1.5)], path, shape="tiny")
-    written = json.loads(path.read_text())
-    assert written["shape"] == "tiny"
-    assert written["rows"] == [{"seconds": 1.5}]
+def test_everything_is_on_disk_as_soon_as_it_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results("part", tmp_path, shape="tiny")
+    results.say("before the first figure")
+    assert (tmp_path / "part.txt").read_text() == "before the first figure\n"
+    results.add([Row(1.5)], copy_rate=3.0)
+    assert json.loads((tmp_path / "part.json").read_text()) == {
+        "shape": "tiny",
+        "copy_rate": 3.0,
+        "figures": [],
+        "rows": [{"seconds": 1.5}],
+    }
+    results.add([Row(2.5)], [Figure("a", (0.7,), at_least=0.92)])
+    written = json.loads((tmp_path / "part.json").read_text())
+    assert written["rows"] == [{"seconds": 1.5}, {"seconds": 2.5}]
     assert (written["figures"][0]["median"], written["figures"][0]["verdict"]) == (0.7, "below")
-    assert "below" in capsys.readouterr().out
+    assert (tmp_path / "part.txt").read_text() == results.text + "\n"
+    assert "below" in results.text
+    assert capsys.readouterr().out == "before the first figure\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"part.json", "part.txt"}
 
 
-def test_without_figures_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    finish([], [], None)
-    assert "out of time" in capsys.readouterr().out
+def test_a_row_is_on_disk_before_the_next_is_measured(tmp_path: Path) -> None:
+    """A part that is killed leaves its figures."""
+
+    def work(number: int) -> Row:
+        path = tmp_path / "part.json"
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return Row(number)
+
+    seen: list[int] = []
+    alternate({"a": work, "b": work}, 2, Deadline(60), Results("part", tmp_path))
+    assert seen == [0, 1, 2, 3]

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from load_tests.gpu.figures import Deadline
-from load_tests.gpu.subject import SHAPES, Subject, Version, adapter_bytes, subject
+from load_tests.gpu.subject import SHAPES, SlowEngine, Subject, Version, adapter_bytes, subject
+from server.engine.engine import Engine
 
 A, B, WIDE = Version(8, 0), Version(8, 1), Version(16, 0)
 
@@ -54,6 +56,30 @@ def test_requests_begin_together(on: Subject) -> None:
     assert on.engine.stats().running == 3
     assert on.engine.stats().generated_tokens >= 3
     on.engine.abort(ids)
+
+
+@pytest.mark.parametrize("missing", ["fused", "flat", "graphs"])
+def test_on_cuda_every_fast_path_is_required(
+    on: Subject, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on.require_fast_paths()  # a CPU has no graphs
+    paths = {name: name != missing for name in ("fused", "flat", "graphs")}
+    monkeypatch.setattr(Engine, "fast_paths", paths)
+    monkeypatch.setattr(on.engine, "info", structs.replace(on.engine.info, device="cuda:0"))
+    with pytest.raises(SlowEngine, match=f"without {missing};"):
+        on.require_fast_paths()
+    assert f"{missing} NO" in on.head
+    monkeypatch.setitem(paths, missing, True)
+    on.require_fast_paths()
+
+
+def test_a_slow_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(on: Subject) -> None:
+        raise SlowEngine
+
+    monkeypatch.setattr(Subject, "require_fast_paths", refuse)
+    with pytest.raises(SlowEngine), subject("tiny", ranks=[8], arena_ranks=8, max_num_seqs=1, kv_tokens=8):
+        pytest.fail("a slow engine was given out")
 
 
 def test_an_adapter_that_cannot_be_read_is_an_error(on: Subject) -> None:

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from load_tests.gpu import swap
-from load_tests.gpu.figures import Deadline
+from load_tests.gpu.figures import Deadline, Results
 from load_tests.gpu.subject import Subject, Version, adapter_bytes, subject
 from load_tests.gpu.swap import Copy, Storm, Window, copies, copy_figures, storm_figures, window, windows
 
@@ -21,10 +18,10 @@ def on() -> Iterator[Subject]:
     with subject(
         "tiny",
         ranks=[RANK],
-        arena_ranks=swap.arena_ranks(RANK),
+        arena_ranks=RANK * swap.IN_ARENA,
         max_num_seqs=20,
-        kv_tokens=64 + swap.output_tokens(STEPS),
-        host_bytes=swap.host_bytes("tiny", RANK),
+        kv_tokens=swap.longest(STEPS),
+        host_bytes=adapter_bytes("tiny", RANK) * swap.host_images(swap.IN_ARENA),
     ) as found:
         yield found
 
@@ -39,8 +36,12 @@ def test_a_copy_is_one_of_the_whole_adapter_from_the_host(on: Subject) -> None:
 
 
 def test_storms_load_and_evict_while_everybody_decodes(on: Subject) -> None:
-    seen = windows(on, RANK, sequences=20, steps=STEPS, rounds=2, deadline=Deadline(60))
-    assert [one.weather for one in seen] == ["calm", "calm", "host", "host", "disk", "disk"]
+    results = Results("swap")
+    seen = windows(on, RANK, 20, steps=STEPS, rounds=2, deadline=Deadline(60), results=results)
+    assert [(one.weather, one.round) for one in seen] == [
+        (weather, number) for weather in ("calm", "host", "disk") for number in (0, 1)
+    ]
+    assert sorted(results.rows, key=seen.index) == seen
     for one in seen:
         assert len(one.gaps_s) == STEPS
         assert 0 < min(one.gaps_s) <= one.p99_s <= max(one.gaps_s)
@@ -82,9 +83,9 @@ def test_copy_figures() -> None:
 
 def test_storm_figures() -> None:
     seen = [
-        Window("calm", (0.1,) * 10, 0, 0, ()),
-        Window("host", (0.2,) * 10, 4, 4, (0.5, 0.5)),
-        Window("disk", (0.12,) * 10, 3, 0, (0.9,)),
+        Window("calm", 0, (0.1,) * 10, 0, 0, ()),
+        Window("host", 0, (0.2,) * 10, 4, 4, (0.5, 0.5)),
+        Window("disk", 0, (0.12,) * 10, 3, 0, (0.9,)),
     ]
     figures = {figure.name: figure for figure in storm_figures(seen, [Copy(10**9, 0.4, 0.4)])}
     assert figures["calm: inter-token p99, ms"].median == pytest.approx(100)
@@ -93,18 +94,3 @@ def test_storm_figures() -> None:
     assert figures["storm from disk: p99 / calm"].verdict == "ok"
     assert figures["storm from host: loaded, GB/s"].median == pytest.approx(2)
     assert figures["copy beside steps: rate / plain"].median == pytest.approx(0.8)
-
-
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "swap.json"
-    options = "--shape tiny --rounds 1 --sequences 4 --steps 40 --json"
-    monkeypatch.setattr(sys, "argv", ["swap", *options.split(), str(path)])
-    swap.main()
-    written = json.loads(path.read_text())
-    windows_of = written["rows"][-3:]
-    assert [row["weather"] for row in windows_of] == ["calm", "host", "disk"]
-    assert [row["loads"] > 0 for row in windows_of] == [False, True, True]  # though few adapters are in use
-    assert windows_of[1]["evictions"] > 0
-    assert "storm from host: p99 / calm" in capsys.readouterr().out

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from load_tests.gpu import sweep
-from load_tests.gpu.figures import Deadline
+from load_tests.gpu.context import Context
+from load_tests.gpu.figures import Deadline, Results
 from load_tests.gpu.subject import Subject, Version, subject
 from load_tests.gpu.sweep import ClosedLoop, Load, Window, draw, figures_of, window, windows
+from load_tests.gpu.workload import WORKLOADS
 
 LOAD = Load(rank=8, concurrency=6, alpha=1.0, prompt=16, output=(2, 6))
 
@@ -55,18 +55,29 @@ def test_the_loop_keeps_as_many_requests_and_waits_for_the_last(on: Subject) -> 
     assert all(waited > 0 for _, waited in loop.ttft)
 
 
-def test_a_first_token_waits_for_its_adapter(on: Subject) -> None:
-    """With one place and one adapter to read, the wait for it is all there is."""
+def test_a_first_token_waits_for_its_adapter(on: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts turns: with one place and one adapter, the wait for it is all there is."""
+    turn = Subject.turn
+    turns: list[Subject] = []
+
+    def counted(self: Subject) -> Any:
+        turns.append(self)
+        return turn(self)
+
+    monkeypatch.setattr(Subject, "turn", counted)
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: float(len(turns)))
     loop = ClosedLoop(on, replace(LOAD, concurrency=1), draw(1, LOAD, seed=0))
-    loop.run(0.1)
+    loop.run(40)
     (_, cold), *warm = loop.ttft
     assert on.engine.stats().adapter_loads == 1
-    assert cold > min(waited for _, waited in warm)
+    assert {waited for _, waited in warm} == {1.0}
+    assert cold > 1
 
 
 def test_points_beyond_the_arena_load_and_evict(on: Subject) -> None:
     points = [1, sweep.IN_ARENA + 80]
-    seen = windows(on, replace(LOAD, alpha=0.0), points, rounds=2, deadline=Deadline(3))
+    load = replace(LOAD, alpha=0.0)
+    seen = windows(on, load, points, longest_s=1.0, rounds=2, deadline=Deadline(60), results=Results("sweep"))
     assert [one.registered for one in seen] == [1, 1, 180, 180]
     assert [one.loads > 0 for one in seen] == [False, False, True, True]
     for one in seen:
@@ -87,7 +98,7 @@ def test_the_most_popular_are_brought_in(on: Subject) -> None:
 
 def test_a_window_without_requests_is_an_error(on: Subject) -> None:
     with pytest.raises(RuntimeError, match="no request"):
-        window(on, LOAD, 1, 0.0, iter([0]))
+        window(on, LOAD, 1, 0.0, 0)
 
 
 def test_figures_hold_every_point_against_the_fewest_adapters() -> None:
@@ -105,12 +116,9 @@ def test_figures_hold_every_point_against_the_fewest_adapters() -> None:
     assert figures["8 adapters: loads/s"] == (10, 5)
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "sweep.json"
-    options = "--shape tiny --rounds 1 --points 1,4 --sequences 4 --prompt 8 --output 2:4 --seconds 1 --json"
-    monkeypatch.setattr(sys, "argv", ["sweep", *options.split(), str(path)])
-    sweep.main()
-    assert [row["registered"] for row in json.loads(path.read_text())["rows"]] == [1, 4]
-    assert "4 adapters: speed / 1" in capsys.readouterr().out
+def test_the_part(on: Subject) -> None:
+    results = Results("sweep")
+    sweep.measure(Context(WORKLOADS["tiny"], results, Deadline(1), lambda: on))
+    assert [row.registered for row in results.rows] == [1, 4]
+    assert results.about["fast_paths"] == {"fused": True, "flat": True, "graphs": False}
+    assert "4 adapters: speed / 1" in results.text

@@ -93,14 +93,20 @@ class Job:
     tokens: int
 
 
+def oracle(model_folder: Path, adapter: Path | None) -> nn.Module:
+    """transformers + PEFT in float32. Attention is eager: under sdpa transformers 5.17 drops the softcap."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+
+
 @torch.inference_mode()
 def expected(model_folder: Path, jobs: list[Job]) -> list[list[int]]:
-    """Greedy tokens of transformers + PEFT in float32, each request alone and without a cache."""
+    """Greedy tokens of the oracle, each request alone and without a cache."""
     results = []
     for job in jobs:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-        if job.adapter is not None:
-            model = PeftModel.from_pretrained(model, str(job.adapter)).eval()
+        model = oracle(model_folder, job.adapter)
         ids = list(job.prompt)
         for _ in range(job.tokens):
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
