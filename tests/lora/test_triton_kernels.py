@@ -233,7 +233,7 @@ import sys
 sys.modules["triton"] = None
 from server.lora.kernels.triton import TritonKernels
 from server.model.attention.paged_triton import PagedTritonAttention
-for kernels in (TritonKernels, PagedTritonAttention):
+for kernels in (TritonKernels, lambda: PagedTritonAttention([], None)):
     try:
         kernels()
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 from server.model import graphs
-from server.model.attention.interface import AttentionPlan
+from server.model.attention.interface import AttentionPlan, LayerCacheSpec
 from server.model.attention.paged_triton import PagedTritonAttention
 from server.model.batch import Batch
-from server.model.graphs import DecodeGraphs, sizes_up_to
+from server.model.graphs import Capture, DecodeGraphs, NotCapturable, Work, kinds_of, sizes_up_to
 from server.model.loader import load
 from server.model.memory import plan_memory
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
@@ -73,7 +74,8 @@ def triton_engine(folders: tuple[Path, list[Path]]) -> Iterator[Callable[..., En
     def make(**overrides: object) -> Engine:
         settings = settings_for(folders[0], **({"max_model_len": 64, "max_num_seqs": 8} | overrides))
         loaded = load(settings)
-        kernels = PagedTritonAttention(), TritonKernels(max_mix_rank=16)
+        attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
+        kernels = attention, TritonKernels(max_mix_rank=16)
         made.append(Engine(settings, loaded, plan_memory(settings, loaded), kernels=kernels))
         return made[-1]
 
@@ -82,9 +84,9 @@ def triton_engine(folders: tuple[Path, list[Path]]) -> Iterator[Callable[..., En
         engine.close()
 
 
-def capture(engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+def capture(engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]], most: int = 1) -> None:
     engine._runner.capture_decode(
-        engine._arena.view(), max_num_seqs=8, max_model_len=64, new_capture=lambda: how
+        engine._arena.view(), max_num_seqs=most, max_model_len=64, new_capture=lambda: how
     )
 
 
@@ -100,11 +102,12 @@ def test_captured_steps_give_the_tokens_of_the_model(
     ]
     engine, fake = triton_engine(), FakeCapture()
     assert engine._runner.fused
-    capture(engine, fake)
-    assert fake.captures == 3 * len(sizes_up_to(8))
+    capture(engine, fake, most=5)
+    captures = fake.captures
+    assert captures == sum(len(kinds_of(size)) for size in sizes_up_to(5))
     before = fake.replays
     assert serve(engine, jobs) == expected(model, jobs)
-    assert fake.captures == 3 * len(sizes_up_to(8)), "captured while it served"
+    assert fake.captures == captures, "captured while it served"
     assert fake.replays - before >= 4, "the steps did not go through the graphs"
     assert_at_rest(engine)
 
@@ -129,7 +132,7 @@ def test_a_model_that_cannot_be_captured_is_served_without(
     triton_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(work: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise NotCapturable("operation not permitted when stream is capturing")
 
     engine = triton_engine()
     capture(engine, refuse)
@@ -174,6 +177,7 @@ def decode_batch(segments: Segments | None, sequences: int, context: int = 5) ->
         segments=segments,
         sample_segments=segments,
         samples=[],
+        rows=[],
     )
 
 
@@ -193,9 +197,17 @@ class Recorder:
         return batch.token_ids[:, None].float().expand(-1, 7)
 
 
-def graphs_of(forward: Recorder, fake: FakeCapture) -> DecodeGraphs:
+def graphs_of(
+    forward: Recorder, fake: Capture, prepare: Callable[[AttentionPlan], AttentionPlan] = lambda plan: plan
+) -> DecodeGraphs:
     return DecodeGraphs(
-        forward, lambda: fake, max_num_seqs=64, max_model_len=32, block_size=4, device=torch.device("cpu")
+        forward,
+        prepare,
+        lambda: fake,
+        max_num_seqs=64,
+        max_model_len=8192,
+        block_size=4,
+        device=torch.device("cpu"),
     )
 
 
@@ -203,6 +215,7 @@ def test_rows_beyond_the_batch_hold_nothing() -> None:
     forward = Recorder()
     graphs = graphs_of(forward, FakeCapture())
     graphs.logits(decode_batch(Segments.build([(((2, 0.5),), 20)]), sequences=30), tables(4))
+    forward.batches.clear()
     logits = graphs.logits(decode_batch(Segments.build([(((1, 2.0),), 2)]), sequences=5), tables(4))
     assert logits is not None
     assert logits.tolist() == [[float(i)] * 7 for i in range(100, 105)]
@@ -213,8 +226,8 @@ def test_rows_beyond_the_batch_hold_nothing() -> None:
     assert plan.slot_mapping.tolist() == [4, 12, 20, 28, 36, -1, -1, -1]
     assert plan.block_tables[:5, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert segments is not None
-    assert segments.token_starts.tolist() == [0] + 8 * [2]
-    assert segments.entry_starts.tolist() == [0] + 8 * [1]
+    assert segments.token_starts.tolist() == [0, 2]
+    assert segments.entry_starts.tolist() == [0, 1]
     assert (segments.slots[0], segments.weights[0]) == (1, 2.0)
 
 
@@ -226,10 +239,79 @@ def test_long_segments_are_cut_into_shorter_ones_of_the_same_adapters() -> None:
     segments = forward.batches[-1].segments
     assert segments is not None
     assert segments.max_tokens == 16
-    assert segments.token_starts[:7].tolist() == [0, 1, 17, 33, 36, 52, 52]
-    assert segments.entry_starts[:7].tolist() == [0, 1, 3, 5, 7, 8, 8]
+    assert segments.token_starts.tolist() == [0, 1, 17, 33, 36] + 12 * [52]
+    assert segments.entry_starts.tolist() == [0, 1, 3, 5, 7] + 12 * [8]
     assert segments.slots[:8].tolist() == [3, 1, 2, 1, 2, 1, 2, 4]
     assert segments.weights[:8].tolist() == [1.0, 0.5, 2.0, 0.5, 2.0, 0.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 64, 256])
+def test_few_kinds_for_each_size(size: int) -> None:
+    kinds = kinds_of(size)
+    assert len(kinds) == len(set(kinds)) <= 5
+    assert max(kind.segments for kind in kinds) == size, "each sequence may have an adapter of its own"
+
+
+@pytest.mark.parametrize("sequences", [16, 64, 256])
+def test_an_adapter_that_all_share_keeps_the_kernels_busy(sequences: int) -> None:
+    """Of the programs that shrink launches, at least half have a segment to work on."""
+    launch_of = pytest.importorskip("server.lora.kernels.triton").Launch.choose
+    forward = Recorder()
+    graphs = DecodeGraphs(
+        forward,
+        lambda plan: plan,
+        FakeCapture,
+        max_num_seqs=256,
+        max_model_len=32,
+        block_size=4,
+        device=torch.device("cpu"),
+    )
+    graphs.logits(decode_batch(Segments.build([(((0, 1.0),), sequences)]), sequences), tables(1))
+    segments = forward.batches[-1].segments
+    assert segments is not None
+    launch = launch_of(segments, 4096, 4096, element_size=2, programs=528)
+    live = int((segments.token_starts.diff() > 0).sum())
+    assert live / launch.tiles >= 0.5
+
+
+def test_attention_gets_the_items_of_the_step() -> None:
+    """As many rows as the size may need, with none beyond the live ones; a long context has several."""
+    forward = Recorder()
+    backend = PagedTritonAttention([LayerCacheSpec(8, 128, 128, 32)], torch.bfloat16, programs=264)
+    graphs = graphs_of(forward, FakeCapture(), backend.prepare)
+    for contexts in ([8000, *[60] * 39], [60] * 35):
+        batch = decode_batch(None, sequences=len(contexts))
+        plan = replace(batch.attention, context_lens=torch.tensor(contexts, dtype=torch.int32))
+        graphs.logits(replace(batch, attention=plan), tables(1))
+        want, got = backend.prepare(plan).work, forward.batches[-1].attention.work
+        assert want is not None
+        assert got is not None
+        assert (len(got.items), len(got.cuts), got.parts) == (48 + 33, 33, 2 * 33)
+        for live, rows in ((want.items, got.items), (want.cuts, got.cuts)):
+            assert torch.equal(rows[: len(live)], live)
+            assert not rows[len(live) :].any()
+    assert len(want.cuts) == 0
+
+
+def test_a_graph_that_cannot_be_captured_later_ends_the_use_of_graphs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forward, fake = Recorder(), FakeCapture()
+    refused: list[Work] = []
+
+    def refuse_the_second(work: Work) -> Work:
+        if fake.captures:
+            refused.append(work)
+            raise NotCapturable("out of memory")
+        return fake(work)
+
+    graphs = graphs_of(forward, refuse_the_second)
+    assert graphs.logits(decode_batch(None, sequences=3), tables(1)) is not None
+    for _ in range(2):
+        assert graphs.logits(decode_batch(None, sequences=30), tables(1)) is None
+    assert graphs.logits(decode_batch(None, sequences=3), tables(1)) is None
+    assert len(refused) == 1, "tried again"
+    assert "out of memory" in caplog.text
 
 
 def test_a_grown_arena_is_captured_anew() -> None:
@@ -246,8 +328,8 @@ def test_prompts_and_larger_batches_are_left_alone() -> None:
     graphs = graphs_of(forward, FakeCapture())
     assert graphs.logits(decode_batch(None, sequences=65), tables(1)) is None
     batch = decode_batch(None, sequences=3)
-    prompt = AttentionPlan(**{**vars(batch.attention), "max_query_len": 9})
-    assert graphs.logits(Batch(**{**vars(batch), "attention": prompt}), tables(1)) is None
-    unsampled = Batch(**{**vars(batch), "sample_rows": torch.arange(2)})
+    prompt = replace(batch.attention, max_query_len=9)
+    assert graphs.logits(replace(batch, attention=prompt), tables(1)) is None
+    unsampled = replace(batch, sample_rows=torch.arange(2))
     assert graphs.logits(unsampled, tables(1)) is None
     assert not forward.batches

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from server.model.attention.interface import AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
-from server.model.attention.paged_triton import Launch, PagedTritonAttention  # noqa: E402  (after the skip)
+from server.model.attention.paged_triton import PagedTritonAttention, Shape  # noqa: E402  (after the skip)
+from server.model.attention.work_list import KEY_STEP  # noqa: E402  (the same)
 
 
 @dataclass
@@ -92,6 +93,11 @@ class Step:
             values=values,
         )
 
+    def backend(self, programs: int = 8) -> PagedTritonAttention:
+        _, kv_heads, _, k_dim = self.cache.k.shape
+        spec = LayerCacheSpec(kv_heads, k_dim, self.cache.v.shape[3], self.query.shape[1])
+        return PagedTritonAttention([spec], self.query.dtype, programs)
+
 
 def reference(
     step: Step,
@@ -125,9 +131,10 @@ def reference(
 def check(step: Step, programs: int = 8, **options: object) -> None:
     sinks = torch.randn(step.query.shape[1]) if options.pop("sinks", False) else None
     expected = reference(step, scale=0.3, sinks=sinks, **options)  # type: ignore[arg-type]  # options vary
-    backend = PagedTritonAttention(programs)
+    backend = step.backend(programs)
+    plan = backend.prepare(step.plan)
     out = backend.forward(
-        step.query, step.key, step.value, step.cache, step.plan, scale=0.3, sinks=sinks, **options
+        step.query, step.key, step.value, step.cache, plan, scale=0.3, sinks=sinks, **options
     )  # type: ignore[arg-type]  # options vary
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     assert out.is_contiguous()
@@ -191,12 +198,26 @@ def test_random_layouts(seed: int) -> None:
     check(step, draw.choice([1, 30, 300]), **options)
 
 
-def test_long_context_is_split() -> None:
-    step = Step.random([(1, 600), (1, 3)], kv_heads=1, block_size=16)
-    launch = Launch.choose(step.plan, 2, ratio=2, kv_heads=1, row=64, programs=64)
-    assert launch.splits > 2
-    check(step, programs=64)
-    check(step, programs=64, sinks=True, sliding_window=3)
+def test_one_long_context_among_short_ones() -> None:
+    """Cut into as many items as the chip has room for; the short ones write to the output at once."""
+    step = Step.random([(1, 600), *[(1, 3)] * 9, (1, 129)], kv_heads=1, block_size=16)
+    work = step.backend(programs=8).prepare(step.plan).work
+    assert work is not None
+    assert work.cuts.tolist() == [[0, 1, 0, 5], [10, 1, 5, 2]]
+    check(step)
+    check(step, sinks=True, sliding_window=3)  # the first items of the long one see nothing
+
+
+def test_layers_of_different_shapes_share_one_list() -> None:
+    """The list's tiles are as large as the layer allows that allows least."""
+    runs = [(20, 150), (1, 200), (3, 3)]
+    wide, narrow = Step.random(runs, kv_heads=1, ratio=8), Step.random(runs, kv_heads=3, ratio=1)
+    specs = [LayerCacheSpec(1, 16, 16, 8), LayerCacheSpec(3, 16, 16, 3)]
+    backend = PagedTritonAttention(specs, torch.float32, programs=8)
+    for step in (wide, narrow):
+        plan = backend.prepare(step.plan)
+        out = backend.forward(step.query, step.key, step.value, step.cache, plan, scale=0.3)
+        torch.testing.assert_close(out.double(), reference(step, scale=0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_writes_exactly_the_slots_of_the_step() -> None:
@@ -216,52 +237,53 @@ def test_writes_exactly_the_slots_of_the_step() -> None:
 def test_replay_with_fewer_sequences_than_the_bounds(runs: list[tuple[int, int]]) -> None:
     """What a captured CUDA graph does: sequences without tokens, tokens without a slot."""
     step = Step.random(runs)
-    live, plan = len(step.query), step.plan
+    live, plan = len(step.query), step.backend().prepare(step.plan)
     expected = reference(step, scale=0.3)
-    pad = torch.full((3,), live, dtype=torch.int32)
-    step.plan = AttentionPlan(
-        query_starts=torch.cat([plan.query_starts, pad]),
-        context_lens=torch.cat([plan.context_lens, torch.zeros(3, dtype=torch.int32)]),
-        block_tables=torch.cat([plan.block_tables, torch.zeros_like(plan.block_tables[:1]).expand(3, -1)]),
-        slot_mapping=torch.cat([plan.slot_mapping, torch.full((3,), -1)]),
-        num_seqs=plan.num_seqs + 3,
-        max_query_len=plan.max_query_len,
-        max_context_len=1000,
+    work = plan.work
+    assert work is not None
+    assert len(work.cuts), "nothing is cut"
+
+    def longer(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, rows.new_zeros(5, *rows.shape[1:])])
+
+    plan = replace(
+        plan,
+        slot_mapping=torch.cat([plan.slot_mapping, torch.full((5,), -1)]),
+        work=replace(work, items=longer(work.items), cuts=longer(work.cuts), parts=work.parts + 5),
     )
-    query, key, value = (
-        torch.cat([tensor, torch.zeros_like(tensor[:1]).expand(3, -1, -1)])
-        for tensor in (step.query, step.key, step.value)
-    )
+    query, key, value = (longer(tensor) for tensor in (step.query, step.key, step.value))
     blocks_before = step.cache.k.isnan().sum() - step.key.numel()
-    out = PagedTritonAttention(1).forward(query, key, value, step.cache, step.plan, scale=0.3)
+    out = step.backend().forward(query, key, value, step.cache, plan, scale=0.3)
     torch.testing.assert_close(out[:live].double(), expected, rtol=1e-4, atol=1e-5)
     assert step.cache.k.isnan().sum() == blocks_before
 
 
 def test_no_tokens() -> None:
     step = Step.random([(1, 1)])
-    empty = (tensor[:0] for tensor in (step.query, step.key, step.value))
-    assert PagedTritonAttention().forward(*empty, step.cache, step.plan, scale=1.0).shape == (0, 4, 16)
+    backend, empty = step.backend(), (tensor[:0] for tensor in (step.query, step.key, step.value))
+    none = torch.zeros(1, dtype=torch.int32)
+    plan = backend.prepare(replace(step.plan, query_starts=none, context_lens=none[:0]))
+    assert backend.forward(*empty, step.cache, plan, scale=1.0).shape == (0, 4, 16)
 
 
-def test_layouts_the_kernels_would_misread_are_refused() -> None:
-    step, backend = Step.random([(1, 1)]), PagedTritonAttention()
+def test_what_the_kernels_would_misread_is_refused() -> None:
+    step = Step.random([(1, 1)])
+    backend = step.backend()
+    plan = backend.prepare(step.plan)
     with pytest.raises(ValueError, match="dtype"):
-        backend.forward(step.query.half(), step.key, step.value, step.cache, step.plan, scale=1.0)
+        backend.forward(step.query.half(), step.key, step.value, step.cache, plan, scale=1.0)
     with pytest.raises(ValueError, match="divide"):
-        backend.forward(step.query[:, :3], step.key, step.value, step.cache, step.plan, scale=1.0)
+        backend.forward(step.query[:, :3], step.key, step.value, step.cache, plan, scale=1.0)
     with pytest.raises(ValueError, match="stride"):
-        backend.forward(step.query.transpose(1, 2), step.key, step.value, step.cache, step.plan, scale=1.0)
+        backend.forward(step.query.transpose(1, 2), step.key, step.value, step.cache, plan, scale=1.0)
+    with pytest.raises(ValueError, match="prepare"):
+        backend.forward(step.query, step.key, step.value, step.cache, step.plan, scale=1.0)
 
 
-@pytest.mark.parametrize("queries", [[1] * 64, [1, 3], [2000] + [1] * 63, [17] * 5, [8192]])
 @pytest.mark.parametrize(
-    ("ratio", "kv_heads", "row"), [(1, 32, 160), (4, 8, 256), (7, 4, 512), (71, 1, 128), (2, 4, 1024)]
+    ("ratio", "kv_heads", "dim"), [(1, 32, 80), (4, 8, 128), (7, 4, 256), (71, 1, 64), (2, 4, 512)]
 )
-def test_grid_is_bounded_by_real_tokens(queries: list[int], ratio: int, kv_heads: int, row: int) -> None:
-    index = torch.empty(0, dtype=torch.int32)
-    plan = AttentionPlan(index, index, index, index, len(queries), max(queries), 8192)
-    launch = Launch.choose(plan, sum(queries), ratio, kv_heads, row, programs=264)
-    assert launch.block_t * launch.group >= 16
-    assert launch.tiles <= sum(queries) // launch.block_t + len(queries)
-    assert launch.tiles >= sum(-(-count // launch.block_t) for count in queries)
+def test_tiles_fill_a_tensor_core(ratio: int, kv_heads: int, dim: int) -> None:
+    shape = Shape.of(LayerCacheSpec(kv_heads, dim, dim, kv_heads * ratio), torch.bfloat16)
+    assert 16 <= shape.small_t * shape.group <= shape.large_t * shape.group <= 128
+    assert KEY_STEP % shape.block_n == 0

@@ -6,7 +6,7 @@ attends for one step and that transformers hands down to every attention layer a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +62,10 @@ class PagedStep:
         self._caches = caches
         self.plan: AttentionPlan | None = None
 
+    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
+        """See `AttentionBackend.prepare`."""
+        return self._backend.prepare(plan)
+
     def attend(
         self,
         layer: int,
@@ -77,7 +81,7 @@ class PagedStep:
 class ProbeStep:
     """Attends over packed sequences without a cache, and records each layer's KV shape and options."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = lengths
         self.specs: dict[int, LayerCacheSpec] = {}
         self.options: dict[int, AttentionOptions] = {}
@@ -92,7 +96,7 @@ class ProbeStep:
         options: AttentionOptions,
     ) -> torch.Tensor:
         self.calls += 1
-        self.specs[layer] = LayerCacheSpec(key.shape[1], key.shape[2], value.shape[2])
+        self.specs[layer] = LayerCacheSpec(key.shape[1], key.shape[2], value.shape[2], query.shape[1])
         self.options[layer] = options
         longest, device = max(self._lengths), query.device
         tables = torch.arange(len(self._lengths), device=device, dtype=torch.int32)[:, None]  # a block each

@@ -17,6 +17,7 @@ class LayerCacheSpec:
     num_kv_heads: int
     k_head_dim: int
     v_head_dim: int
+    num_heads: int  # of the queries
 
     def elements_per_token(self) -> int:
         return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
@@ -28,6 +29,30 @@ class LayerCache:
 
     k: torch.Tensor  # [blocks, kv_heads, block_size, k_head_dim]
     v: torch.Tensor  # [blocks, kv_heads, block_size, v_head_dim]
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """What the programs of a step do, one list for all layers; `work_list.py` makes it on the host.
+
+    A tile is up to `block_t` query tokens of one run, an item a tile's attention over some of its keys. The
+    keys of a cut tile are shared among several items, whose partial sums are joined afterwards.
+    """
+
+    # [I, 8] int32, of each item: sequence, first token, tokens, position of the first token in its sequence,
+    # keys [begin, end), its place among the partial sums or -1 for a whole tile; one is left over
+    items: torch.Tensor
+    cuts: torch.Tensor  # [C, 4] int32, of each cut tile: first token, tokens, first partial sum, how many
+    parts: int  # room for partial sums
+    block_t: int
+    spare: int  # at most so many cuts, and items beyond one a tile; at most twice as many partial sums
+
+    def to(self, device: torch.device) -> AttentionWork:
+        return replace(
+            self,
+            items=self.items.to(device, non_blocking=True),
+            cuts=self.cuts.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,7 @@ class AttentionPlan:
     num_seqs: int
     max_query_len: int
     max_context_len: int
+    work: AttentionWork | None = None  # of a backend that wants one, see `AttentionBackend.prepare`
 
     def to(self, device: torch.device) -> AttentionPlan:
         return replace(
@@ -54,11 +80,19 @@ class AttentionPlan:
             context_lens=self.context_lens.to(device, non_blocking=True),
             block_tables=self.block_tables.to(device, non_blocking=True),
             slot_mapping=self.slot_mapping.to(device, non_blocking=True),
+            work=None if self.work is None else self.work.to(device),
         )
 
 
 class AttentionBackend(Protocol):
     """Writes a step's K and V into the paged cache and attends over each sequence's context."""
+
+    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
+        """The plan of a step on the host, with what this backend adds to it; called once before `forward`s.
+
+        Where it adds nothing, that is the plan itself.
+        """
+        ...
 
     def forward(
         self,

@@ -8,12 +8,13 @@ import torch
 
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
 from server.model.attention.paged_reference import PagedReferenceAttention
-from server.native import SUFFIXES, library
+from server.native import SUFFIXES, Mirror, compare, library
 
 
-class PlanStruct(ctypes.Structure):
+class PlanStruct(Mirror):
     """`ChorusPlan` of native/attention.h."""
 
+    c_name = "ChorusPlan"
     _fields_ = (
         ("query_starts", ctypes.c_void_p),
         ("context_lens", ctypes.c_void_p),
@@ -26,9 +27,10 @@ class PlanStruct(ctypes.Structure):
     )
 
 
-class AttentionStruct(ctypes.Structure):
+class AttentionStruct(Mirror):
     """`ChorusAttention` of native/attention.h."""
 
+    c_name = "ChorusAttention"
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "k_cache", "v_cache")),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
@@ -47,12 +49,17 @@ class PagedCpuAttention:
     """`AttentionBackend` in native/attention.h."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
+        compare(lib, PlanStruct, AttentionStruct)
         self._functions = {dtype: lib[f"chorus_attention_{suffix}"] for dtype, suffix in SUFFIXES.items()}
         for function in self._functions.values():
             function.restype = None
             function.argtypes = [ctypes.POINTER(PlanStruct), ctypes.POINTER(AttentionStruct), ctypes.c_int64]
         self._prepared: AttentionPlan | None = None
         self._plan = PlanStruct()
+
+    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
+        """See `AttentionBackend.prepare`: adds nothing."""
+        return plan
 
     def forward(
         self,

@@ -13,6 +13,10 @@ class PagedReferenceAttention:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
+    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
+        """See `AttentionBackend.prepare`: adds nothing."""
+        return plan
+
     def forward(
         self,
         query: torch.Tensor,
