@@ -4,9 +4,10 @@ BIN := .venv/bin
 MODEL ?= models/chorus-tiny
 SERVE_FLAGS ?=
 PEERS_BENCH ?= ../shared/bench
+LOWEST := build/lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint types unit bench format clean
+.PHONY: help setup serve test lint types unit conformance bench format clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,14 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+conformance: $(LOWEST)/installed  ## the tests of models and kernels on the lowest versions allowed (5 minutes)
+	PYTHONPATH=$(LOWEST) $(BIN)/pytest -W "ignore:Conversion of an array with ndim:DeprecationWarning" tests/model tests/lora
+
+$(LOWEST)/installed: tests/lowest.txt | setup
+	rm -rf $(LOWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LOWEST) -r $<
+	touch $@
 
 bench: setup  ## Chorus and its peers on the CPU, three rounds of models S and M (hours), into build/bench
 	load_tests/peers.sh $(PEERS_BENCH) build/bench

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from server.config import Settings
 from server.model.attention.hf import NAME, ProbeStep, UnsupportedModel
 from server.model.attention.interface import AttentionOptions, LayerCacheSpec
+from server.model.proof import LENGTHS, InFloat32, Proof, probe_ids, probe_positions, relative_error
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     cache_specs: dict[int, LayerCacheSpec]  # by layer index
     attention_options: dict[int, AttentionOptions]  # by layer index
+    proof: Proof  # what fast paths are judged by
     parameters: int
     weights_bytes: int
     load_seconds: float
@@ -68,7 +70,7 @@ def load(settings: Settings) -> LoadedModel:
         )
     model = model.to(device).eval().requires_grad_(False)
     vocab_size = config.get_text_config().vocab_size
-    specs, attention_options = probe(model, vocab_size, device)
+    specs, attention_options, proof = probe(model, vocab_size, device)
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
     return LoadedModel(
         model=model,
@@ -80,6 +82,7 @@ def load(settings: Settings) -> LoadedModel:
         eos_token_ids=_eos_token_ids(settings, config),
         cache_specs=specs,
         attention_options=attention_options,
+        proof=proof,
         parameters=sum(p.numel() for p in unique),
         weights_bytes=sum(p.nbytes for p in unique),
         load_seconds=time.monotonic() - started,
@@ -89,39 +92,45 @@ def load(settings: Settings) -> LoadedModel:
 @torch.inference_mode()
 def probe(
     model: PreTrainedModel, vocab_size: int, device: torch.device
-) -> tuple[dict[int, LayerCacheSpec], dict[int, AttentionOptions]]:
-    """Run a few tokens, refuse a model that is not computed right; returns each layer's KV shape and options.
+) -> tuple[dict[int, LayerCacheSpec], dict[int, AttentionOptions], Proof]:
+    """Run a few tokens, refuse a model that is not computed right.
 
-    Two packed sequences must give the logits that the second gives alone under the model's own (eager)
-    attention. This catches, whatever the architecture, layers that mix tokens without calling the attention
-    function (linear attention, convolutions), positions that are not taken from `position_ids`, and options
-    of the attention that a backend would miss.
+    Returns each layer's KV shape and options, and what fast paths are judged by. Packed prompts must give
+    the logits that the last of them gives alone under the model's own (eager) attention, in float32. This
+    catches, whatever the architecture, layers that mix tokens without calling the attention function
+    (linear attention, convolutions), positions that are not taken from `position_ids`, and options of the
+    attention that a backend would miss.
     """
-    lengths = [3, 13]
-    ids = (torch.arange(sum(lengths), device=device) * 7919 + 11) % vocab_size
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-    last = torch.tensor([sum(lengths) - 1], device=device)
-    step = ProbeStep(lengths)
-    packed = forward(model, ids, positions, last, step)
+    ids, positions = probe_ids(vocab_size, device), probe_positions(device)
+    rows = torch.arange(len(ids), device=device)
+    step = ProbeStep(LENGTHS)
+    usual = forward(model, ids, positions, rows, step)
     layers = model.config.get_text_config().num_hidden_layers
     if step.calls != layers or len(step.specs) != layers:
         raise UnsupportedModel(
             f"{step.calls} of the model's {layers} layers call the attention function; other kinds of layer "
             "(linear attention, state space, shared KV) are not supported"
         )
-    try:
-        model.set_attn_implementation("eager")
-        alone = model(ids[None, lengths[0] :], use_cache=False, logits_to_keep=1).logits[0]
-    finally:
-        model.set_attn_implementation(NAME)
-    error = float((packed.float() - alone.float()).norm() / alone.float().norm())
-    limit = 1e-3 if packed.dtype == torch.float32 else 0.1
-    if not error < limit:
+    with InFloat32():
+        exact = forward(model, ids, positions, rows, ProbeStep(LENGTHS))
+        alone = _eager_logits(model, ids[-LENGTHS[-1] :])
+    error = relative_error(exact[-LENGTHS[-1] :], alone)
+    if not error < 1e-3:
         raise UnsupportedModel(
             f"a packed batch gives other logits than the model's own attention (relative error {error:.2g}); "
             "this architecture is not supported"
         )
-    return step.specs, step.options
+    return step.specs, step.options, Proof(ids, exact, usual)
+
+
+def _eager_logits(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
+    """[T, vocabulary] of one sequence under transformers' own attention."""
+    try:
+        model.set_attn_implementation("eager")
+        logits: torch.Tensor = model(ids_T[None], use_cache=False).logits
+    finally:
+        model.set_attn_implementation(NAME)
+    return logits[0]
 
 
 def forward(

@@ -6,6 +6,7 @@ That they then give the right tokens, with adapters, is tests/model/test_parity.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.model.loader import load
+from server.model.loader import load, probe
 from server.model.runner import Runner
 from server.native import library
 from tests.engine.harness import settings_for
@@ -27,7 +28,8 @@ def runner(
 ) -> Runner:
     loaded = load(settings_for(folder, **settings))
     change(loaded.model)
-    return Runner(loaded, num_blocks=8, block_size=8)
+    proof = probe(loaded.model, loaded.vocab_size, loaded.device)[2]  # of the model as it is now
+    return Runner(replace(loaded, proof=proof), num_blocks=8, block_size=8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from server.engine.engine import Engine
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.linear import LoraLinear, LoraStep
 from server.model.layer_reader import NotFusable
-from server.model.loader import load
+from server.model.loader import load, probe
 from server.model.memory import plan_memory
 from server.model.runner import Runner
 from tests.engine.harness import settings_for
@@ -68,7 +69,10 @@ def test_mixed_batches_equal_transformers_and_peft(
     loaded = load(settings)
     with caplog.at_level("INFO"):
         engine = Engine(
-            settings, loaded, plan_memory(settings, loaded), kernels=(PagedTritonAttention(), TritonKernels())
+            settings,
+            loaded,
+            plan_memory(settings, loaded),
+            kernels=(PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype), TritonKernels()),
         )
     assert engine._runner.fused
     assert ("transformers' forward stays" in caplog.text) is not flat
@@ -128,10 +132,11 @@ def test_layers_that_compute_something_else_stay_as_they_were(
     layer = loaded.model.get_decoder().layers[0]
     assert isinstance(layer, nn.Module)
     layer.mlp.register_forward_hook(lambda module, args, out: 2 * out)
-    kernels = PagedTritonAttention(), ReferenceKernels()
+    proof = probe(loaded.model, loaded.vocab_size, loaded.device)[2]  # of the model as it is now
+    kernels = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype), ReferenceKernels()
     plain = layer.mlp.gate_proj.weight.clone()
     with caplog.at_level("INFO"):
-        changed = Runner(loaded, num_blocks=8, block_size=8, kernels=kernels)
+        changed = Runner(replace(loaded, proof=proof), num_blocks=8, block_size=8, kernels=kernels)
     assert not changed.fused
     assert "logits differ" in caplog.text
     assert loaded.model.get_decoder().layers[0] is layer
@@ -142,7 +147,10 @@ def test_a_mixture_of_experts_is_left_to_torch(tmp_path: Path, caplog: pytest.Lo
     loaded = load(settings_for(build("gpt_oss", tmp_path / "model")))
     with caplog.at_level("INFO"):
         runner_ = Runner(
-            loaded, num_blocks=8, block_size=8, kernels=(PagedTritonAttention(), TritonKernels())
+            loaded,
+            num_blocks=8,
+            block_size=8,
+            kernels=(PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype), TritonKernels()),
         )
     assert not runner_.fused
     assert "not those of Llama" in caplog.text
