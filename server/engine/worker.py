@@ -84,6 +84,12 @@ class EngineLike(Protocol):
         """0: call `step` now; n: nothing can run, look again after n ms; None: idle until a message."""
         ...
 
+    @property
+    def wakeup_fd(self) -> int | None:
+        """A descriptor that is readable when there is something for `step` to take in, however idle it was;
+        `step` clears it. None: only messages and time bring work."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
 
@@ -94,6 +100,10 @@ class Worker:
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
+        self._arrivals = zmq.Poller()
+        self._arrivals.register(inbox, zmq.POLLIN)
+        if engine.wakeup_fd is not None:
+            self._arrivals.register(engine.wakeup_fd, zmq.POLLIN)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._refusals: list[TokenOutput] = []  # published with the next step
@@ -107,8 +117,7 @@ class Worker:
         Whatever escapes the engine's `step` escapes here.
         """
         idle_ms = self._engine.idle_ms()
-        if idle_ms != 0:
-            self._wait(idle_ms)
+        woken = idle_ms != 0 and self._wait(idle_ms)
         received = 0
         while (frame := self._receive()) is not None:
             received += 1
@@ -116,7 +125,7 @@ class Worker:
                 return False
         outputs, results = self._refusals, self._failed_calls
         self._refusals, self._failed_calls = [], []
-        if received or idle_ms is not None:
+        if received or woken or idle_ms is not None:
             made, answered = self._engine.step()
             outputs, results = outputs + made, results + answered
             self._stats_stale = True
@@ -129,10 +138,11 @@ class Worker:
     def _stats_due(self) -> float:
         return self._stats_at + (_STATS_S if self._stats_stale else _HEARTBEAT_S)
 
-    def _wait(self, idle_ms: int | None) -> None:
-        """Sleep until a message, the next heartbeat, or the engine's own time comes."""
+    def _wait(self, idle_ms: int | None) -> bool:
+        """Sleep until a message, the engine, the next heartbeat or the engine's own time comes; True when it
+        was one of the first two."""
         due_ms = max(0, math.ceil(1000 * (self._stats_due() - time.monotonic())))
-        self._inbox.poll(due_ms if idle_ms is None else min(idle_ms, due_ms))
+        return bool(self._arrivals.poll(due_ms if idle_ms is None else min(idle_ms, due_ms)))
 
     def _receive(self) -> bytes | None:
         try:

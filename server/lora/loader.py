@@ -16,7 +16,9 @@ import torch
 
 from server.engine.messages import ErrorCode, LoraTarget
 from server.errors import ChorusError
-from server.lora.pack import PackedAdapter, pack
+from server.lora.host_cache import Pieces
+from server.lora.layout import Layout
+from server.lora.pack import pack
 from server.registry.peft_format import judge
 
 _log = logging.getLogger(__name__)
@@ -24,28 +26,39 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """Bring a version to the host (unless `packed` is there) and into `room` (unless that is None)."""
+    """Judge a version that has no `layout`; read one that is not `packed`; copy it where there is `room`."""
 
     digest: str
     path: str
-    packed: PackedAdapter | None
-    room: torch.Tensor | None  # [elements] of the arena, untouched by others until the job is done
-    after: torch.cuda.Event | None = None  # steps that may still read what was in the room before
+    layout: Layout | None = None
+    pieces: Pieces = ()  # its room on the host, untouched by others until the job is done; none: not kept
+    packed: bool = False  # the image is there already
+    room: torch.Tensor | None = None  # [elements] of the arena, untouched by others until the job is done
+    after: torch.cuda.Event | None = None  # steps that may still read what was in `room` before
+
+    @property
+    def turn(self) -> int:
+        """Smaller comes first: short jobs before long ones, reads ahead of need last."""
+        if self.layout is None:
+            return 1
+        if self.room is None:
+            return 3
+        return 0 if self.packed else 2
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """How a job ended: with `packed`, which also lies in the job's room if it had one, or with an error."""
+    """How a job ended: with its layout when all was done that it asked for, or with an error."""
 
     digest: str
     milliseconds: float
-    packed: PackedAdapter | None = None
+    layout: Layout | None = None
     error: ErrorCode = ErrorCode.ADAPTER_LOAD_FAILED
     message: str = ""
 
 
 class Loader:
-    """Runs jobs on its threads: those with room in the arena first, then reads, each kind in order.
+    """Runs jobs on its threads, by their `turn` and each kind in order.
 
     `wake` is called on a worker thread after each job that ended.
     """
@@ -78,7 +91,7 @@ class Loader:
             thread.start()
 
     def submit(self, job: Job) -> None:
-        self._jobs.put((1 if job.room is None else 0, next(self._numbers), job))
+        self._jobs.put((job.turn, next(self._numbers), job))
 
     def finished(self) -> Iterator[Loaded]:
         """Take what has ended so far; never waits."""
@@ -96,23 +109,23 @@ class Loader:
             thread.join()
 
     def _work(self) -> None:
-        stream = None
-        if self._device.type == "cuda":
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no hints here
+        lane = _Lane(self._device)
         while (job := self._jobs.get()[2]) is not None:
-            self._finished.put(self._run(job, stream))
-            del job  # the room and the image it holds
+            self._finished.put(self._run(job, lane))
+            del job  # the room that it holds
             if self._wake is not None:
                 self._wake()
 
-    def _run(self, job: Job, stream: torch.cuda.Stream | None) -> Loaded:
+    def _run(self, job: Job, lane: _Lane) -> Loaded:
         start = time.perf_counter()
         error = ErrorCode.ADAPTER_LOAD_FAILED
         try:
-            packed = job.packed or self._read(job)
-            if job.room is not None:
-                _copy(job.room, packed.data, stream, job.after)
-            return Loaded(job.digest, (time.perf_counter() - start) * 1e3, packed)
+            if job.layout is None:
+                layout = self._judge(job)
+            else:
+                layout = job.layout
+                _load(job, layout, lane)
+            return Loaded(job.digest, (time.perf_counter() - start) * 1e3, layout)
         except ChorusError as failure:
             message = failure.message
         except OSError as failure:  # its own text may hold a path
@@ -124,29 +137,71 @@ class Loader:
             message = f"the adapter could not be loaded: {type(failure).__name__}"
         return Loaded(job.digest, (time.perf_counter() - start) * 1e3, None, error, message)
 
-    def _read(self, job: Job) -> PackedAdapter:
-        folder = Path(job.path)
-        adapter = judge(
-            folder, self._targets, max_header_bytes=self._max_header_bytes, max_tensors=self._max_tensors
-        )
-        pin = self._device.type == "cuda"
-        return pack(folder, adapter, len(self._targets), self._dtype, pin=pin, digest=job.digest)
+    def _judge(self, job: Job) -> Layout:
+        limits = {"max_header_bytes": self._max_header_bytes, "max_tensors": self._max_tensors}
+        return Layout.of(judge(Path(job.path), self._targets, **limits), self._targets, self._dtype)
 
 
-def _copy(
-    room: torch.Tensor,
-    data: torch.Tensor,
-    stream: torch.cuda.Stream | None,
-    after: torch.cuda.Event | None,
-) -> None:
-    """Copy host to arena beside the running step; returns when the data is there."""
-    if room.shape != data.shape:
-        raise ValueError(f"room of {room.numel()} elements for an adapter of {data.numel()}")
-    if stream is None:  # one memmove: torch's copy would start threads against those of the step
-        np.copyto(room.view(torch.uint8).numpy(), data.view(torch.uint8).numpy())
-        return
-    with torch.cuda.stream(stream):
-        if after is not None:
-            stream.wait_event(after)
-        room.copy_(data, non_blocking=True)
-    stream.synchronize()
+def _load(job: Job, layout: Layout, lane: _Lane) -> None:
+    """Disk to host, unless that is done, and host to arena, if there is room."""
+    image = job.pieces
+    if not job.packed:
+        whole = image[0] if len(image) == 1 else lane.staging(layout.nbytes)
+        pack(Path(job.path), layout, whole.view(layout.dtype))
+        for part, piece in _pairs(whole, image) if len(image) > 1 else ():
+            _move(part, piece)
+        image = (whole,)
+    if job.room is not None:
+        lane.copy(image, job.room, job.after)
+
+
+class _Lane:
+    """What one thread loads with: a stream of its own on CUDA, and memory for what is not kept in one piece.
+
+    That memory is as large as the largest such adapter so far, not a window that an adapter passes through
+    in parts: packing needs whole tensors, and an output head alone may be half an adapter. It is page-locked
+    on CUDA, so growing it stalls the driver; that ends with the largest adapter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no hints here
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """[nbytes] uint8, the same memory at each call."""
+        if self._staging.numel() < nbytes:
+            self._staging = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return self._staging[:nbytes]
+
+    def copy(self, image: Pieces, room_E: torch.Tensor, after: torch.cuda.Event | None) -> None:
+        """Host to arena beside the running step; returns when the image is there."""
+        pairs = _pairs(room_E.view(torch.uint8), image)
+        if self._stream is None:
+            for part, piece in pairs:
+                _move(piece, part)
+            return
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the thread sleeps until then
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            for part, piece in pairs:
+                part.copy_(piece, non_blocking=True)
+            copied.record(self._stream)
+        # Not the stream's own synchronize: torch.cuda.set_sync_debug_mode refuses that on every thread.
+        copied.synchronize()
+
+
+def _pairs(whole: torch.Tensor, pieces: Pieces) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece with the part of `whole`, [bytes] uint8, that it stands for."""
+    sizes = [piece.numel() for piece in pieces]
+    if sum(sizes) != whole.numel():
+        raise ValueError(f"room of {whole.numel()} bytes for an adapter of {sum(sizes)}")
+    return list(zip(torch.split(whole, sizes), pieces, strict=True))
+
+
+def _move(source: torch.Tensor, target: torch.Tensor) -> None:
+    """One memmove: torch's copy would start threads against those of the step."""
+    np.copyto(target.numpy(), source.numpy())

@@ -6,23 +6,24 @@ only read files and copy tensors, and what they finish waits until `poll` takes 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 
 from server.engine.adapter_gate import Acquire, AcquireStatus
 from server.engine.messages import AdapterRef, ErrorCode, LoraTarget
 from server.engine.messages import Residency as Place
-from server.lora.arena import Arena, Extent
+from server.lora.arena import Arena
+from server.lora.host_cache import HostCache
+from server.lora.layout import RecentLayouts
 from server.lora.loader import Job, Loaded, Loader
-from server.lora.pack import PackedAdapter
+from server.lora.pending import PendingMixes
+from server.lora.residents import Residents, Version
 from server.registry.peft_format import MAX_HEADER_BYTES, MAX_TENSORS
 
-_MAX_PREFETCHES = 16  # reads ahead of need at one time; more would push each other out of the host cache
-_MAX_SIZES = 100_000  # versions whose packed size is remembered
-
+_MAX_PREFETCHES = 16  # jobs ahead of need at one time; more would push each other out of the host cache
+_MAX_LAYOUTS = 10_000  # versions that need not be judged again: 120 MB for a model of 224 modules
 
 _READY, _PENDING, _FULL = (
     Acquire(AcquireStatus.READY),
@@ -31,35 +32,12 @@ _READY, _PENDING, _FULL = (
 )
 
 
-@dataclass(eq=False)
-class _Version:
-    """What is known of one adapter version that is on the host, in the arena, or on its way."""
-
-    digest: str
-    path: str
-    busy: bool = False  # a worker reads or copies it
-    packed: PackedAdapter | None = None  # host image
-    extent: Extent | None = None  # reserved; being filled, or resident when there is a slot
-    slot: int | None = None
-    uses: int = 0  # by sequences
-    pinned: bool = False
-    leaving: bool = False  # leaves the arena when nobody uses it
-    forget: bool = False  # and the host as well
-    failure: Acquire | None = None  # of the last load, until those who wait were told
-    spent_ms: float = 0.0  # of work towards the next landing
-    load_ms: float = 0.0  # work that the last landing in the arena took
-
-    @property
-    def blank(self) -> bool:
-        held = self.busy or self.packed or self.extent or self.uses or self.pinned or self.failure
-        return not held
-
-
 class Residency:
     """Brings adapter versions to where they are needed, and decides which ones leave. An `AdapterGate`.
 
-    `host_bytes` bounds the packed images kept on the host (only images that somebody waits for may exceed
-    it for a while). `wake` is called by a worker after each finished load. Only one thread may call this.
+    `host_bytes` bounds the packed images kept on the host; what finds no room among them goes into the
+    arena all the same. `wake` is called by a worker after each finished job. Only one thread may call this.
+    Raises ValueError when so much memory cannot be had for the host's images.
     """
 
     def __init__(
@@ -74,18 +52,14 @@ class Residency:
         max_tensors: int = MAX_TENSORS,
     ) -> None:
         self.arena = arena
-        self.host_bytes = host_bytes
-        self.loads = 0  # copies into the arena so far
-        self.evictions = 0
-        self._versions: dict[str, _Version] = {}
-        self._resident: OrderedDict[str, None] = OrderedDict()  # least recently used first
-        self._on_host: OrderedDict[str, None] = OrderedDict()  # the same
-        self._host_bytes_used = 0
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # packed bytes, learnt at the first read
-        self._waiting: set[frozenset[str]] = set()  # mixes that were told PENDING
-        self._waiters: Counter[str] = Counter()  # how many of those a digest is in
+        self._versions: dict[str, Version] = {}
+        self._residents = Residents(arena, left=self._tidy)
+        self.host = HostCache(host_bytes, page_locked=arena.device.type == "cuda")
+        self._layouts = RecentLayouts(_MAX_LAYOUTS)
+        self._waited_for = PendingMixes()
+        self._ahead: OrderedDict[str, AdapterRef] = OrderedDict()  # judged, to be read to the host
         self._jobs = 0
-        self._told: list[_Version] = []  # whose failure was reported since the last poll
+        self._told: list[Version] = []  # whose failure was reported since the last poll
         self._loader = Loader(
             targets,
             arena.dtype,
@@ -99,11 +73,11 @@ class Residency:
     # for the scheduler
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Begin to read a version from disk, unless it is further along or many reads are under way."""
+        """Begin to bring a version to the host, unless it is further along or many reads are under way."""
         version = self._version(ref)
-        if version.packed is not None:
-            self._on_host.move_to_end(ref.digest)
-        elif not (version.busy or version.extent or version.failure) and self._may_prefetch:
+        if ref.digest in self.host:
+            self.host.touch(ref.digest)
+        elif not (version.busy or version.extent or version.failure) and self._jobs < _MAX_PREFETCHES:
             self._submit(version)
         self._tidy(version)
 
@@ -119,7 +93,7 @@ class Residency:
             for version in versions:
                 version.uses += 1
                 version.leaving = version.forget  # of a deleted version, the memory is freed at its last use
-                self._resident.move_to_end(version.digest)
+                self._residents.touch(version.digest)
         self._settle(versions, answer)
         return answer
 
@@ -134,7 +108,7 @@ class Residency:
             if version.uses < 1:
                 raise ValueError("an adapter was released more often than acquired")
             version.uses -= 1
-            self._resident.move_to_end(ref.digest)
+            self._residents.touch(ref.digest)
             self._leave_if_idle(version)
 
     def slot(self, digest: str) -> int:
@@ -146,15 +120,18 @@ class Residency:
 
     # for the engine
 
-    def poll(self) -> None:
-        """Take in what the workers finished. Called at the start of every step."""
+    def poll(self) -> bool:
+        """Take in what the workers finished, and say if there was anything. Called at the start of a step."""
         for version in self._told:
             version.failure = None
             self._tidy(version)
         self._told.clear()
-        for loaded in self._loader.finished():
+        while self._ahead and self._jobs < _MAX_PREFETCHES:
+            self.prefetch(self._ahead.popitem(last=False)[1])
+        finished = list(self._loader.finished())
+        for loaded in finished:
             self._land(loaded)
-        self._trim_host()
+        return bool(finished)
 
     @property
     def pending(self) -> bool:
@@ -171,7 +148,7 @@ class Residency:
         if answer.status is AcquireStatus.READY:
             version.pinned |= pin
             version.leaving = version.forget = False
-            self._resident.move_to_end(ref.digest)
+            self._residents.touch(ref.digest)
         self._settle([version], answer)
         return answer
 
@@ -185,15 +162,16 @@ class Residency:
             version.pinned = False
             version.leaving, version.forget = True, version.forget or forget
             self._leave_if_idle(version)
+        elif forget:
+            self.host.drop(digest)
         if forget:
-            self._sizes.pop(digest, None)
+            self._ahead.pop(digest, None)
         return self.where(digest)
 
     def where(self, digest: str) -> Place:
-        version = self._versions.get(digest)
-        if version is None or (version.slot is None and version.packed is None):
-            return "disk"
-        return "host" if version.slot is None else "arena"
+        if digest in self._residents:
+            return "arena"
+        return "host" if digest in self.host else "disk"
 
     def load_ms(self, digest: str) -> float:
         """Work that the version's last way into the arena took, milliseconds; 0 when it is not known."""
@@ -203,20 +181,31 @@ class Residency:
     @property
     def resident(self) -> tuple[str, ...]:
         """Digests in the arena, most recently used last."""
-        return tuple(self._resident)
+        return tuple(version.digest for version in self._residents)
+
+    @property
+    def loads(self) -> int:
+        """Copies into the arena so far."""
+        return self._residents.loads
+
+    @property
+    def evictions(self) -> int:
+        """Versions that left the arena to make room."""
+        return self._residents.evictions
 
     @property
     def on_host(self) -> tuple[str, ...]:
         """Digests with an image in host memory, in the arena as well or not."""
-        return tuple(self._on_host)
+        return self.host.digests
 
     @property
     def pinned(self) -> frozenset[str]:
-        return frozenset(digest for digest in self._resident if self._versions[digest].pinned)
+        return frozenset(version.digest for version in self._residents if version.pinned)
 
     @property
     def host_bytes_used(self) -> int:
-        return self._host_bytes_used
+        """Of the images on the host and of those being read."""
+        return self.host.bytes_used
 
     def close(self) -> None:
         """Stop the workers; what they have begun is finished first."""
@@ -224,11 +213,7 @@ class Residency:
 
     # bringing in
 
-    @property
-    def _may_prefetch(self) -> bool:
-        return self.host_bytes > 0 and self._jobs < _MAX_PREFETCHES
-
-    def _bring(self, versions: list[_Version]) -> Acquire:
+    def _bring(self, versions: list[Version]) -> Acquire:
         """Have every version resident or on its way, with room for all of them or for none."""
         versions = list(dict.fromkeys(versions))
         for version in versions:
@@ -237,57 +222,46 @@ class Residency:
                 return version.failure
         if all(version.slot is not None for version in versions):
             return _READY
-        sizes = [self._sizes.get(version.digest, 0) for version in versions]
-        if sum(sizes) > self.arena.bytes_total:
+        layouts = [self._layouts[v.digest] for v in versions if v.digest in self._layouts]
+        if (nbytes := sum(layout.nbytes for layout in layouts)) > self.arena.bytes_total:
             return Acquire(
                 AcquireStatus.FAILED,
                 ErrorCode.NEVER_FITS,
-                f"adapters of {sum(sizes)} bytes never fit an arena of {self.arena.bytes_total} bytes",
+                f"adapters of {nbytes} bytes never fit an arena of {self.arena.bytes_total} bytes",
             )
         absent = [version for version in versions if version.extent is None]
-        unread = [version for version in absent if version.busy or version.digest not in self._sizes]
-        if not unread and absent and not self._reserve(absent, keep=versions):
+        unready = [version for version in absent if version.busy or version.digest not in self._layouts]
+        if not unready and absent and not self._reserve(absent, keep=versions):
             return _FULL
-        for version in unread or absent:  # how much room they need is known when all were read once
+        for version in unready or absent:  # how much room they need is known when all were judged
             if not version.busy:
                 self._submit(version)
         return _PENDING
 
-    def _reserve(self, versions: list[_Version], keep: list[_Version]) -> bool:
-        """Room for each version or for none, evicting as little as will do and nothing of `keep`."""
-        needs = [self._sizes[version.digest] for version in versions]
-        idle = [version for version in self._idle() if version not in keep]
-        if sum(needs) > self.arena.bytes_free + sum(v.extent.nbytes for v in idle if v.extent):
-            return False
-        for version, nbytes in zip(versions, needs, strict=True):
-            version.extent = self._make_room(nbytes, idle)
-            if version.extent is None:
-                for other in versions:
-                    if other.extent is not None:
-                        self.arena.abandon(other.extent)
-                        other.extent = None
-                return False
-        return True
+    def _reserve(self, versions: list[Version], keep: list[Version]) -> bool:
+        """Room in the arena for each version or for none; nothing of `keep` leaves for it."""
 
-    def _make_room(self, nbytes: int, idle: list[_Version]) -> Extent | None:
-        """`idle`: what may be evicted, least recently used first; those evicted are taken out of it."""
-        while True:
-            extent = self.arena.reserve(nbytes)
-            if extent is None and self.arena.bytes_free >= nbytes and self.arena.compact():
-                extent = self.arena.reserve(nbytes)
-            if extent is not None or not idle:
-                return extent
-            self.evictions += 1
-            self._evict(idle.pop(0))
+        def may_leave(other: Version) -> bool:
+            held = other.uses or other.pinned or other.digest in self._waited_for
+            return not held and other not in keep
 
-    def _idle(self) -> Iterator[_Version]:
-        """Resident versions that nobody uses, waits for or pinned; least recently used first."""
-        for digest in self._resident:
-            version = self._versions[digest]
-            if not version.uses and not version.pinned and not self._waiters[digest]:
-                yield version
+        needs = [self._layouts[version.digest].nbytes for version in versions]
+        return self._residents.reserve(versions, needs, may_leave)
 
-    def _submit(self, version: _Version) -> None:
+    def _may_leave_host(self, digest: str) -> bool:
+        if digest in self._residents:
+            return True
+        version = self._versions.get(digest)
+        return not (digest in self._waited_for or (version and version.busy))
+
+    def _submit(self, version: Version) -> None:
+        """Judge it if it is not; else bring it where there is room: into the arena, to the host or both."""
+        digest, layout = version.digest, self._layouts.get(version.digest)
+        packed = digest in self.host
+        if layout is not None and not packed:
+            reserved = self.host.reserve(digest, layout.nbytes, self._may_leave_host)
+            if not reserved and version.extent is None:
+                return
         room = after = None
         if version.extent is not None:
             room = self.arena.room(version.extent)
@@ -295,118 +269,75 @@ class Residency:
                 after = torch.cuda.current_stream(room.device).record_event()
         version.busy = True
         self._jobs += 1
-        self._loader.submit(Job(version.digest, version.path, version.packed, room, after))
+        self._loader.submit(Job(digest, version.path, layout, self.host.pieces(digest), packed, room, after))
 
     def _land(self, loaded: Loaded) -> None:
         """Enter a finished job into the books."""
         version = self._versions[loaded.digest]
         version.busy = False
         self._jobs -= 1
-        if loaded.packed is None:
+        if loaded.layout is None:
             self._fail(version, loaded)
             return
-        self._remember_size(version.digest, loaded.packed.nbytes)
-        if version.packed is None:
-            version.packed = loaded.packed
-            self._host_bytes_used += loaded.packed.nbytes
-        self._on_host[version.digest] = None
-        self._on_host.move_to_end(version.digest)
+        self._layouts.remember(version.digest, loaded.layout)
         version.spent_ms += loaded.milliseconds
+        if self.host.pieces(version.digest):
+            self.host.keep(version.digest)
         if version.extent is not None:
-            version.slot = self.arena.commit(version.extent, loaded.packed)
-            self._resident[version.digest] = None
-            self.loads += 1
+            self._residents.enter(version, loaded.layout)
             version.load_ms, version.spent_ms = version.spent_ms, 0.0
+        elif version.digest not in self.host and not version.forget:
+            # It was judged. The next step reads it ahead of need, unless this one brings it in.
+            self._ahead[version.digest] = AdapterRef(version.digest, version.path)
         self._leave_if_idle(version)
 
-    def _fail(self, version: _Version, loaded: Loaded) -> None:
+    def _fail(self, version: Version, loaded: Loaded) -> None:
         """Give the room back, and keep the reason for those who wait; a later request tries again."""
         version.spent_ms = 0.0
-        if version.extent is not None:
-            self.arena.abandon(version.extent)
-            version.extent = None
-        if self._waiters[version.digest]:
+        self._layouts.forget(version.digest)  # it may have been judged while its files were not its own
+        if version.digest not in self.host:
+            self.host.drop(version.digest)
+        self._residents.abandon(version)
+        if version.digest in self._waited_for:
             version.failure = Acquire(AcquireStatus.FAILED, loaded.error, loaded.message)
         self._leave_if_idle(version)
 
-    def _remember_size(self, digest: str, nbytes: int) -> None:
-        self._sizes[digest] = nbytes
-        self._sizes.move_to_end(digest)
-        if len(self._sizes) > _MAX_SIZES:
-            self._sizes.popitem(last=False)
-
     # waiting and leaving
 
-    def _settle(self, versions: list[_Version], answer: Acquire) -> None:
+    def _settle(self, versions: list[Version], answer: Acquire) -> None:
         mix = frozenset(version.digest for version in versions)
         if answer.status is AcquireStatus.PENDING:
-            self._wait(mix)
+            self._waited_for.add(mix)
         else:
             self._stop_waiting(mix)
         for version in versions:
             self._tidy(version)
 
-    def _wait(self, mix: frozenset[str]) -> None:
-        if mix not in self._waiting:
-            self._waiting.add(mix)
-            self._waiters.update(mix)
-
     def _stop_waiting(self, mix: frozenset[str]) -> None:
-        if mix not in self._waiting:
-            return
-        self._waiting.remove(mix)
-        for digest in mix:
-            self._waiters[digest] -= 1
-            if not self._waiters[digest]:
-                del self._waiters[digest]
-                version = self._versions[digest]
-                if version not in self._told:  # the others of this step are told as well
-                    version.failure = None
-                self._leave_if_idle(version)
+        for digest in self._waited_for.remove(mix):
+            version = self._versions[digest]
+            if version not in self._told:  # the others of this step are told as well
+                version.failure = None
+            self._leave_if_idle(version)
 
-    def _leave_if_idle(self, version: _Version) -> None:
+    def _leave_if_idle(self, version: Version) -> None:
         """Carry out an `unload` that had to wait."""
-        if version.leaving and not (version.uses or version.busy or self._waiters[version.digest]):
+        if version.leaving and not (version.uses or version.busy or version.digest in self._waited_for):
             if version.slot is not None:
-                self._evict(version)
+                self._residents.evict(version)
             if version.forget:
-                self._drop_from_host(version)
+                self.host.drop(version.digest)
             version.leaving = version.forget = False
         self._tidy(version)
 
-    def _evict(self, version: _Version) -> None:
-        assert version.slot is not None
-        self.arena.release(version.slot)
-        version.slot = version.extent = None
-        del self._resident[version.digest]
-        self._tidy(version)
-
-    def _trim_host(self) -> None:
-        """Least recently used images leave the host; those that somebody waits for stay."""
-        if self._host_bytes_used <= self.host_bytes:
-            return
-        for digest in list(self._on_host):
-            if self._host_bytes_used <= self.host_bytes:
-                return
-            version = self._versions[digest]
-            if version.slot is not None or not (version.busy or self._waiters[digest]):
-                self._drop_from_host(version)
-
-    def _drop_from_host(self, version: _Version) -> None:
-        if version.packed is not None:
-            self._host_bytes_used -= version.packed.nbytes
-            version.packed = None
-            del self._on_host[version.digest]
-        self._tidy(version)
-
-    def _version(self, ref: AdapterRef) -> _Version:
+    def _version(self, ref: AdapterRef) -> Version:
         version = self._versions.get(ref.digest)
         if version is None:
-            version = self._versions[ref.digest] = _Version(ref.digest, ref.path)
+            version = self._versions[ref.digest] = Version(ref.digest, ref.path)
         version.path = ref.path  # the content of a digest never changes, its folder may
         return version
 
-    def _tidy(self, version: _Version) -> None:
-        """Keep no books on a version that is only on disk and that nobody asks for."""
-        if version.blank and not self._waiters[version.digest]:
+    def _tidy(self, version: Version) -> None:
+        """Keep no books on a version that nobody asks for and that is nowhere but on disk and on the host."""
+        if version.blank and version.digest not in self._waited_for:
             self._versions.pop(version.digest, None)

@@ -16,6 +16,7 @@ _CPU_KV, _CPU_ARENA, _CPU_HOST = 0.25, 0.20, 0.10
 _CPU_CAP = 4 * 2**30  # no more than this each, unless asked for: a laptop is not a server
 _CUDA_USE = 0.90  # of what is free after the weights
 _CUDA_ARENA = 0.20  # of what is left for KV and adapters
+_CUDA_HOST_CAP = 32 * 2**30  # all of it is page-locked at start, which takes time
 _PROMPT_TOKENS_PER_CORE = 256  # of a step: fewer cost throughput, more make streams wait longer
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
@@ -49,9 +50,7 @@ def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
         kv = settings.kv_cache_bytes or min(int(host_free * _CPU_KV), _CPU_CAP, most_useful)
     host = settings.host_cache_bytes
     if host is None:
-        host = int(host_free * _CPU_HOST)
-        if loaded.device.type == "cpu":
-            host = min(host, _CPU_CAP)
+        host = min(int(host_free * _CPU_HOST), _CPU_CAP if loaded.device.type == "cpu" else _CUDA_HOST_CAP)
     blocks = kv // block_bytes
     if blocks < 2:
         raise ValueError(

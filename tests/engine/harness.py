@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def busy(engine: Engine) -> bool:
     """Whether there is anything left to do; waits as the worker does while adapters are on their way."""
     idle_ms = engine.idle_ms()
     if idle_ms:
-        time.sleep(idle_ms / 1000)
+        engine.wait(idle_ms / 1000)
     return idle_ms is not None
 
 

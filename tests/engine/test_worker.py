@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 import zmq
 
+from server.engine import worker as worker_module
 from server.engine.messages import (
     Abort,
     AdapterRef,
@@ -22,6 +24,7 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
+from server.engine.wakeup import Wakeup
 from server.engine.worker import Worker
 from tests.engine.echo_engine import CRASH, REFUSE, EchoEngine
 
@@ -29,8 +32,8 @@ from tests.engine.echo_engine import CRASH, REFUSE, EchoEngine
 class Border:
     """The face's ends of a worker's two sockets."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self.engine = EchoEngine()
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], engine: EchoEngine | None = None) -> None:
+        self.engine = engine or EchoEngine()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         self._to, self._from = context.socket(zmq.PUSH), context.socket(zmq.PULL)
         inbox.bind("inproc://to")
@@ -151,6 +154,62 @@ def test_adapter_calls_are_answered_when_the_copy_landed(border: Border) -> None
         (2, "disk", ErrorCode.ADAPTER_LOAD_FAILED),
     ]
     assert border.engine.steps < 30  # it slept meanwhile
+
+
+class LandingEngine(EchoEngine):
+    """Its copies land when another thread says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wakeup = Wakeup()
+        self.wakeup_fd = self.wakeup.fileno()
+
+    def land(self) -> None:
+        self.copies = [(0.0, call) for _, call in self.copies]
+        self.wakeup.set()
+
+    def load_adapter(self, call: LoadAdapter) -> None:
+        self.copies.append((float("inf"), call))
+
+    def step(self) -> tuple[list[TokenOutput], list[AdapterResult]]:
+        self.wakeup.clear()
+        return super().step()
+
+    def idle_ms(self) -> int | None:
+        return 3_600_000 if self.copies else super().idle_ms()
+
+
+@pytest.fixture
+def landing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Border]:
+    """No heartbeat wakes this worker."""
+    monkeypatch.setattr(worker_module, "_HEARTBEAT_S", 3600.0)
+    monkeypatch.setattr(worker_module, "_STATS_S", 3600.0)
+    context = zmq.Context()
+    engine = LandingEngine()
+    yield Border(context, engine)
+    context.destroy(linger=0)
+    engine.wakeup.close()
+
+
+def test_a_copy_that_lands_wakes_a_worker_that_sleeps(landing: Border) -> None:
+    assert isinstance(landing.engine, LandingEngine)
+    landing.send(LoadAdapter(1, AdapterRef("d", "")))
+    assert landing.worker.turn()
+    asleep = threading.Thread(target=landing.worker.turn, daemon=True)
+    asleep.start()
+    landing.engine.land()
+    asleep.join(timeout=10)
+    assert not asleep.is_alive()
+    assert [m.call_id for m in landing.received() if isinstance(m, AdapterResult)] == [1]
+    assert landing.engine.steps == 2
+
+
+def test_a_wake_up_of_which_nobody_waits_is_one_step(landing: Border) -> None:
+    assert isinstance(landing.engine, LandingEngine)
+    landing.engine.wakeup.set()
+    landing.worker.turn()
+    assert landing.engine.steps == 1
+    assert not landing.engine.wakeup.wait(0)
 
 
 def test_who_has_its_answer_sees_in_the_stats_what_the_call_did(border: Border) -> None:

@@ -1,113 +1,30 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.lora.arena import Arena, ExtentAllocator
-from server.lora.pack import PackedAdapter
-
-SIZE = 100
-
-
-def check(allocator: ExtentAllocator, held: dict[int, int]) -> None:
-    assert allocator.held == sorted(held.items())
-    assert allocator.free + sum(held.values()) == SIZE
-    end, largest = 0, 0
-    for start, size in allocator.held:
-        assert start >= end, "extents overlap"
-        largest = max(largest, start - end)
-        end = start + size
-    assert end <= SIZE
-    assert allocator.largest_hole == max(largest, SIZE - end), "free neighbours were not joined"
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("take"), st.integers(1, 60)),
-            st.tuples(st.just("give"), st.integers(0, 20)),
-            st.tuples(st.just("compact"), st.integers(0, 2**8 - 1)),
-        ),
-        max_size=60,
-    )
-)
-def test_extents_never_overlap_and_nothing_is_lost(ops):
-    allocator, held = ExtentAllocator(SIZE), {}
-    for op, value in ops:
-        if op == "take":
-            fits = allocator.largest_hole >= value
-            start = allocator.take(value)
-            assert (start is not None) == fits
-            if start is not None:
-                held[start] = value
-        elif op == "give" and held:
-            start = sorted(held)[value % len(held)]
-            allocator.give(start)
-            del held[start]
-        elif op == "compact":
-            fixed = {start for n, start in enumerate(sorted(held)) if value >> n & 1}
-            owner = {at: start for start, size in held.items() for at in range(start, start + size)}
-            for start, to, size in allocator.compact(fixed):
-                assert to < start
-                assert start not in fixed
-                for step in range(size):  # the owner of every cell moves with it, in this very order
-                    assert owner.pop(start + step) == start
-                    assert to + step not in owner
-                    owner[to + step] = start
-                del held[start]
-                held[to] = size
-                owner = {at: to if was == start else was for at, was in owner.items()}
-            if not fixed:
-                assert allocator.largest_hole == allocator.free
-        check(allocator, held)
-
-
-def test_the_tightest_hole_is_taken():
-    allocator = ExtentAllocator(SIZE)
-    starts = [allocator.take(size) for size in (30, 10, 20, 10)]  # and 30 left
-    allocator.give(starts[0])
-    allocator.give(starts[2])
-    assert allocator.take(20) == 40
-    assert allocator.take(25) == 0
-
-
-def test_what_was_not_taken_cannot_be_given():
-    allocator = ExtentAllocator(SIZE)
-    start = allocator.take(10)
-    allocator.give(start)
-    with pytest.raises(KeyError):
-        allocator.give(start)
-    with pytest.raises(ValueError, match="0"):
-        allocator.take(0)
-    assert ExtentAllocator(0).take(1) is None
-
+from server.lora.arena import Arena
+from server.lora.layout import Layout
+from tests.lora.image import Image
 
 MODULES = 3
 
 
-def image(seed: int, lines: int, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+def image(seed: int, lines: int, dtype: torch.dtype = torch.float32) -> Image:
     """Random content of `lines` cache lines; the offsets point somewhere inside."""
     random = torch.Generator().manual_seed(seed)
     data = torch.randn(lines * 64 // dtype.itemsize, generator=random).to(dtype)
     offsets = torch.randint(0, data.numel(), (MODULES, 2), generator=random)
-    return PackedAdapter(data, offsets, torch.randint(0, 9, (MODULES,), generator=random).int(), str(seed))
+    ranks = torch.randint(0, 9, (MODULES,), generator=random).int()
+    return Image(Layout(dtype, data.numel(), offsets, ranks, 0, (), np.empty(0)), data)
 
 
-def put(arena: Arena, packed: PackedAdapter) -> int:
-    extent = arena.reserve(packed.nbytes)
+def put(arena: Arena, packed: Image) -> int:
+    extent = arena.reserve(packed.layout.nbytes)
     assert extent is not None
     arena.room(extent).copy_(packed.data)
-    return arena.commit(extent, packed)
-
-
-def holds(arena: Arena, slot: int, packed: PackedAdapter) -> bool:
-    view = arena.view()
-    start = int((view.offsets[slot] - packed.offsets)[0, 0])
-    return (
-        torch.equal(view.offsets[slot], packed.offsets + start)
-        and torch.equal(view.ranks[slot], packed.ranks)
-        and torch.equal(view.data[start : start + packed.data.numel()], packed.data)
-    )
+    return arena.commit(extent, packed.layout)
 
 
 @settings(max_examples=60)
@@ -127,9 +44,9 @@ def test_data_survives_whatever_happens_around_it(ops):
         elif op == "compact":
             arena.compact()
             assert arena.largest_hole == arena.bytes_free
-        assert arena.bytes_used == sum(packed.nbytes for packed in resident.values())
+        assert arena.bytes_used == sum(packed.layout.nbytes for packed in resident.values())
         assert arena.bytes_free + arena.bytes_used == arena.bytes_total
-        assert all(holds(arena, slot, packed) for slot, packed in resident.items())
+        assert all(packed.lies_in(arena, slot) for slot, packed in resident.items())
 
 
 def test_a_large_extent_moves_by_less_than_its_size(monkeypatch):
@@ -140,7 +57,7 @@ def test_a_large_extent_moves_by_less_than_its_size(monkeypatch):
     slot = put(arena, packed)
     arena.release(first)
     assert arena.compact() == 1
-    assert holds(arena, slot, packed)
+    assert packed.lies_in(arena, slot)
     assert arena.largest_hole == arena.bytes_free == 24 * 64
 
 
@@ -158,7 +75,7 @@ def test_an_extent_that_is_being_written_stays():
     assert arena.room(writing).data_ptr() == room.data_ptr()
     arena.abandon(writing)
     assert arena.compact() == 1
-    assert holds(arena, second, packed)
+    assert packed.lies_in(arena, second)
 
 
 def test_the_view_changes_only_when_the_tables_grow():
@@ -173,7 +90,7 @@ def test_the_view_changes_only_when_the_tables_grow():
     assert arena.view().data is view.data
     assert arena.view().ranks.shape == (8, MODULES)
     assert sorted(slots) == [0, 1, 2, 3, 4]
-    assert all(holds(arena, slot, packed) for slot, packed in zip(slots, images, strict=True))
+    assert all(packed.lies_in(arena, slot) for slot, packed in zip(slots, images, strict=True))
 
 
 def test_a_slot_is_released_once():

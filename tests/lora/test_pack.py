@@ -1,14 +1,19 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from server.engine.messages import LoraTarget
+from server.errors import InvalidAdapter
 from server.lora.arena import Arena
 from server.lora.kernels.reference import ReferenceKernels
-from server.lora.pack import pack, packed_bytes
+from server.lora.layout import Layout, RecentLayouts
+from server.lora.pack import pack
 from server.lora.segments import Segments
 from server.registry.peft_format import judge
 from tests.lora.adapter_folder import TARGETS, weights, write
+from tests.lora.image import packed
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,55 +32,90 @@ def test_every_tensor_lies_where_the_offsets_say(tmp_path, dtype, base):
     """B is transposed and scaled in float32, then rounded once; A is rounded only."""
     tensors = weights(TARGETS[1:], rank=3)
     write(tmp_path, tensors, {"r": 3, "lora_alpha": 7}, dtype)
-    adapter = judge(tmp_path, TARGETS)
-    packed = pack(tmp_path, adapter, len(TARGETS), base, digest="d")
-    assert packed.data.dtype == base
-    assert packed.digest == "d"
-    assert packed.ranks.tolist() == [0, 3, 3, 3, 3, 3]
+    image = packed(tmp_path, dtype=base)
+    assert image.layout.ranks.tolist() == [0, 3, 3, 3, 3, 3]
     for module, target in list(enumerate(TARGETS))[1:]:
-        a_start, b_start = packed.offsets[module].tolist()
+        a_start, b_start = image.layout.offsets[module].tolist()
         assert a_start * base.itemsize % 64 == b_start * base.itemsize % 64 == 0
         a = stored(tensors[f"base_model.model.{target.name}.lora_A.weight"], dtype)
         b = stored(tensors[f"base_model.model.{target.name}.lora_B.weight"], dtype)
-        assert torch.equal(packed.data[a_start : a_start + a.numel()], a.flatten().to(base))
+        assert torch.equal(image.data[a_start : a_start + a.numel()], a.flatten().to(base))
         expected = (b * (7 / 3)).T.to(base).flatten()
-        assert torch.equal(packed.data[b_start : b_start + b.numel()], expected)
+        assert torch.equal(image.data[b_start : b_start + b.numel()], expected)
 
 
 def test_tensors_larger_than_one_torch_operation(tmp_path):
     target = LoraTarget("model.layers.0.self_attn.q_proj", 9_000, 11_000)
     tensors = weights([target], rank=4)
-    adapter = judge(write(tmp_path, tensors), [target])
+    write(tmp_path, tensors)
     for base in (torch.float32, torch.bfloat16):
-        packed = pack(tmp_path, adapter, 1, base)
+        image = packed(tmp_path, [target], base)
         a, b = (torch.from_numpy(tensor) for tensor in tensors.values())
-        a_start, b_start = packed.offsets[0].tolist()
-        assert torch.equal(packed.data[a_start : a_start + a.numel()], a.flatten().to(base))
+        a_start, b_start = image.layout.offsets[0].tolist()
+        assert torch.equal(image.data[a_start : a_start + a.numel()], a.flatten().to(base))
         expected = (b * 1.5).T.flatten().to(base)
-        assert torch.equal(packed.data[b_start : b_start + b.numel()], expected)
+        assert torch.equal(image.data[b_start : b_start + b.numel()], expected)
 
 
 def test_the_size_is_known_before_anything_is_read(tmp_path):
-    adapter = judge(write(tmp_path), TARGETS)
+    adapter = judge(write(tmp_path, weights(rank=3), {"r": 3}), TARGETS)
     for base in (torch.float32, torch.bfloat16):
-        packed = pack(tmp_path, adapter, len(TARGETS), base)
-        assert packed.nbytes == packed_bytes(adapter, base) == packed.data.nbytes
-        assert packed.nbytes % 64 == 0
+        layout = Layout.of(adapter, TARGETS, base)
+        assert layout.nbytes % 64 == 0
+        assert layout.nbytes > adapter.parameters * base.itemsize  # the room between tensors as well
+        pack(tmp_path, layout, torch.empty(layout.nbytes, dtype=torch.uint8).view(base))
+
+
+def test_a_layout_says_of_every_module_what_the_judgement_said(tmp_path):
+    kinds = {name: ("BF16", "F16", "F32")[n % 3] for n, name in enumerate(weights())}
+    adapter = judge(write(tmp_path, dtype=kinds), TARGETS)
+    modules = Layout.of(adapter, TARGETS, torch.float16).modules()
+    for module, judged in zip(modules, adapter.modules, strict=True):
+        for span, was in ((module.a, judged.a), (module.b, judged.b)):
+            assert (span.dtype, span.shape, span.offset) == (was.dtype, was.shape, was.offset)
+            assert span.nbytes == was.nbytes
+            assert span.name in was.name
+        assert (module.target, module.rank, module.scaling) == (judged.target, judged.rank, judged.scaling)
+        assert module.name == judged.name
+
+
+def test_recent_layouts_are_those_loaded_last(tmp_path):
+    layout = packed(write(tmp_path)).layout
+    layouts = RecentLayouts(2)
+    for digest in "aba":
+        layouts.remember(digest, layout)
+    layouts.remember("c", layout)
+    assert ["a" in layouts, "b" in layouts, "c" in layouts] == [True, False, True]
+    layouts.forget("a")
+    layouts.forget("a")
+    assert layouts.get("a") is None
+    assert layouts["c"] is layout
 
 
 def test_equal_adapters_have_equal_images(tmp_path):
     """No byte of the image is left to chance, the room between tensors included."""
-    adapter = judge(write(tmp_path, weights(rank=3), {"r": 3}), TARGETS)
-    images = [pack(tmp_path, adapter, len(TARGETS), torch.bfloat16).data for _ in range(5)]
-    assert all(torch.equal(image.view(torch.int16), images[0].view(torch.int16)) for image in images)
+    write(tmp_path, weights(rank=3), {"r": 3})
+    first, *others = (packed(tmp_path, dtype=torch.bfloat16).data for _ in range(5))
+    assert all(torch.equal(image, first) for image in others)  # and there is no NaN, which equals nothing
 
 
-def test_a_file_that_shrank_since_it_was_judged(tmp_path):
-    adapter = judge(write(tmp_path), TARGETS)
+def test_a_file_that_is_not_what_was_judged(tmp_path):
+    layout = packed(write(tmp_path)).layout
+    weights_file = tmp_path / "adapter_model.safetensors"
+    whole = weights_file.read_bytes()
+    for content in (whole[:-4], whole + b"more", b""):
+        weights_file.write_bytes(content)
+        with pytest.raises(InvalidAdapter, match=f"has {len(content)} bytes, it had {len(whole)}"):
+            pack(tmp_path, layout, torch.empty(layout.elements))
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, monkeypatch):
+    layout = packed(write(tmp_path)).layout
+    monkeypatch.setattr("server.lora.pack.os.fstat", lambda fd: SimpleNamespace(st_size=layout.file_bytes))
     with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
-        file.truncate(adapter.modules[-1].b.offset + 4)
-    with pytest.raises(OSError, match=r"down_proj\.lora_B"):
-        pack(tmp_path, adapter, len(TARGETS), torch.float32)
+        file.truncate(layout.file_bytes - 4)
+    with pytest.raises(InvalidAdapter, match=r"down_proj\.lora_B"):
+        pack(tmp_path, layout, torch.empty(layout.elements))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +153,11 @@ def test_deltas_in_the_arena_are_those_of_peft(tmp_path, fields):
     )
     model.save_pretrained(tmp_path)
     adapter = judge(tmp_path, targets)
-    packed = pack(tmp_path, adapter, len(targets), torch.float32)
-    arena = Arena(2 * packed.nbytes, len(targets), torch.float32)
-    extent = arena.reserve(packed.nbytes)
-    arena.room(extent).copy_(packed.data)
-    segments = Segments.build([(((arena.commit(extent, packed), 1.0),), 5)])
+    image = packed(tmp_path, targets)
+    arena = Arena(2 * image.layout.nbytes, len(targets), torch.float32)
+    extent = arena.reserve(image.layout.nbytes)
+    arena.room(extent).copy_(image.data)
+    segments = Segments.build([(((arena.commit(extent, image.layout), 1.0),), 5)])
     touched = {module.target for module in adapter.modules}
     for module, target in enumerate(targets):
         layer = model.base_model.model.get_submodule(target.name)

@@ -1,5 +1,6 @@
 import threading
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from server.engine.adapter_gate import AcquireStatus, AdapterGate
 from server.engine.messages import AdapterRef, ErrorCode
 from server.lora.arena import Arena
-from server.lora.pack import PackedAdapter, pack
+from server.lora.pack import pack
 from server.lora.residency import Residency
 from server.registry.peft_format import judge
 from tests.lora.adapter_folder import TARGETS, weights, write
+from tests.lora.image import Image, packed
 
 READY, PENDING, FULL, FAILED = AcquireStatus
 RANKS = (1, 2, 3, 4, 5, 6)
@@ -24,14 +26,14 @@ class Adapters:
 
     def __init__(self, root: Path) -> None:
         self.refs = []
-        self.images: dict[str, PackedAdapter] = {}
+        self.images: dict[str, Image] = {}
         for rank in RANKS:
             folder = write(root / str(rank), weights(rank=rank, seed=rank), {"r": rank})
             self.refs.append(AdapterRef(f"digest-{rank}", str(folder)))
-            self.images[f"digest-{rank}"] = pack(folder, judge(folder, TARGETS), len(TARGETS), torch.float32)
+            self.images[f"digest-{rank}"] = packed(folder)
 
     def nbytes(self, *ranks: int) -> int:
-        return sum(self.images[f"digest-{rank}"].nbytes for rank in ranks)
+        return sum(self.images[f"digest-{rank}"].layout.nbytes for rank in ranks)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,13 @@ class Bench:
         self.residency.poll()
 
     def settle(self) -> None:
+        """Until a step changes nothing: what was judged ahead of need is read after one in which it could
+        have been brought in."""
+        self.residency.poll()
         self.residency.poll()
         while self.residency.pending:
             self.step()
+            self.residency.poll()
 
     def acquire(self, *refs: AdapterRef) -> AcquireStatus:
         """Ask at every step until the answer is final."""
@@ -64,14 +70,8 @@ class Bench:
             self.step()
         return answer.status
 
-    def holds(self, image: PackedAdapter, digest: str) -> bool:
-        view, slot = self.arena.view(), self.residency.slot(digest)
-        start = int((view.offsets[slot] - image.offsets)[0, 0])
-        return (
-            torch.equal(view.offsets[slot], image.offsets + start)
-            and torch.equal(view.ranks[slot], image.ranks)
-            and torch.equal(view.data[start : start + image.data.numel()], image.data)
-        )
+    def holds(self, image: Image, digest: str) -> bool:
+        return image.lies_in(self.arena, self.residency.slot(digest))
 
 
 @pytest.fixture
@@ -121,6 +121,16 @@ def test_a_prefetch_brings_it_to_the_host(adapters, bench):
     assert b.acquire(ref) is READY
 
 
+def test_many_prefetches_take_turns(adapters, bench, tmp_path, work):
+    b = bench(6)
+    refs = [AdapterRef(f"copy-{n}", adapters.refs[0].path) for n in range(40)]
+    for ref in refs:
+        b.residency.acquire((ref,))  # judged, however many there are
+    b.settle()
+    assert work == {"judge": 40, "pack": 40}
+    assert set(b.residency.on_host) == {ref.digest for ref in refs}
+
+
 def test_many_callers_share_one_load(adapters, bench):
     b, ref = bench(6), adapters.refs[0]
     assert [b.residency.acquire((ref,)).status for _ in range(5)] == [PENDING] * 5
@@ -147,7 +157,9 @@ def test_full_while_all_is_in_use(adapters, bench):
     assert b.acquire(adapters.refs[5]) is READY
     assert b.acquire(adapters.refs[4]) is READY
     assert b.acquire(adapters.refs[0]) is FULL
-    assert b.acquire(adapters.refs[0]) is FULL  # its size is known now: no more reads
+    b.settle()
+    assert b.residency.where("digest-1") == "host"  # meanwhile
+    assert b.acquire(adapters.refs[0]) is FULL
     assert not b.residency.pending
     b.residency.release((adapters.refs[4],))
     assert b.acquire(adapters.refs[0]) is READY
@@ -227,18 +239,99 @@ def test_room_for_half_a_mix_is_given_back(adapters, bench):
     assert b.arena.bytes_used == used
 
 
-def test_an_image_that_is_waited_for_stays_on_the_host(adapters, bench, monkeypatch):
-    reads = []
+@pytest.fixture
+def work(monkeypatch):
+    """What the loader did so far: how often it judged and read."""
+    done = Counter()
 
-    def counted(folder: Path, *args: object, **kwargs: object) -> PackedAdapter:
-        reads.append(folder)
-        return pack(folder, *args, **kwargs)
+    def counted(name, function):
+        def call(*args, **kwargs):
+            done[name] += 1
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr("server.lora.loader.pack", counted)
-    b = bench(3, host_bytes=0)
-    assert b.acquire(adapters.refs[2]) is READY
-    assert len(reads) == 1
+        monkeypatch.setattr(f"server.lora.loader.{name}", call)
+
+    counted("judge", judge)
+    counted("pack", pack)
+    return done
+
+
+@pytest.mark.parametrize("host_bytes", [0, 64])
+def test_what_has_no_room_on_the_host_is_read_into_the_arena(adapters, bench, work, host_bytes):
+    b, (one, *_, five, six) = bench(6, host_bytes=host_bytes), adapters.refs
+    for count, ref in enumerate((five, one, six), start=1):  # larger than before, smaller, larger
+        assert b.acquire(ref) is READY
+        b.residency.release((ref,))
+        assert b.holds(adapters.images[ref.digest], ref.digest)
+        assert work["pack"] == count
+        assert b.residency.host_bytes_used == 0
+
+
+def test_a_version_is_judged_once(adapters, bench, work):
+    b, ref = bench(6, host_bytes=0), adapters.refs[0]
+    for loads in (1, 2, 3):
+        assert b.acquire(ref) is READY
+        b.residency.release((ref,))
+        b.residency.unload(ref.digest, forget=True)
+        assert work == {"judge": 1, "pack": loads}
+
+
+def test_a_version_whose_files_changed_is_judged_again_after_the_error(adapters, bench, tmp_path, work):
+    b, folder = bench(6, host_bytes=0), write(tmp_path / "adapter")
+    ref = AdapterRef("changed", str(folder))
+    assert b.acquire(ref) is READY
+    b.residency.release((ref,))
+    b.residency.unload(ref.digest)
+    write(folder, weights(rank=5), {"r": 5})
+    while (answer := b.residency.acquire((ref,))).status is PENDING:
+        b.step()
+    assert answer.status is FAILED
+    assert "adapter_model.safetensors" in answer.message
     b.residency.poll()
+    assert b.acquire(ref) is READY
+    assert work["judge"] == 2
+
+
+def test_images_that_are_waited_for_stay_on_the_host(adapters, bench, work):
+    b = bench(1, 2, host_bytes=adapters.nbytes(1, 2))
+    one, two, three = adapters.refs[:3]
+    for ref in (one, two):
+        b.residency.prefetch(ref)
+        b.settle()
+    assert b.residency.on_host == (one.digest, two.digest)
+    slow = AdapterRef("slow", two.path)
+    assert b.residency.acquire((one, slow)).status is PENDING  # `one` waits until `slow` is judged
+    b.residency.prefetch(three)
+    b.settle()
+    assert set(b.residency.on_host) == {one.digest, slow.digest}  # no room for `three` without these
+    assert b.acquire(one, slow) is READY
+    assert work == {"judge": 4, "pack": 3}
+
+
+def test_what_is_wanted_now_is_not_read_ahead_of_need(adapters, bench, work):
+    """Judged, it is read into the arena at once; what nobody asks for in that step goes to the host alone."""
+    b = bench(1, 2)
+    for ref in adapters.refs[:2]:
+        b.residency.prefetch(ref)
+        b.step()
+        if ref is adapters.refs[0]:
+            assert b.residency.acquire((ref,)).status is PENDING
+            b.step()
+    assert work == {"judge": 2, "pack": 1}
+    b.settle()
+    assert [b.residency.where(ref.digest) for ref in adapters.refs[:2]] == ["arena", "host"]
+    assert work == {"judge": 2, "pack": 2}
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_what_is_forgotten_is_not_read_ahead_of_need(adapters, bench, work, judged):
+    b, ref = bench(1), adapters.refs[0]
+    b.residency.prefetch(ref)
+    if judged:
+        b.step()
+    assert b.residency.unload(ref.digest, forget=True) == "disk"
+    b.settle()
+    assert work == {"judge": 1}
     assert b.residency.host_bytes_used == 0
 
 
@@ -437,14 +530,14 @@ def test_any_trace_keeps_its_promises(adapters, ops, host):
                 b.step()
             elif op == "settle":
                 b.settle()
-                assert b.arena.bytes_used == sum(adapters.images[d].nbytes for d in residency.resident)
+                assert b.arena.bytes_used == sum(adapters.images[d].layout.nbytes for d in residency.resident)
             check(b, adapters, held, pinned)
         for mix in waiting:
             residency.cancel(mix)
         for mix in held:
             residency.release(mix)
         b.settle()
-        assert residency.host_bytes_used <= residency.host_bytes
+        assert residency.host_bytes_used <= adapters.nbytes(1) * host
         assert all(residency.unload(ref.digest, forget=True) == "disk" for ref in refs)
         assert b.arena.bytes_free == b.arena.largest_hole == b.arena.bytes_total
         assert residency.host_bytes_used == 0
@@ -462,10 +555,24 @@ def check(b: Bench, adapters: Adapters, held: list[tuple[AdapterRef, ...]], pinn
     assert len({residency.slot(digest) for digest in residency.resident}) == len(residency.resident)
     for digest in residency.resident:
         assert b.holds(adapters.images[digest], digest)
-    assert sum(adapters.images[digest].nbytes for digest in residency.on_host) == residency.host_bytes_used
+    check_host(b, adapters)
     for digest in adapters.images:
         place = "arena" if digest in residency.resident else "host" if digest in residency.on_host else "disk"
         assert residency.where(digest) == place
+
+
+def check_host(b: Bench, adapters: Adapters) -> None:
+    """No two images share a byte, none is lost, and every whole one can be read back."""
+    host = b.residency.host
+    rooms = {digest: host.pieces(digest) for digest in adapters.images}
+    spans = sorted((p.data_ptr(), p.numel()) for pieces in rooms.values() for p in pieces)
+    assert all(start + nbytes <= following for (start, nbytes), (following, _) in pairwise(spans))
+    assert sum(nbytes for _, nbytes in spans) == host.bytes_used
+    assert {digest for digest, pieces in rooms.items() if pieces} >= set(host.digests)
+    if not b.residency.pending:
+        assert {digest for digest, pieces in rooms.items() if pieces} == set(host.digests)
+    for digest in host.digests:
+        assert torch.equal(torch.cat(rooms[digest]), adapters.images[digest].data.view(torch.uint8))
 
 
 def test_twenty_adapters_through_room_for_two(adapters, bench):

@@ -9,14 +9,15 @@ import torch
 from server.lora.kernels.interface import ArenaView, LoraKernels, each_module
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from server.native import SUFFIXES, constant, library
+from server.native import SUFFIXES, Mirror, compare, constant, library
 
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
 
 
-class SegmentsStruct(ctypes.Structure):
+class SegmentsStruct(Mirror):
     """`ChorusSegments` of native/lora.h."""
 
+    c_name = "ChorusSegments"
     _fields_ = (
         ("token_starts", ctypes.c_void_p),
         ("entry_starts", ctypes.c_void_p),
@@ -41,6 +42,7 @@ class CpuKernels:
     max_mix_rank = None
 
     def __init__(self, lib: ctypes.CDLL) -> None:
+        compare(lib, SegmentsStruct)
         self._functions = {dtype: lib[f"chorus_lora_{suffix}"] for dtype, suffix in SUFFIXES.items()}
         for function in self._functions.values():
             function.restype = None
