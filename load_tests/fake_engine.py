@@ -36,6 +36,8 @@ class TickingEngine:
     requests / step_s tokens/s, however fast the face takes them.
     """
 
+    wakeup_fd = None
+
     def __init__(self, step_s: float) -> None:
         self.info = engine_info()
         self._step_s = step_s
@@ -45,7 +47,8 @@ class TickingEngine:
     def add(self, request: Request) -> None:
         if not self._left:
             self._due = time.monotonic() + self._step_s
-        self._left[request.request_id] = request.sampling.max_tokens
+        for choice in choices_of(request):
+            self._left[choice.request_id] = choice.sampling.max_tokens
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -78,6 +81,22 @@ class TickingEngine:
             return TokenOutput(request_id, [token])
         del self._left[request_id]
         return TokenOutput(request_id, [token], finish_reason="length")
+
+
+def choices_of(request: Request) -> list[Request]:
+    """A request and its forks as requests of their own, for engines to which a prompt costs nothing."""
+    alone = msgspec.structs.replace(request, forks=())
+    return [
+        alone,
+        *(
+            msgspec.structs.replace(
+                alone,
+                request_id=fork.request_id,
+                sampling=msgspec.structs.replace(request.sampling, seed=fork.seed),
+            )
+            for fork in request.forks
+        ),
+    ]
 
 
 def engine_info() -> EngineInfo:

@@ -56,9 +56,10 @@ def serve(**flags: Any) -> None:
     configure(settings.log_level)
     from server.api.listen import serve as listen  # the HTTP stack: not for --help and --version
     from server.base_model import StartError
+    from server.engine.client import ProcessEngineClient
 
     try:
-        code = listen(settings)
+        code = listen(settings, ProcessEngineClient)
     except StartError as error:
         _fail(error.message, code=1)
     raise typer.Exit(code)

@@ -17,6 +17,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
+# Of an adapter, unless the settings say otherwise.
+MAX_HEADER_BYTES = 16 * 2**20  # of its safetensors file
+MAX_TENSORS = 20_000
+
 
 def parse_bytes(value: object) -> object:
     """`"512MiB"`, `"2GB"`, `"1.5g"` or a number -> bytes. Raises ValueError on anything else."""
@@ -77,9 +81,9 @@ class Settings(BaseSettings):
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
     max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
     max_header_bytes: Bytes = Field(
-        16 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
+        MAX_HEADER_BYTES, gt=0, description="Largest safetensors header of an adapter, bytes."
     )
-    max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
+    max_adapter_tensors: int = Field(MAX_TENSORS, gt=0, description="Most tensors in one adapter.")
 
     # engine
     max_model_len: int | None = Field(

@@ -66,7 +66,7 @@ def test_the_journey_of_an_adapter(run: Run, site: Site, tmp_path: Path) -> None
     shown = run("show", "team/sql")
     for text in ("team/sql", "q_proj, v_proj", "3.84% of the base", "1.54 kB", " s ago"):
         assert text in shown.stdout
-    digest = site.registry.list()[0].digest
+    digest = site.registry.current_versions()[0].digest
     assert digest[:10] in shown.stdout
     assert json.loads(run("show", "team/sql", "--json").stdout)["digest"] == digest
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 from starlette.routing import Route
 
-from server.api import adapters, chat, completions, health, models
+from server.api.app import ROUTERS
 from server.cli import app
 from server.config import Settings
 from server.errors import ChorusError
@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
-ROUTERS = (adapters.router, chat.router, completions.router, health.router, models.router)
 ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -10,38 +10,53 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from server.config import Settings
+from server.api.face import Face
 from server.errors import ChorusError, InvalidRequest, TooLarge
 from server.registry.publication import Publication
 from server.registry.records import Published
-from server.registry.registry import Registry
 from server.registry.sources import Upload, copy_folder, resolve_source
 from server.registry.store import CHUNK_BYTES
 
 _STALLED_S = 60.0  # without a byte: given up, so that a dead client does not keep a name
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
 
+_BINARY = {"type": "string", "format": "binary"}
+UPLOAD_FORM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "description": {"type": "string"},
+        "files": {
+            "type": "array",
+            "items": _BINARY,
+            "description": "adapter_config.json and adapter_model.safetensors, or one .zip, .tar, .tar.gz or "
+            ".tgz of them. Files are known by their file name; the name of their part is free.",
+        },
+    },
+    "required": ["files"],
+}
+
 T = TypeVar("T")
 
 
-async def receive(
-    request: Request, registry: Registry, settings: Settings, *, name: str | None, replace: bool
-) -> Published:
+async def receive(face: Face, request: Request, *, name: str | None, replace: bool) -> Published:
     """A multipart upload, parsed, hashed and written in threads while it comes, then judged and published.
 
     `name` may come with the URL, or as a field of the form. Whatever goes wrong, nothing of it is left.
-    Raises what Upload and Publication raise.
+    Raises what Upload and Publication raise, and Unavailable before the registry is open.
     """
+    registry = face.require_registry()
     announced = request.headers.get("content-length", "")
     expected = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
-    if expected > settings.max_upload_bytes:
-        raise TooLarge(f"The upload is larger than {settings.max_upload_bytes} bytes.")
+    most = face.settings.max_upload_bytes
+    if expected > most:
+        raise TooLarge(f"The upload is larger than {most} bytes.")
     publication = registry.publication(create=True, replace=replace, expected_bytes=expected)
     async with aclosing(request.stream()) as body:
         try:
             if name is not None:
                 publication.claim(name)
-            return await _receive_into(publication, request.headers.get("content-type", ""), body, settings)
+            return await _receive_into(publication, request.headers.get("content-type", ""), body, face)
         except ClientDisconnect as error:
             raise InvalidRequest("The client went away before its upload was complete.") from error
         except TimeoutError as error:
@@ -56,9 +71,10 @@ async def receive(
 
 
 def register_folder(
-    registry: Registry, settings: Settings, name: str, source: str, *, replace: bool, description: str | None
+    face: Face, name: str, source: str, *, replace: bool, description: str | None = None
 ) -> Published:
     """Copy, judge and publish a folder that lies under an allowed root. Belongs in a thread."""
+    registry, settings = face.require_registry(), face.settings
     roots = [*settings.allowed_lora_roots, *([settings.adapters] if settings.adapters else [])]
     with registry.publication(create=True, replace=replace) as publication:
         publication.claim(name)
@@ -78,7 +94,7 @@ async def in_thread(call: Callable[[], T]) -> T:
 
 
 async def _receive_into(
-    publication: Publication, content_type: str, body: AsyncIterator[bytes], settings: Settings
+    publication: Publication, content_type: str, body: AsyncIterator[bytes], face: Face
 ) -> Published:
     description: str | None = None
 
@@ -99,8 +115,8 @@ async def _receive_into(
         content_type,
         publication.staging,
         on_field,
-        max_bytes=settings.max_upload_bytes,
-        max_unpacked_bytes=settings.max_unpacked_bytes,
+        max_bytes=face.settings.max_upload_bytes,
+        max_unpacked_bytes=face.settings.max_unpacked_bytes,
     )
     buffer = bytearray()
     async for chunk in _unstalled(body):

@@ -7,16 +7,17 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 import server
 from server.api import adapters, chat, completions, errors, health, models
-from server.api.face import AdapterNames, Face, require_ready
+from server.api.face import AdapterNames, Face
 from server.api.openapi import DescribedApp
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.config import Settings
 from server.engine.client import EngineClient, EngineStartFailed
+from server.registry.folders import register_tree
 from server.registry.registry import Registry
 from server.registry.store import ContentStore, DataDirInUseError
 from server.telemetry.metrics import Metrics
@@ -24,6 +25,8 @@ from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ROUTERS = (completions.router, chat.router, models.router, adapters.router, health.router)
 
 
 def create_app(
@@ -43,29 +46,27 @@ def create_app(
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of)
     face = Face(settings, base, engine, tokenizer, template, metrics, names=names)
+    engine.on_ready = face.restore_pins
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        boot = asyncio.create_task(_boot(app, face, on_ready, on_failed), name="boot")
+        boot = asyncio.create_task(_boot(face, on_ready, on_failed), name="boot")
         try:
             yield
         finally:
             boot.cancel()
             await asyncio.gather(boot, return_exceptions=True)
+            await face.background.close()
             await engine.stop()
             if face.registry is not None:
                 await asyncio.to_thread(face.registry.close)
 
-    app = DescribedApp(title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False)
+    app = DescribedApp(
+        *ROUTERS, title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False
+    )
     app.state.face = face
-    app.state.settings = settings
-    app.state.engine = engine
-    app.state.registry = None
     errors.install(app)
     app.add_middleware(RequestScope, metrics=metrics)
-    for room in (completions, chat, models, health):
-        app.include_router(room.router)
-    app.include_router(adapters.router, dependencies=[Depends(require_ready)])
     return app
 
 
@@ -82,10 +83,7 @@ def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, C
 
 
 async def _boot(
-    app: FastAPI,
-    face: Face,
-    on_ready: Callable[[Face], None] | None,
-    on_failed: Callable[[str], None] | None,
+    face: Face, on_ready: Callable[[Face], None] | None, on_failed: Callable[[str], None] | None
 ) -> None:
     try:
         with ExitStack() as undo:
@@ -101,7 +99,7 @@ async def _boot(
         if on_failed is not None:
             on_failed(str(error) or type(error).__name__)
         return
-    face.registry = app.state.registry = registry
+    face.registry = registry
     try:
         await face.restore_pins()
     except Exception:  # an engine without its pinned adapters is better than none
@@ -122,10 +120,15 @@ def _open_registry(face: Face, store: ContentStore) -> Registry:
         store.close()
         raise EngineStartFailed("the engine ended before it was ready")
     registry = Registry.open(
-        store, info.lora_targets, info.parameters, face.settings, max_rank=info.max_mix_rank
+        store,
+        info.lora_targets,
+        info.parameters,
+        face.settings,
+        face.base.name,
+        max_rank=info.max_mix_rank,
     )
     try:
-        registry.register_folder_tree(face.settings.adapters)
+        register_tree(registry, face.settings.adapters)
     except BaseException:
         registry.close()
         raise

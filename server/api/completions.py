@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-
-import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.body import beside_loop, read_body
-from server.api.face import Face, face_of
+from server.api.face import Face
 from server.api.generation import Choice, Delta, TokenLogprobs
 from server.api.mix import AdapterMix
-from server.api.plan import Plan, judge_prompts, output_room, sampling_params, text_options, usage_of
+from server.api.operation import Operation
+from server.api.plan import Plan, judge_prompts, output_room, sampling_params, text_options
 from server.api.replies import Completion, CompletionChoice, CompletionLogprobs
+from server.api.reply import Reply, logprobs_of, text_of
 from server.api.schemas import CompletionRequest, parse
-from server.api.sse import GenerationResponse
+from server.api.sse import generate
 from server.engine.messages import EngineInfo
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
@@ -26,16 +22,12 @@ from server.text.tokenizer import Tokenizer
 router = APIRouter()
 
 _DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
-_ENCODER = msgspec.json.Encoder()
 
 
 @router.post("/v1/completions")
+@Operation({200: Completion}, CompletionRequest, chunk=Completion, counted=True)
 async def create_completion(request: Request) -> Response:
-    face = face_of(request)
-    info = face.require_engine()
-    body = await read_body(request, face.settings.max_request_bytes)
-    plan = await beside_loop(len(body), lambda: _plan(face, info, body))
-    return GenerationResponse(face, request, plan)
+    return await generate(request, _plan)
 
 
 def _plan(face: Face, info: EngineInfo, body: bytes) -> Plan:
@@ -73,73 +65,35 @@ def _echo(face: Face, prompt: str | list[int], ids: list[int]) -> str:
     return face.tokenizer.decode(ids) if face.tokenizer else ""
 
 
-class CompletionReply:
-    """OpenAI's shape of a completion, whole or in chunks."""
+class CompletionReply(Reply):
+    """OpenAI's shape of a completion. `echoes`: what stands before each prompt's output, if anything."""
+
+    id_prefix = "cmpl"
+    whole = part = Completion
 
     def __init__(self, asked: CompletionRequest, face: Face, echoes: list[str] | None) -> None:
-        self._asked = asked
-        self._tokenizer = face.tokenizer
+        super().__init__(asked, face)
         self._echoes = echoes
-        self._usage_wanted = bool(asked.stream_options and asked.stream_options.include_usage)
-        self._model = asked.model or face.base.name
-        self._head = Completion(f"cmpl-{uuid.uuid4().hex}", int(time.time()), self._model, None, [])
-        if self._usage_wanted:
-            self._head.usage = None
-        self._choices: list[Choice] = []
-        self._kept: list[list[Delta]] = []
-        self._started: set[int] = set()
 
-    def start(self, adapter_version: str | None, choices: list[Choice]) -> None:
-        self._head.adapter_version = adapter_version
-        self._choices = choices
-        self._kept = [[] for _ in choices]
+    def choice_of_part(self, delta: Delta, *, first: bool) -> CompletionChoice:
+        return self._choice(delta.choice, [delta], with_echo=first)
 
-    def chunk(self, delta: Delta) -> bytes:
-        first = delta.choice.index not in self._started
-        told = self._asked.return_token_ids or delta.logprobs or delta.finish_reason
-        if not (delta.text or told or first):
-            return b""
-        self._started.add(delta.choice.index)
-        text = self._echo_of(delta.choice) + delta.text if first else delta.text
-        self._head.choices = [self._choice(delta.choice, text, [delta], with_prompt=first)]
-        return _ENCODER.encode(self._head)
+    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> CompletionChoice:
+        return self._choice(choice, deltas, with_echo=True)
 
-    def usage_chunk(self) -> bytes | None:
-        if not self._usage_wanted:
-            return None
-        usage = usage_of(self._choices)
-        return _ENCODER.encode(msgspec.structs.replace(self._head, choices=[], usage=usage))
-
-    def add(self, delta: Delta) -> None:
-        self._kept[delta.choice.index].append(delta)
-
-    def body(self) -> bytes:
-        choices = [
-            self._choice(
-                choice, self._echo_of(choice) + "".join(d.text for d in kept), kept, with_prompt=True
-            )
-            for choice, kept in zip(self._choices, self._kept, strict=True)
-        ]
-        usage = usage_of(self._choices)
-        return _ENCODER.encode(msgspec.structs.replace(self._head, choices=choices, usage=usage))
-
-    def _echo_of(self, choice: Choice) -> str:
-        return self._echoes[choice.prompt_index] if self._echoes else ""
-
-    def _choice(
-        self, choice: Choice, text: str, deltas: list[Delta], *, with_prompt: bool
-    ) -> CompletionChoice:
-        made = CompletionChoice(choice.index, text, finish_reason=deltas[-1].finish_reason)
-        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
-        if entries:
-            made.logprobs = _logprobs(self._tokenizer, entries)
-        if self._asked.return_token_ids:
-            made.token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-            made.prompt_token_ids = choice.request.prompt_token_ids if with_prompt else UNSET
-        return made
+    def _choice(self, choice: Choice, deltas: list[Delta], *, with_echo: bool) -> CompletionChoice:
+        echo = self._echoes[choice.prompt_index] if self._echoes and with_echo else ""
+        return CompletionChoice(
+            choice.index,
+            echo + text_of(deltas),
+            _logprobs(self.tokenizer, logprobs_of(deltas)),
+            deltas[-1].finish_reason,
+        )
 
 
-def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> CompletionLogprobs:
+def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> CompletionLogprobs | None:
+    if not entries:
+        return None
     return CompletionLogprobs(
         tokens=[_name(tokenizer, entry.values.token_id) for entry in entries],
         token_logprobs=[entry.values.logprob for entry in entries],

@@ -20,10 +20,6 @@ class Drain:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
     def check(self) -> None:
         """Raises Unavailable when the server is on its way out."""
         if self.draining:

@@ -1,4 +1,4 @@
-"""What the routes work with: one object, made at start, found at `request.app.state.face`."""
+"""What the routes work with: one object, made at start, which a route reaches by `face_of(request)`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from server.api.background import Background
 from server.api.drain import Drain
 from server.base_model import BaseModel
 from server.config import Settings
@@ -50,26 +51,38 @@ class Face:
     template: ChatTemplate | None
     metrics: Metrics
     drain: Drain = field(default_factory=Drain)
+    background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def status(self) -> str:
+        """One word: `ready` when inference requests are taken, else why they are not."""
+        if self.drain.draining:
+            return "draining"
+        if self.engine.state != "ready":
+            return self.engine.state
+        if self.registry is None:
+            return "starting"
+        return "ready" if self.engine.healthy else "unresponsive"
+
+    @property
     def ready(self) -> bool:
         """Takes inference requests: the engine runs and shows life, and the server stays."""
-        return self.engine.healthy and self.registry is not None and not self.drain.draining
+        return self.status == "ready"
 
     def require_engine(self) -> EngineInfo:
         """What the engine is. Raises Unavailable when requests cannot be taken now."""
         self.drain.check()
         if self.engine.state != "ready" or self.engine.info is None or self.registry is None:
-            raise Unavailable(f"The engine is not ready ({self.engine.state}).", code="engine_not_ready")
+            raise self._not_ready()
         return self.engine.info
 
     def require_registry(self) -> Registry:
         """Raises Unavailable before the registry is open."""
         if self.registry is None:
-            raise Unavailable(f"The engine is not ready ({self.engine.state}).", code="engine_not_ready")
+            raise self._not_ready()
         return self.registry
 
     def require_tokenizer(self, param: str) -> Tokenizer:
@@ -87,12 +100,14 @@ class Face:
             if result.error is not None:
                 logger.error("pinned adapter %s could not be loaded: %s", version.name, result.message)
 
+    def _not_ready(self) -> Unavailable:
+        return Unavailable(
+            f"The engine is not ready ({self.status}).",
+            code="engine_not_ready",
+            retry_after_s=self.engine.retry_after_s,
+        )
+
 
 def face_of(request: Request) -> Face:
     face: Face = request.app.state.face
     return face
-
-
-def require_ready(request: Request) -> None:
-    """For routes that need the registry, as a dependency. Raises Unavailable."""
-    face_of(request).require_registry()

@@ -48,12 +48,18 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Choice:
-    """One sequence: what the engine was asked for, and its text so far."""
+    """One sequence: what the engine was asked for, and its text so far.
 
-    def __init__(self, index: int, prompt_index: int, request: Request, options: TextOptions) -> None:
+    `request_id`: its own, that of the request or of one of its forks.
+    """
+
+    def __init__(
+        self, index: int, prompt_index: int, request: Request, request_id: str, options: TextOptions
+    ) -> None:
         self.index = index
         self.prompt_index = prompt_index
         self.request = request
+        self.request_id = request_id
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -128,10 +134,14 @@ class Generation:
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._open = len(choices)
+        self._open = 0  # tasks
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._follow(choice)) for choice in self.choices]
+        by_request: dict[str, list[Choice]] = {}
+        for choice in self.choices:
+            by_request.setdefault(choice.request.request_id, []).append(choice)
+        self._open = len(by_request)
+        self._tasks = [asyncio.create_task(self._follow(choices)) for choices in by_request.values()]
         return self
 
     async def __aexit__(
@@ -160,31 +170,38 @@ class Generation:
         ready, self._ready = self._ready, []
         return ready
 
-    async def _follow(self, choice: Choice) -> None:
+    async def _follow(self, choices: list[Choice]) -> None:
         try:
-            await self._run(choice)
+            await self._run(choices[0].request, {choice.request_id: choice for choice in choices})
         except Exception as error:
             self.fail(error)
         finally:
             self._open -= 1
             self._wake.set()
 
-    async def _run(self, choice: Choice) -> None:
-        last = time.monotonic()
-        self._metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
-        async with aclosing(self._engine.generate(choice.request)) as outputs:
+    async def _run(self, request: Request, running: dict[str, Choice]) -> None:
+        last = dict.fromkeys(running, time.monotonic())
+        self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
+        async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
+                choice = running.get(output.request_id)
+                if choice is None:
+                    continue  # of after its stop string
                 first = choice.completion_tokens == 0
                 delta = choice.advance(output)
                 now = time.monotonic()
                 if delta.token_ids:
-                    self._metrics.observe_tokens(len(delta.token_ids), now - last, first=first)
-                    last = now
+                    elapsed = now - last[output.request_id]
+                    self._metrics.observe_tokens(len(delta.token_ids), elapsed, first=first)
+                    last[output.request_id] = now
                 self._ready.append(delta)
                 self._wake.set()
                 if delta.finish_reason is not None:
-                    # By the engine's word the generator is over; after a stop string, closing it aborts.
-                    return
+                    del running[output.request_id]
+                    if output.finish_reason is None:  # a stop string, of which the engine knows nothing
+                        self._engine.abort(output.request_id)
+                    if not running:
+                        return
         raise ChorusError("The engine ended this request without a reason.", code="internal_error")
 
 

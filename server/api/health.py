@@ -4,46 +4,50 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from server.api.face import Face, face_of
+from server.api.face import face_of
+from server.api.operation import Operation
+from server.api.replies import Status
+from server.engine.client import DEAD_FACTOR
 from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()
 
-_DEAD_FACTOR = 3  # times watchdog_s without a sign of life: not only not ready, but not live
+_PROBE = Operation({200: Status, 503: Status}, quiet=True)
 
 
 @router.get("/health/live")
+@_PROBE
 async def live(request: Request) -> Response:
     """503 when only a restart of the whole server can help."""
     face = face_of(request)
     silence = time.monotonic() - face.engine.last_heartbeat
-    hung = face.engine.state == "ready" and silence > _DEAD_FACTOR * face.settings.watchdog_s
+    hung = face.engine.state == "ready" and silence > DEAD_FACTOR * face.settings.watchdog_s
     alive = face.engine.state != "failed" and not hung
-    return JSONResponse({"status": "live" if alive else "dead"}, 200 if alive else 503)
+    return _answer("live") if alive else _answer("dead", 503)
 
 
 @router.get("/health")
 @router.get("/health/ready")
+@_PROBE
 async def ready(request: Request) -> Response:
     """200 when inference requests are taken."""
     face = face_of(request)
     if face.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": _reason(face)}, 503, {"retry-after": "1"})
-
-
-def _reason(face: Face) -> str:
-    if face.drain.draining:
-        return "draining"
-    if face.engine.state == "ready":
-        return "starting" if face.registry is None else "unresponsive"
-    return face.engine.state
+        return _answer("ready")
+    return _answer(face.status, 503, {"retry-after": str(face.engine.retry_after_s)})
 
 
 @router.get("/metrics")
+@Operation({200: str}, quiet=True)
 async def metrics(request: Request) -> Response:
     return Response(face_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+def _answer(status: str, code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = msgspec.json.encode(Status(status))
+    return Response(body, code, headers, media_type="application/json")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -17,7 +18,7 @@ from server.api.app import create_app
 from server.api.face import Face
 from server.base_model import BaseModel, StartError
 from server.config import Settings
-from server.engine.client import EngineClient, ProcessEngineClient
+from server.engine.client import EngineClient
 
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 
@@ -58,15 +59,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings) -> int:
-    """Runs until a signal; returns the exit code. Raises StartError."""
+def serve(settings: Settings, new_engine: Callable[[Settings], EngineClient]) -> int:
+    """Runs until a signal; returns the exit code. `new_engine` gets the settings with what was found of the
+    model filled in. Raises StartError."""
     base = BaseModel.resolve(settings)
     found = {"model": str(base.folder), "served_model_name": base.name}
     found |= {"tokenizer": str(base.tokenizer_folder)}
     settings = settings.model_copy(update=found)
     listener = bind(settings)
-    engine = ProcessEngineClient(settings)
-    return run(settings, engine, base, listener)
+    return run(settings, new_engine(settings), base, listener)
 
 
 def run(settings: Settings, engine: EngineClient, base: BaseModel, listener: socket.socket) -> int:
@@ -83,8 +84,6 @@ def run(settings: Settings, engine: EngineClient, base: BaseModel, listener: soc
             server.fail(reason)
 
     app = create_app(settings, engine, base, on_ready=on_ready, on_failed=on_failed)
-    if isinstance(engine, ProcessEngineClient):
-        engine.on_ready = app.state.face.restore_pins
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -130,7 +129,7 @@ def print_summary(face: Face, url: str) -> None:
     table.add_row(
         "adapter arena", f"{decimal(info.arena_bytes)}, {info.rank16_adapters:,} adapters of rank 16"
     )
-    table.add_row("adapters", f"{len(face.registry.records()):,} registered")
+    table.add_row("adapters", f"{len(list(face.registry.records())):,} registered")
     table.add_row("context", f"{info.max_model_len:,} tokens")
     table.add_row("ready at", url)
     console = Console(highlight=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import chain
+
 import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
@@ -11,7 +14,8 @@ from starlette.responses import Response
 from server.api.body import beside_loop, read_body
 from server.api.chat import chat_prompt
 from server.api.face import Face, face_of
-from server.api.replies import Detokenized, Model, ModelList, Tokenized
+from server.api.operation import Operation
+from server.api.replies import Detokenized, Model, ModelList, Tokenized, encode_list
 from server.api.schemas import DetokenizeRequest, TokenizeRequest, parse
 from server.engine.messages import EngineInfo
 from server.errors import InvalidRequest
@@ -47,15 +51,21 @@ def _known(face: Face) -> EngineInfo:
 
 
 @router.get("/v1/models")
+@Operation({200: ModelList})
 async def list_models(request: Request) -> Response:
     face = face_of(request)
-    info = _known(face)
-    known = face.require_registry().records()
-    adapters = [record.current for record in known if record.state == "ready" and record.current]
-    return _json(ModelList([_base(face, info), *(_adapter(face, info, version) for version in adapters)]))
+    info, registry = _known(face), face.require_registry()
+
+    def encode() -> bytes:
+        """In a thread: there may be many thousands."""
+        adapters = (_adapter(face, info, version) for version in registry.current_versions())
+        return encode_list(chain([_base(face, info)], adapters))
+
+    return Response(await asyncio.to_thread(encode), media_type="application/json")
 
 
 @router.get("/v1/models/{model_id:path}")
+@Operation({200: Model})
 async def retrieve_model(request: Request, model_id: str) -> Response:
     face = face_of(request)
     info = _known(face)
@@ -67,6 +77,7 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 
 @router.post("/tokenize")
+@Operation({200: Tokenized}, TokenizeRequest)
 async def tokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
@@ -89,6 +100,7 @@ async def tokenize(request: Request) -> Response:
 
 
 @router.post("/detokenize")
+@Operation({200: Detokenized}, DetokenizeRequest)
 async def detokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)

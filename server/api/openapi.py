@@ -1,98 +1,50 @@
-"""`/openapi.json`: FastAPI's document, completed by what it cannot know.
-
-The routes read their own bodies (bounded, beside the event loop) and encode their own answers, so FastAPI
-sees neither. Both are described here, from the types that bodies are judged by and answers are made of.
-"""
+"""`/openapi.json`: FastAPI's document, completed by what it cannot know and each route's Operation says."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import pydantic
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic.json_schema import models_json_schema
 
-from server.api.adapter_views import AdapterListView, AdapterView, DeletedView, LoadedView, PublishedView
-from server.api.adapters import LoadBody, LoadLoraBody, SourceBody, UnloadLoraBody
 from server.api.errors import ErrorBody
-from server.api.replies import Chat, ChatChunk, Completion, Detokenized, Model, ModelList, Tokenized
-from server.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.api.operation import Operation, operations
 
 _REF = "#/components/schemas/"
-_BINARY = {"type": "string", "format": "binary"}
-_UPLOAD = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string"},
-        "description": {"type": "string"},
-        "files": {
-            "type": "array",
-            "items": _BINARY,
-            "description": "adapter_config.json and adapter_model.safetensors, or one .zip, .tar, .tar.gz or "
-            ".tgz of them. Files are known by their file name; the name of their part is free.",
-        },
-    },
-    "required": ["files"],
-}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What one method of one path takes and gives."""
-
-    answers: Mapping[int, Any]  # status -> type of the JSON, or `str` for text
-    body: type[pydantic.BaseModel] | None = None
-    body_required: bool = True
-    form: Mapping[str, Any] | None = None  # JSON schema of a multipart body
-    chunk: Any = None  # type of the events of a stream
-
-
-OPERATIONS = {
-    ("/v1/completions", "post"): Operation({200: Completion}, CompletionRequest, chunk=Completion),
-    ("/v1/chat/completions", "post"): Operation({200: Chat}, ChatRequest, chunk=ChatChunk),
-    ("/v1/models", "get"): Operation({200: ModelList}),
-    ("/v1/models/{model_id}", "get"): Operation({200: Model}),
-    ("/tokenize", "post"): Operation({200: Tokenized}, TokenizeRequest),
-    ("/detokenize", "post"): Operation({200: Detokenized}, DetokenizeRequest),
-    ("/v1/adapters", "get"): Operation({200: AdapterListView}),
-    ("/v1/adapters", "post"): Operation(
-        {201: PublishedView}, SourceBody, form=_UPLOAD | {"required": ["name", "files"]}
-    ),
-    ("/v1/adapters/{name}", "get"): Operation({200: AdapterView}),
-    ("/v1/adapters/{name}", "put"): Operation({200: PublishedView, 201: PublishedView}, form=_UPLOAD),
-    ("/v1/adapters/{name}", "delete"): Operation({200: DeletedView, 202: DeletedView}),
-    ("/v1/adapters/{name}/load", "post"): Operation({200: LoadedView}, LoadBody, body_required=False),
-    ("/v1/adapters/{name}/unload", "post"): Operation({200: LoadedView}),
-    ("/v1/load_lora_adapter", "post"): Operation({200: str}, LoadLoraBody),
-    ("/v1/unload_lora_adapter", "post"): Operation({200: str}, UnloadLoraBody),
-}
 
 
 class DescribedApp(FastAPI):
-    """A FastAPI app whose document has the bodies in it. Every path of OPERATIONS must be routed."""
+    """A FastAPI app of `routers`, whose document has the bodies and answers in it."""
+
+    def __init__(self, *routers: APIRouter, **options: Any) -> None:
+        super().__init__(**options)
+        self._operations = list(operations(*routers))
+        for router in routers:
+            self.include_router(router)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            self.openapi_schema = _complete(super().openapi())
+            self.openapi_schema = _complete(super().openapi(), self._operations)
         return self.openapi_schema
 
 
-def _complete(document: dict[str, Any]) -> dict[str, Any]:
+def _complete(document: dict[str, Any], described: list[tuple[str, str, Operation]]) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for path in document["paths"].values():
         for method in path.values():
             method["responses"].pop("422", None)  # FastAPI's own, which no route here answers
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for (path, method), operation in OPERATIONS.items():
-        document["paths"][path][method] |= _described(operation)
-    schemas |= _body_schemas(operation.body for operation in OPERATIONS.values() if operation.body)
-    answers = [kind for operation in OPERATIONS.values() for kind in operation.answers.values()]
-    chunks = [operation.chunk for operation in OPERATIONS.values() if operation.chunk]
+    for path, method, operation in described:
+        document["paths"][path][method.lower()] |= _described(operation)
+    found = [operation for _, _, operation in described]
+    schemas |= _body_schemas(operation.body for operation in found if operation.body)
+    answers = [kind for operation in found for kind in operation.answers.values()]
+    chunks = [operation.chunk for operation in found if operation.chunk]
     schemas |= _answer_schemas(kind for kind in (*answers, *chunks, ErrorBody) if kind is not str)
     return document
 

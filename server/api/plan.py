@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Protocol
 
-import msgspec
-
-from server.api.generation import Choice, Delta, TextOptions
+from server.api.generation import Choice, TextOptions
 from server.api.mix import AdapterMix, HeldMix
-from server.api.replies import PromptTokensDetails, Usage
+from server.api.reply import Reply
 from server.api.schemas import MAX_SEQUENCES, GenerationRequest
-from server.engine.messages import EngineInfo, Request, SamplingParams
+from server.engine.messages import EngineInfo, Fork, Request, SamplingParams
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
-
-
-class Reply(Protocol):
-    """Writes the outputs of one request in the shape of its route."""
-
-    def start(self, adapter_version: str | None, choices: list[Choice]) -> None: ...
-
-    def chunk(self, delta: Delta) -> bytes:
-        """The JSON of one chunk; empty when the delta shows nothing."""
-        ...
-
-    def usage_chunk(self) -> bytes | None:
-        """The JSON of the usage chunk, where it was asked for."""
-        ...
-
-    def add(self, delta: Delta) -> None:
-        """Keeps a delta for `body`."""
-        ...
-
-    def body(self) -> bytes:
-        """The JSON of the whole answer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -56,22 +31,19 @@ class Plan:
         run = uuid.uuid4().hex
         made = []
         for at, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
-            for k in range(self.n):
-                index = at * self.n + k
-                request = Request(f"{run}-{index}", prompt, _for_choice(sampling, k), held.refs)
-                made.append(Choice(index, at, request, self.text))
+            ids = [f"{run}-{at * self.n + k}" for k in range(self.n)]
+            forks = tuple(Fork(ids[k], _seed(sampling.seed, k)) for k in range(1, self.n))
+            request = Request(ids[0], prompt, sampling, held.refs, forks)
+            made += [
+                Choice(at * self.n + k, at, request, request_id, self.text)
+                for k, request_id in enumerate(ids)
+            ]
         return made
 
 
-def _for_choice(sampling: SamplingParams, k: int) -> SamplingParams:
-    """Choices of one prompt differ: the k-th one counts its seed k up."""
-    if sampling.seed is None or k == 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=_wrap_int64(sampling.seed + k))
-
-
-def _wrap_int64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
+def _seed(asked: int | None, k: int) -> int | None:
+    """Choices of one prompt differ: the k-th one counts its seed k up, within an int64."""
+    return None if asked is None else (asked + k + 2**63) % 2**64 - 2**63
 
 
 def judge_prompts(prompts: list[list[int]], info: EngineInfo, n: int, param: str) -> None:
@@ -150,15 +122,6 @@ def text_options(request: GenerationRequest, tokenizer: Tokenizer | None) -> Tex
         skip_special_tokens=request.skip_special_tokens,
         min_tokens=request.min_tokens,
     )
-
-
-def usage_of(choices: list[Choice]) -> Usage:
-    """Tokens of one request: each prompt counted once, however many choices it has."""
-    first_of = {choice.prompt_index: choice for choice in reversed(choices)}
-    prompt = sum(len(choice.request.prompt_token_ids) for choice in first_of.values())
-    cached = sum(choice.cached_tokens for choice in first_of.values())
-    completion = sum(choice.completion_tokens for choice in choices)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 def _or(value: float | None, default: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,6 +20,18 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class Answer(msgspec.Struct, gc=False):
+    """A whole answer of an inference route, or one chunk of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    adapter_version: str | None
+    choices: list[Any]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = ""
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -39,15 +52,10 @@ class CompletionChoice(msgspec.Struct, gc=False):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct, gc=False):
+class Completion(Answer, gc=False):
     """A whole completion, and one chunk of a streamed one: the API gives both the same shape."""
 
-    id: str
-    created: int
-    model: str
-    adapter_version: str | None
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
     object: str = "text_completion"
 
 
@@ -98,23 +106,14 @@ class ChatChunkChoice(msgspec.Struct, gc=False):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Chat(msgspec.Struct, gc=False):
-    id: str
-    created: int
-    model: str
-    adapter_version: str | None
+class Chat(Answer, gc=False):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
 
 
-class ChatChunk(msgspec.Struct, gc=False):
-    id: str
-    created: int
-    model: str
-    adapter_version: str | None
+class ChatChunk(Answer, gc=False):
     choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
 
 
@@ -149,3 +148,18 @@ class Detokenized(msgspec.Struct, frozen=True):
     """Token ids as text."""
 
     prompt: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Answer of the probes."""
+
+    status: str
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def encode_list(items: Iterable[object]) -> bytes:
+    """`{"object": "list", "data": [...]}`, item after item. For a thread beside the event loop: to encode
+    thousands in one call would let no other thread run meanwhile."""
+    return b'{"object":"list","data":[' + b",".join(map(_ENCODER.encode, items)) + b"]}"

@@ -11,14 +11,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import as_chorus_error, error_response
+from server.api.operation import Operation
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger("server.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_INFERENCE = {"/v1/completions", "/v1/chat/completions"}
 _LOG_LINE = "%s %s %d %s %.3fs id=%s"
-_QUIET = ("/health", "/metrics")
 
 
 class RequestScope:
@@ -58,12 +57,12 @@ class RequestScope:
     def _finish(
         self, scope: Scope, status: int, outcome: str | None, seconds: float, request_id: str
     ) -> None:
-        path = scope["path"]
         outcome = outcome or _outcome(status)
-        if path in _INFERENCE:
+        operation = Operation.of(scope.get("endpoint"))
+        if operation and operation.counted:
             self._metrics.requests.labels(outcome).inc()
-        level = logging.DEBUG if path.startswith(_QUIET) else logging.INFO
-        shown_path = ascii(path[:200])[1:-1]  # a log line stays one line
+        level = logging.DEBUG if operation and operation.quiet else logging.INFO
+        shown_path = ascii(scope["path"][:200])[1:-1]  # a log line stays one line
         logger.log(
             level,
             _LOG_LINE,

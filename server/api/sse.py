@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.body import beside_loop, read_body
 from server.api.errors import as_chorus_error, encode_error
-from server.api.face import Face
+from server.api.face import Face, face_of
 from server.api.generation import Choice, ClientGone, Generation
 from server.api.mix import HeldMix
 from server.api.plan import Plan
+from server.engine.messages import EngineInfo
 
 DONE = b"data: [DONE]\n\n"
 
@@ -22,6 +24,14 @@ DONE = b"data: [DONE]\n\n"
 def event(payload: bytes) -> bytes:
     """One event of a stream; `payload` is JSON without line ends."""
     return b"data: " + payload + b"\n\n"
+
+
+async def generate(request: Request, plan: Callable[[Face, EngineInfo, bytes], Plan]) -> Response:
+    """What an inference route answers. `plan` judges the body, in a thread when that is large."""
+    face = face_of(request)
+    info = face.require_engine()
+    body = await read_body(request, face.settings.max_request_bytes)
+    return GenerationResponse(face, request, await beside_loop(len(body), lambda: plan(face, info, body)))
 
 
 class GenerationResponse(Response):

@@ -6,9 +6,10 @@ import asyncio
 import inspect
 import itertools
 import logging
+import math
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Literal, Protocol
 
@@ -38,7 +39,11 @@ OnReady = Callable[[EngineInfo], Awaitable[None] | None]
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 10.0  # before a restart, doubling
 _SOUND_S = 60.0  # an engine that was ready this long starts the delays anew
-_HUNG_FACTOR = 5  # times watchdog_s without a heartbeat: killed
+
+# What silence of a ready engine means, in times of watchdog_s. More than 1: not ready. An engine that can be
+# healed here must be, before a probe restarts the whole server for it; the client looks every watchdog_s.
+HUNG_FACTOR = 5  # killed, and started again
+DEAD_FACTOR = 2 * HUNG_FACTOR  # not even the kill has ended it
 
 _NOT_READY = {
     "starting": "The model is loading.",
@@ -54,6 +59,9 @@ class EngineStartFailed(Exception):
 
 class EngineClient(Protocol):
     """What the API asks of an engine. Needs no torch; tests of the API use a fake of it."""
+
+    on_ready: OnReady | None
+    """Called, and awaited as a task, each time an engine gets ready, to bring pinned adapters back."""
 
     @property
     def info(self) -> EngineInfo | None:
@@ -80,8 +88,11 @@ class EngineClient(Protocol):
     def restarts(self) -> int: ...
 
     @property
-    def failure(self) -> str | None:
-        """Why the engine is not there, for the operator; None while it is ready."""
+    def retry_after_s(self) -> int:
+        """Whole seconds, 1 or more, after which a request that finds no engine should come again.
+
+        What the last start took, less what has gone by of the one that is under way.
+        """
         ...
 
     async def start(self) -> None: ...
@@ -93,10 +104,15 @@ class EngineClient(Protocol):
     async def stop(self) -> None: ...
 
     def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
-        """Yields until the terminal output; closing it early aborts the request.
+        """Yields outputs of the request and its forks until each has had its terminal one.
 
-        Raises (on first use) Unavailable when the engine is not ready, EngineDied when it ends meanwhile.
+        Closing it early aborts those that have not. Raises (on first use) Unavailable when the engine is
+        not ready, EngineDied when it ends meanwhile.
         """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Give up one choice that `generate` is yielding outputs of; it gets no terminal one."""
         ...
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
@@ -109,32 +125,38 @@ class EngineClient(Protocol):
 class _Stream:
     """Outputs of one request on their way to the one task that reads them; one wake for all that came."""
 
-    __slots__ = ("_error", "_outputs", "_waiter", "open")
+    __slots__ = ("_error", "_outputs", "_waiter", "running")
 
-    def __init__(self) -> None:
+    def __init__(self, request_ids: Iterable[str]) -> None:
         self._outputs: list[TokenOutput] = []
         self._waiter: asyncio.Future[None] | None = None
         self._error: ChorusError | None = None
-        self.open = True  # the engine still works on it
+        self.running = set(request_ids)  # of its choices, that the engine still works on
 
     def push(self, output: TokenOutput) -> None:
         self._outputs.append(output)
         if output.finish_reason is not None:
-            self.open = False
+            self.running.discard(output.request_id)
+        self._wake()
+
+    def give_up(self, request_id: str) -> None:
+        self.running.discard(request_id)
         self._wake()
 
     def fail(self, error: ChorusError) -> None:
         """What came before is still read; then `error` is raised. No effect on a finished stream."""
-        if self.open:
-            self.open = False
+        if self.running:
+            self.running.clear()
             self._error = error
             self._wake()
 
     async def take(self) -> list[TokenOutput]:
-        """At least one output. Raises what `fail` was given."""
+        """At least one output, none at the end. Raises what `fail` was given."""
         while not self._outputs:
             if self._error is not None:
                 raise self._error
+            if not self.running:
+                return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         outputs, self._outputs = self._outputs, []
@@ -149,29 +171,25 @@ class ProcessEngineClient:
     """An `EngineClient` over an engine process, which it starts again when it dies or hangs.
 
     A first start that fails is final (`failed`): the reason is in the settings. Later ones are tried again
-    for ever, with growing delays. `on_ready` is called (and awaited, as a task) each time an engine gets
-    ready, so that the face can bring its pinned adapters back. Use it from one event loop.
+    for ever, with growing delays. Use it from one event loop.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        factory: str = "server.engine.engine:create_engine",
-        on_ready: OnReady | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, factory: str = "server.engine.engine:create_engine") -> None:
         self.info: EngineInfo | None = None
         self.state: State = "starting"
         self.stats: EngineStats | None = None
         self.last_heartbeat = time.monotonic()
         self.restarts = 0
-        self.failure: str | None = None
-        self.on_ready = on_ready
+        self.failure: str | None = None  # why the engine is not there; None while it is ready
+        self.on_ready: OnReady | None = None
         self._settings = settings
         self._factory = factory
         self._process: EngineProcess | None = None
+        self._began_at = time.monotonic()  # the present start, or the next one
+        self._start_s = 0.0  # how long the last start took
         self._ready_at: float | None = None  # of the present process
         self._refusal: str | None = None  # its reason, when it could not load
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # choices of one request have the same
         self._calls: dict[int, asyncio.Future[AdapterResult]] = {}
         self._call_ids = itertools.count(1)
         self._supervisor: asyncio.Task[None] | None = None
@@ -187,6 +205,11 @@ class ProcessEngineClient:
     @property
     def healthy(self) -> bool:
         return self.state == "ready" and self.heartbeat_age <= self._settings.watchdog_s
+
+    @property
+    def retry_after_s(self) -> int:
+        gone = 0.0 if self.state == "ready" else time.monotonic() - self._began_at
+        return max(1, math.ceil(self._start_s - gone))
 
     async def start(self) -> None:
         """Returns at once; see `wait_ready`."""
@@ -212,18 +235,25 @@ class ProcessEngineClient:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         process = self._ready_process()
-        stream = self._streams[request.request_id] = _Stream()
+        request_ids = [request.request_id, *(fork.request_id for fork in request.forks)]
+        stream = _Stream(request_ids)
+        self._streams.update(dict.fromkeys(request_ids, stream))
         try:
             process.send(request)
-            while True:
-                for output in await stream.take():
+            while outputs := await stream.take():
+                for output in outputs:
                     yield output
-                    if output.finish_reason is not None:
-                        return
         finally:
-            del self._streams[request.request_id]
-            if stream.open:
-                process.send(Abort([request.request_id]))
+            for request_id in request_ids:
+                del self._streams[request_id]
+            if stream.running:
+                process.send(Abort(sorted(stream.running)))
+
+    def abort(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and request_id in stream.running and self._process is not None:
+            stream.give_up(request_id)
+            self._process.send(Abort([request_id]))
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
         return await self._call(LoadAdapter(next(self._call_ids), ref, pin))
@@ -243,7 +273,8 @@ class ProcessEngineClient:
 
     def _ready_process(self) -> EngineProcess:
         if self.state != "ready" or self._process is None:
-            raise Unavailable(_NOT_READY.get(self.state, _NOT_READY["restarting"]))
+            reason = _NOT_READY.get(self.state, _NOT_READY["restarting"])
+            raise Unavailable(reason, retry_after_s=self.retry_after_s)
         return self._process
 
     def _enter(self, state: State) -> None:
@@ -275,6 +306,7 @@ class ProcessEngineClient:
         if self._stopping.is_set():
             return
         self.info, self.failure, self._ready_at = info, None, time.monotonic()
+        self._start_s = self._ready_at - self._began_at
         self._enter("ready")
         logger.info("engine process %d is ready after %.1f s", info.pid, info.load_seconds)
         if self.on_ready is not None:
@@ -310,6 +342,7 @@ class ProcessEngineClient:
             if self._ready_at is not None and time.monotonic() - self._ready_at > _SOUND_S:
                 delay = _FIRST_DELAY_S
             logger.error("the engine is gone (%s); it is started again in %.1f s", failure, delay)
+            self._began_at = time.monotonic() + delay
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
                 return
@@ -319,6 +352,7 @@ class ProcessEngineClient:
     async def _live(self) -> str:
         """Start a process, follow it to its end, fail what it leaves open. Returns why it ended."""
         self._ready_at = self._refusal = None
+        self._began_at = time.monotonic()
         process = EngineProcess(self._settings, self._factory, self._on_message)
         try:
             await process.start()
@@ -328,11 +362,16 @@ class ProcessEngineClient:
         await self._follow(process)
         self._process = None
         self.stats = None
+        self._began_at = time.monotonic()  # of what comes next
         if not self._stopping.is_set():
             if self.info is not None:
                 self._enter("restarting")
-            self._fail_open(lambda: EngineDied("The engine ended while it worked on this request."))
+            self._fail_open(self._died)
         return self._refusal or _describe(process.exited.result())
+
+    def _died(self) -> EngineDied:
+        message = "The engine ended while it worked on this request."
+        return EngineDied(message, retry_after_s=self.retry_after_s)
 
     async def _follow(self, process: EngineProcess) -> None:
         """Until the process has ended; stops it when asked to, kills it when it hangs."""
@@ -344,9 +383,9 @@ class ProcessEngineClient:
             )
             if stopping.done():
                 await process.stop()
-            elif self._ready_at is not None and self.heartbeat_age > _HUNG_FACTOR * watchdog_s:
+            elif self._ready_at is not None and self.heartbeat_age > HUNG_FACTOR * watchdog_s:
                 process.read()  # perhaps it was this loop that hung, and the heartbeats lie there
-                if self.heartbeat_age > _HUNG_FACTOR * watchdog_s:
+                if self.heartbeat_age > HUNG_FACTOR * watchdog_s:
                     logger.error("no sign of life from the engine for %.0f s", self.heartbeat_age)
                     process.kill()
         stopping.cancel()

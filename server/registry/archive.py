@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from server.errors import InvalidRequest, TooLarge, UnsupportedMedia
-from server.registry.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from server.errors import InvalidRequest, TooLarge
+from server.registry.peft_format import CONFIG_NAME, WEIGHTS_NAME, is_pickle, pickle_refused
 from server.registry.store import CHUNK_BYTES, FILE_NAMES, Staging
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _MAX_ENTRIES = 1000
 _NESTED = (*ARCHIVE_SUFFIXES, ".gz", ".bz2", ".xz", ".7z", ".zst")
@@ -56,11 +55,6 @@ def unpack(archive: Path, staging: Staging, max_bytes: int) -> None:
     wanted.check_complete()
 
 
-def is_weights_pickle(name: str) -> bool:
-    """Whether a file's last name says that it holds adapter weights as a pickle."""
-    return name.startswith("adapter_model") and name.endswith(PICKLE_SUFFIXES)
-
-
 def _refuse(message: str) -> InvalidRequest:
     return InvalidRequest(f"The archive {message}.", param="file")
 
@@ -70,7 +64,7 @@ def _too_large(most: int) -> TooLarge:
 
 
 @contextmanager
-def _broken_is_400() -> Iterator[None]:
+def _broken_is_refused() -> Iterator[None]:
     """The reading side only: an OSError of writing must stay one."""
     try:
         yield
@@ -93,9 +87,10 @@ class _Wanted:
     def admit(self, name: str) -> str | None:
         """Judge one regular entry by its name; the adapter file that it is, or None to pass over it."""
         parent, _, last = name.rpartition("/")
-        self.pickle |= last.endswith(PICKLE_SUFFIXES)
-        if is_weights_pickle(last):
-            raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=last[:200])
+        pickle = is_pickle(last)
+        self.pickle |= pickle
+        if pickle and last.startswith("adapter_model"):
+            raise pickle_refused(last[:200])
         if last.lower().endswith(_NESTED):
             raise _refuse("holds another archive")
         if last not in FILE_NAMES:
@@ -121,7 +116,7 @@ class _Wanted:
 
     def check_complete(self) -> None:
         if WEIGHTS_NAME not in self._found and self.pickle:
-            raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=WEIGHTS_NAME)
+            raise pickle_refused(WEIGHTS_NAME)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if name not in self._found:
                 raise InvalidRequest(f"The archive holds no {name}.", param=name)
@@ -129,7 +124,7 @@ class _Wanted:
     def store(self, name: str, member: IO[bytes], count: Callable[[int], None]) -> None:
         sink = self.staging.sink(name)
         while True:
-            with _broken_is_400():
+            with _broken_is_refused():
                 data = member.read(CHUNK_BYTES)
             if not data:
                 break
@@ -147,14 +142,14 @@ def _unpack_zip(file: BinaryIO, wanted: _Wanted, max_bytes: int) -> None:
         if left < 0:
             raise _too_large(max_bytes)
 
-    with _broken_is_400():
+    with _broken_is_refused():
         archive = zipfile.ZipFile(_BoundedReads(file))
     with archive:
         chosen = [(info, last) for info in archive.infolist() if (last := _admit_zip(info, wanted))]
         if sum(info.file_size for info, _ in chosen) > max_bytes:
             raise _too_large(max_bytes)
         for info, last in chosen:
-            with _broken_is_400():
+            with _broken_is_refused():
                 member = archive.open(info)
             with member:
                 wanted.store(last, member, count)
@@ -175,10 +170,10 @@ def _admit_zip(info: zipfile.ZipInfo, wanted: _Wanted) -> str | None:
 
 
 def _unpack_tar(stream: _Forward, wanted: _Wanted) -> None:
-    with _broken_is_400():
+    with _broken_is_refused():
         archive = tarfile.TarFile(fileobj=stream)  # type: ignore[arg-type]  # all that tarfile calls
     while True:
-        with _broken_is_400():
+        with _broken_is_refused():
             entry = archive.next()
         if entry is None:
             break
@@ -188,13 +183,13 @@ def _unpack_tar(stream: _Forward, wanted: _Wanted) -> None:
         if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.sparse is not None:
             raise _refuse("has an entry that is no plain file")
         if last := wanted.admit(entry.name):
-            with _broken_is_400():
+            with _broken_is_refused():
                 member = archive.extractfile(entry)
             if member is None:
                 raise _refuse("is damaged or cut short")
             with member:
                 wanted.store(last, member, lambda size: None)  # the stream itself counts
-    with _broken_is_400():  # to the end, where gzip keeps its checksum
+    with _broken_is_refused():  # to the end, where gzip keeps its checksum
         while stream.read(CHUNK_BYTES):
             pass
 

@@ -6,15 +6,12 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from server.errors import ChorusError, Conflict
 from server.registry.peft_format import CONFIG_NAME
+from server.registry.registry import Registry
 from server.registry.sources import copy_folder
 from server.registry.store import FILE_NAMES
-
-if TYPE_CHECKING:
-    from server.registry.registry import Registry
 
 FOLDER_SOURCE = "folder:"
 _DEPTH = 4
@@ -27,7 +24,7 @@ def register_tree(registry: Registry, root: Path | None) -> list[tuple[str, str 
 
     Unchanged folders are not read again, changed ones become a new version, and names that came from a
     folder alone go when it is there no longer. A name that was uploaded is left alone. Nothing in a folder
-    stops the start: what is wrong is logged, listed as failed and returned.
+    stops the start: what is wrong is logged, listed as failed and returned, by name (None: all is well).
     """
     if root is not None and not root.is_dir():
         _log.error("the adapters folder %s does not exist; what came from it before is kept", root)

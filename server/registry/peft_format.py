@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from server.config import MAX_HEADER_BYTES as MAX_HEADER_BYTES  # with `as`: lora/ has them from here
+from server.config import MAX_TENSORS as MAX_TENSORS
 from server.engine.messages import LoraTarget
 from server.errors import TooLarge, UnsupportedMedia
 from server.registry.peft_rules import Rules, bad, check_fields
@@ -23,8 +25,6 @@ from server.registry.peft_rules import Rules, bad, check_fields
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 20_000
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
@@ -71,9 +71,20 @@ class LoraAdapter:
     target_modules: tuple[str, ...]  # last parts of the modules' names, sorted
     parameters: int
     weight_bytes: int  # of the tensors as they lie in the file
-    dtype: str  # torch's name, or "mixed"
-    use_rslora: bool
-    base_model: str | None  # what the config says it was trained on
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file's name says that it is a pickle."""
+    return name.lower().endswith(_PICKLES)
+
+
+def holds_pickle(folder: Path) -> bool:
+    """Whether a file in `folder`, if that is there, is a pickle by its name."""
+    return folder.is_dir() and any(is_pickle(entry.name) for entry in folder.iterdir())
+
+
+def pickle_refused(param: str) -> UnsupportedMedia:
+    return UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=param)
 
 
 def judge(
@@ -89,8 +100,8 @@ def judge(
     No weight is read (see `check_finite`). Raises InvalidAdapter with the field or tensor at fault in
     `param`, TooLarge for an oversized config, UnsupportedMedia when there are only pickles.
     """
-    if not (folder / WEIGHTS_NAME).is_file() and _has_pickle(folder):
-        raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=WEIGHTS_NAME)
+    if not (folder / WEIGHTS_NAME).is_file() and holds_pickle(folder):
+        raise pickle_refused(WEIGHTS_NAME)
     config = _read_config(folder)
     check_fields(config)
     tensors = _read_tensors(folder, max_header_bytes, max_tensors)
@@ -100,8 +111,6 @@ def judge(
     if max_rank is not None and widest.rank > max_rank:
         raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {max_rank}")
     spans = [span for module in modules for span in (module.a, module.b)]
-    dtypes = {span.dtype for span in spans}
-    base_model = config.get("base_model_name_or_path")
     return LoraAdapter(
         modules=modules,
         rank=widest.rank,
@@ -109,9 +118,6 @@ def judge(
         target_modules=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
         parameters=sum(math.prod(span.shape) for span in spans),
         weight_bytes=sum(span.nbytes for span in spans),
-        dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
-        use_rslora=rules.use_rslora,
-        base_model=base_model if isinstance(base_model, str) else None,
     )
 
 
@@ -132,10 +138,6 @@ def check_finite(folder: Path, adapter: LoraAdapter) -> None:
                 np.bitwise_and(np.frombuffer(raw, dtype, nbytes // dtype.itemsize), mask, out=exponents)
                 if exponents.max() == mask:
                     raise bad(span.name, "holds a NaN or Inf; every weight must be finite")
-
-
-def _has_pickle(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.suffix in _PICKLES for entry in folder.iterdir())
 
 
 def _read_exactly(file: BinaryIO, buffer: memoryview) -> None:

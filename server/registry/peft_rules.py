@@ -83,10 +83,9 @@ class Rules:
         self._deadline = time.monotonic() + _REGEX_SECONDS
         self.rank = _rank("r", config.get("r"))
         self.alpha = _alpha("lora_alpha", config.get("lora_alpha"))
-        use_rslora = config.get("use_rslora") or False
-        if not isinstance(use_rslora, bool):
+        self._use_rslora = config.get("use_rslora") or False
+        if not isinstance(self._use_rslora, bool):
             raise bad("use_rslora", "must be true or false")
-        self.use_rslora = use_rslora
         self._ranks = [
             (pattern, _rank(f"rank_pattern[{key}]", value))
             for key, pattern, value in self._patterns("rank_pattern", config)
@@ -110,7 +109,7 @@ class Rules:
             if self._fullmatch("alpha_pattern", pattern, module):
                 alpha = pattern_alpha
                 break
-        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return rank, alpha / math.sqrt(rank) if self._use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
         """PEFT's `check_target_module_exists`, without layers_to_transform: there the tensors decide."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from server.errors import InvalidRequest
 from server.registry.peft_format import check_finite
 from server.registry.records import Published
-from server.registry.store import Staging, disk_full_is_507
+from server.registry.store import Staging, full_disk_is_refused
 
 if TYPE_CHECKING:
     from server.registry.registry import Registry
@@ -52,7 +52,8 @@ class Publication:
             )
         content = self.staging.content
         adapter = self._registry.judge(content)
-        with disk_full_is_507(), ThreadPoolExecutor(1) as beside:  # hash and sync while the weights are read
+        # Hash and sync while the weights are read.
+        with full_disk_is_refused(), ThreadPoolExecutor(1) as beside:
             sealing = beside.submit(self.staging.seal)
             check_finite(content, adapter)
             digest = sealing.result()

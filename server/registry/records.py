@@ -20,14 +20,20 @@ _MAX_NAME = 255  # characters
 _MIN_PREFIX = 6  # hex digits of a digest
 
 
-def check_name(name: str, param: str = "name") -> None:
+def check_name(name: str) -> None:
     """Raises InvalidRequest unless `name` follows the rule. A name is never used as a path all the same."""
     if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"`{param}` must be 1 to {_MAX_NAME} characters: parts of letters, digits and . _ - (at most 128 "
+            f"`name` must be 1 to {_MAX_NAME} characters: parts of letters, digits and . _ - (at most 128 "
             "each, beginning with a letter or digit) with single / between them.",
-            param=param,
+            param="name",
         )
+
+
+def split_version(name: str) -> tuple[str, str | None]:
+    """`sql@2` -> the adapter's name, and which of its versions is meant; None: the current one."""
+    base, at, wanted = name.partition("@")
+    return base, wanted if at else None
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,9 @@ class Adapter:
     def current(self) -> Version:
         return self.versions[self.row.current]
 
-    def find(self, wanted: str) -> Version | None:
-        """The version with this number, or with a digest that begins like this; the current one for ''."""
-        if not wanted:
+    def find(self, wanted: str | None) -> Version | None:
+        """The version with this number, or with a digest that begins like this; the current one for None."""
+        if wanted is None:
             return self.current
         if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) in self.versions:
             return self.versions[int(wanted)]

@@ -1,18 +1,17 @@
 """The adapters this server knows: names, versions, who uses them now, and how much they were used.
 
-Reads (`acquire`, `get`, `list`) touch memory only and are safe on the event loop. Writes go through a
+Reads (`acquire`, `get`, `records`) touch memory only and are safe on the event loop. Writes go through a
 `Publication` and belong in a thread: judge, sync files, rename, commit, and only then does a name change.
 """
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ from server.config import Settings
 from server.engine.messages import LoraTarget
 from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
 from server.registry.catalogue import AdapterRow, Catalogue
-from server.registry.folders import register_tree
 from server.registry.peft_format import LoraAdapter, judge
 from server.registry.publication import Publication
 from server.registry.records import (
@@ -35,6 +33,7 @@ from server.registry.records import (
     Retired,
     Version,
     check_name,
+    split_version,
 )
 from server.registry.store import ContentStore, Staging
 
@@ -54,6 +53,7 @@ class Registry:
         targets: Sequence[LoraTarget],
         base_parameters: int,
         settings: Settings,
+        base_name: str,
         max_rank: int | None = None,
     ) -> None:
         self.base_parameters = base_parameters
@@ -62,8 +62,7 @@ class Registry:
         self._targets = tuple(targets)
         self._settings = settings
         self._max_rank = max_rank
-        served = settings.served_model_name
-        self._base_names = {served} if served else {settings.model, Path(settings.model).resolve().name}
+        self._base_name = base_name
         self._lock = threading.Lock()
         self._adapters: dict[str, Adapter] = {}
         self._claims: set[str] = set()
@@ -80,18 +79,20 @@ class Registry:
         targets: Sequence[LoraTarget],
         base_parameters: int,
         settings: Settings,
+        base_name: str,
         max_rank: int | None = None,
     ) -> Registry:
         """Take the store over and bring back what it holds; sweep what a killed server left.
 
-        `max_rank`: of a new adapter, where the engine has a limit. The store is closed with the registry, or
+        `base_name` is taken: clients ask for the base model by it. `max_rank`: of a new adapter, where the
+        engine has a limit. The store is closed with the registry, or
         here when that cannot be opened.
         """
         with ExitStack() as undo:
             undo.callback(store.close)
             catalogue = Catalogue(store.data_dir / "registry.db")
             undo.callback(catalogue.close)
-            registry = cls(store, catalogue, targets, base_parameters, settings, max_rank)
+            registry = cls(store, catalogue, targets, base_parameters, settings, base_name, max_rank)
             registry._restore()
             undo.pop_all()
         return registry
@@ -108,10 +109,10 @@ class Registry:
     def acquire(self, name: str) -> Lease:
         """A lease on the current version of `name`, or on `name@version` (its number, or six or more digits
         of its digest). Look-up and reference count are one step. Raises ModelNotFound."""
-        base, at, wanted = name.partition("@")
+        base, wanted = split_version(name)
         with self._lock:
             adapter = self._adapters.get(base)
-            version = adapter.find(wanted) if adapter and bool(at) == bool(wanted) else None
+            version = adapter.find(wanted) if adapter else None
             if version is None or version.error is not None:
                 raise ModelNotFound(name)
             version.leases += 1
@@ -125,24 +126,28 @@ class Registry:
             raise _unknown(name)
         return record
 
-    def list(self) -> builtins.list[AdapterVersion]:
+    def current_versions(self) -> list[AdapterVersion]:
         """The current version of every adapter that can be asked for, sorted by name."""
         with self._lock:
             ready = [a.current.info for a in self._adapters.values() if a.current.error is None]
         return sorted(ready, key=lambda version: version.name)
 
-    def records(self) -> builtins.list[AdapterRecord]:
-        """What is known of every name, sorted, whatever its state."""
+    def records(self) -> Iterator[AdapterRecord]:
+        """What is known of every name, sorted, whatever its state. The books may change in between: to hold
+        them for many thousands would hold up every request."""
         with self._lock:
-            draining = {adapter.row.name for adapter in self._draining}
-            names = sorted({*self._adapters, *self._claims, *self._failed, *draining})
-            return [record for name in names if (record := self._record(name))]
+            names = {*self._adapters, *self._claims, *self._failed, *(a.row.name for a in self._draining)}
+        for name in sorted(names):
+            with self._lock:
+                record = self._record(name)
+            if record is not None:
+                yield record
 
     def holds(self, digest: str) -> bool:
         """Whether any version or lease still needs this content."""
         return self._store.holds(digest)
 
-    def pinned(self) -> builtins.list[AdapterVersion]:
+    def pinned(self) -> list[AdapterVersion]:
         """The versions that were asked to stay in accelerator memory."""
         with self._lock:
             return [a.current.info for a in self._adapters.values() if a.row.pinned and not a.current.error]
@@ -197,7 +202,7 @@ class Registry:
     def claim(self, name: str, *, create: bool, replace: bool) -> None:
         """Keep other writers off `name` until `unclaim`. See Publication.claim."""
         check_name(name)
-        if name in self._base_names:
+        if name == self._base_name:
             raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
         with self._lock:
             if name in self._adapters and not replace:
@@ -298,10 +303,6 @@ class Registry:
         if adapter.row.pinned != pinned:
             self._catalogue.update(name, pinned=pinned)
             self._set_row(adapter, pinned=pinned)
-
-    def register_folder_tree(self, root: Path | None) -> builtins.list[tuple[str, str | None]]:
-        """Register every PEFT folder under `root`: (name, None or why it failed). See folders.py."""
-        return register_tree(self, root)
 
     def folder_stamps(self) -> dict[str, str]:
         """Names that came from the adapters folder -> the stamp of what was read then, '' if it is to be

@@ -13,10 +13,16 @@ from urllib.parse import unquote
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from server.errors import Forbidden, InvalidRequest, NotFound, TooLarge, UnsupportedMedia
-from server.registry.archive import ARCHIVE_SUFFIXES, PICKLE_SUFFIXES, unpack
-from server.registry.peft_format import CONFIG_NAME, WEIGHTS_NAME
-from server.registry.store import FILE_NAMES, Sink, Staging, disk_full_is_507, open_regular
+from server.errors import Forbidden, InvalidRequest, NotFound, TooLarge
+from server.registry.archive import ARCHIVE_SUFFIXES, unpack
+from server.registry.peft_format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    holds_pickle,
+    is_pickle,
+    pickle_refused,
+)
+from server.registry.store import FILE_NAMES, Sink, Staging, full_disk_is_refused, open_regular
 
 _MAX_FIELD_BYTES = 16 * 1024
 _FIELDS = ("name", "description")
@@ -67,7 +73,7 @@ class Upload:
         self._received += len(data)
         if self._received > self._max_bytes:
             raise TooLarge(f"The upload is larger than {self._max_bytes} bytes.")
-        with disk_full_is_507():
+        with full_disk_is_refused():
             try:
                 self._parser.write(data)
             except FormParserError as error:
@@ -78,7 +84,7 @@ class Upload:
         if not self._ended:
             raise InvalidRequest("The body ended before its last part.")
         if "archive" in self._files:
-            with disk_full_is_507():
+            with full_disk_is_refused():
                 unpack(self._staging.scratch, self._staging, self._max_unpacked_bytes)
             return
         for name in FILE_NAMES:
@@ -141,8 +147,8 @@ class Upload:
             if "archive" in self._files:
                 raise InvalidRequest("An upload takes one archive only.", param=self._field[:100])
             file, sink = "archive", self._staging.scratch_sink()
-        elif name.lower().endswith(PICKLE_SUFFIXES):
-            raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=self._field[:100])
+        elif is_pickle(name):
+            raise pickle_refused(self._field[:100])
         else:
             raise InvalidRequest(
                 f"The file `{name[:100]}` is not expected; send {CONFIG_NAME} and {WEIGHTS_NAME}, or one "
@@ -214,11 +220,11 @@ def copy_folder(folder: Path, staging: Staging, roots: Sequence[Path] | None = N
         try:
             source = open_regular(file)
         except OSError:
-            if name == WEIGHTS_NAME and any(entry.suffix in PICKLE_SUFFIXES for entry in folder.iterdir()):
-                raise UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=name) from None
+            if name == WEIGHTS_NAME and holds_pickle(folder):
+                raise pickle_refused(name) from None
             raise InvalidRequest(f"The folder has no readable {name}.", param=name) from None
         try:
-            with disk_full_is_507():
+            with full_disk_is_refused():
                 staging.copy(name, source)
         finally:
             os.close(source)

@@ -37,8 +37,8 @@ class DataDirInUseError(RuntimeError):
 
 
 @contextmanager
-def disk_full_is_507() -> Iterator[None]:
-    """Turn "no space left" of the operating system into InsufficientStorage."""
+def full_disk_is_refused() -> Iterator[None]:
+    """Raises InsufficientStorage where the operating system has "no space left"."""
     try:
         yield
     except OSError as error:
@@ -172,7 +172,7 @@ class ContentStore:
         """A new staging folder. Raises InsufficientStorage when `expected_bytes` cannot fit."""
         if expected_bytes > shutil.disk_usage(self._staging).free:
             raise InsufficientStorage("There is no room on the server's disk for an upload of this size.")
-        with disk_full_is_507():
+        with full_disk_is_refused():
             return Staging(self._staging)
 
     def add(self, staging: Staging, digest: str) -> None:
@@ -184,7 +184,7 @@ class ContentStore:
         with self._lock:
             self._holders[digest] += 1
         try:
-            with disk_full_is_507():
+            with full_disk_is_refused():
                 target.parent.mkdir(exist_ok=True)
                 with self._lock:  # against a removal of the same digest
                     if not target.exists():

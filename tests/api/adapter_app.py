@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
-from fastapi import FastAPI
 
-from server.api import errors
-from server.api.adapters import router
+from server.api import adapters, errors
+from server.api.face import AdapterNames, Face
+from server.api.openapi import DescribedApp
+from server.base_model import BaseModel
 from server.config import Settings
 from server.engine.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
-from server.registry.registry import Registry
-from server.registry.store import ContentStore
+from server.telemetry.metrics import Metrics
 from tests.registry import adapter_files
 
 
@@ -28,6 +28,9 @@ class FakeEngine:
         self.in_use: set[str] = set()
         self.forgotten: list[str] = []
         self.refusal: ErrorCode | None = None
+        self.state = "ready"
+        self.healthy = True
+        self.retry_after_s = 1
 
     @property
     def stats(self) -> EngineStats:
@@ -69,15 +72,14 @@ class Site:
     def __init__(self, data_dir: Path, settings: Settings) -> None:
         self.data_dir = data_dir
         self.engine = FakeEngine()
-        self.registry = Registry.open(
-            ContentStore(data_dir), adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, settings
-        )
-        self.app = FastAPI()
-        self.app.include_router(router)
+        self.registry = adapter_files.open_registry(data_dir, options=settings)
+        base = BaseModel(adapter_files.BASE_NAME, data_dir, data_dir, {}, "", None)
+        names = AdapterNames()
+        metrics = Metrics(self.engine, names.name_of)
+        self.face = Face(settings, base, self.engine, None, None, metrics, registry=self.registry)
+        self.app = DescribedApp(adapters.router)
+        self.app.state.face = self.face
         errors.install(self.app)
-        self.app.state.settings = settings
-        self.app.state.engine = self.engine
-        self.app.state.registry = self.registry
         transport = httpx.ASGITransport(self.app)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://chorus")
 
@@ -89,6 +91,7 @@ class Site:
             async with site.client:
                 yield site
         finally:
+            await site.face.background.close()
             site.registry.close()
 
     async def upload(

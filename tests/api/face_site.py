@@ -140,3 +140,8 @@ async def eventually(condition: Any) -> None:
     """Waits until `condition()`; the test's own time limit ends it."""
     while not condition():  # noqa: ASYNC110 (any condition)
         await asyncio.sleep(0.005)
+
+
+async def drained(site: Site) -> None:
+    """The server's end, which nobody holds up: no request counts as running any more."""
+    await asyncio.wait_for(site.face.drain.finish(grace_s=600), 20)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from itertools import zip_longest
 from pathlib import Path
 
-from server.engine.client import EngineStartFailed, State
+from load_tests.fake_engine import choices_of
+from server.engine.client import EngineStartFailed, OnReady, State
 from server.engine.messages import (
     AdapterRef,
     AdapterResult,
@@ -48,7 +50,9 @@ class FakeEngine:
         self.stats: EngineStats | None = None
         self.last_heartbeat = time.monotonic()
         self.restarts = 0
-        self.failure: str | None = None
+        self.retry_after_s = 1
+        self.on_ready: OnReady | None = None
+        self.failure: str | None = None  # why it cannot start
         self.tokens: list[int] = []
         self.per_output = 1
         self.pause_after: int | None = None
@@ -88,26 +92,34 @@ class FakeEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         if self.state != "ready":
-            raise Unavailable("The engine is restarting.")
-        self.requests.append(request)
-        assert request.request_id not in self.running
-        self.running.add(request.request_id)
-        ended = False
+            raise self._unavailable()
+        choices = choices_of(request)
+        self.requests += choices
+        ids = [choice.request_id for choice in choices]
+        assert self.running.isdisjoint(ids)
+        self.running.update(ids)
         try:
-            for at, output in enumerate(self._outputs(request)):
+            for at, turn in enumerate(zip_longest(*map(self._outputs, choices))):
                 if self.pause_after is not None and at >= self.pause_after:
                     await self._wait()
                 await asyncio.sleep(0)
-                ended = output.finish_reason is not None
-                yield output
-                if ended:
-                    return
+                for output in turn:
+                    if output is not None and output.request_id in self.running:
+                        if output.finish_reason is not None:
+                            self.running.discard(output.request_id)
+                        yield output
         finally:
-            self.running.discard(request.request_id)
-            if not ended:
-                self.aborted.append(request.request_id)
+            self.aborted += [left for left in ids if left in self.running]
+            self.running.difference_update(ids)
+
+    def abort(self, request_id: str) -> None:
+        assert request_id in self.running
+        self.running.discard(request_id)
+        self.aborted.append(request_id)
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
+        if self.state != "ready":
+            raise self._unavailable()
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
         if pin:
             self.pinned.append(ref.digest)
@@ -115,6 +127,9 @@ class FakeEngine:
 
     async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult:
         return AdapterResult(0, "disk")
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable("The engine is restarting.", retry_after_s=self.retry_after_s)
 
     async def _wait(self) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (self.resume, self._died)]
@@ -124,7 +139,8 @@ class FakeEngine:
             for wait in waits:
                 wait.cancel()
         if self._died.is_set():
-            raise EngineDied("The engine ended while it worked on this request.")
+            message = "The engine ended while it worked on this request."
+            raise EngineDied(message, retry_after_s=self.retry_after_s)
 
     def _outputs(self, request: Request) -> list[TokenOutput]:
         sampling = request.sampling

@@ -337,7 +337,7 @@ async def test_an_upload_that_is_cancelled(site: Site) -> None:
     with pytest.raises(asyncio.CancelledError):
         await upload
     site.assert_clean()
-    assert site.registry.records() == []
+    assert list(site.registry.records()) == []
 
 
 # deleting
@@ -487,7 +487,7 @@ async def test_a_pin_follows_the_name_to_its_new_version(site: Site) -> None:
 
 
 async def test_before_the_registry_is_open(site: Site) -> None:
-    site.app.state.registry = None
+    site.face.registry = None
     response = await site.client.get("/v1/adapters")
     assert error_of(response, 503)
     assert "retry-after" in response.headers
@@ -538,7 +538,7 @@ async def test_the_compatible_routes(data_dir: Path, tmp_path: Path) -> None:
         assert (error["param"], error["code"]) == ("lora_name", "already_loaded")
         adapter_files.write(folder, files(seed=2))
         assert (await load_lora(site, "x", folder, load_inplace=True)).status_code == 200
-        assert [v.number for v in site.registry.list()] == [2]
+        assert [v.number for v in site.registry.current_versions()] == [2]
         unload = await site.client.post("/v1/unload_lora_adapter", json={"lora_name": "x", "lora_int_id": 7})
         assert unload.status_code == 200
         unload = await site.client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})

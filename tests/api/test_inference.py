@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.messages import ErrorCode
-from tests.api.face_site import Site, events, eventually, open_site
+from server.engine.messages import ErrorCode, Request, TokenOutput
+from tests.api.face_site import Site, drained, events, eventually, open_site
 from tests.api.fake_engine import FakeEngine, engine_info
 
 
@@ -156,6 +156,24 @@ async def test_stop_string_ends_and_aborts(site: Site) -> None:
         assert included["choices"][0]["text"] == "the quick brown"
 
 
+async def test_a_stop_string_ends_its_own_choice_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three choices says something else."""
+    spoken, outputs = site.engine.tokens, site.engine._outputs
+
+    def each_its_own(request: Request) -> list[TokenOutput]:
+        site.engine.tokens = spoken if request.sampling.seed == 8 else spoken[:2]
+        return outputs(request)
+
+    monkeypatch.setattr(site.engine, "_outputs", each_its_own)
+    answer = (await site.complete(n=3, seed=7, stop="brown", max_tokens=40)).json()
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts[1] == "the quick "
+    assert texts[0] == texts[2]
+    assert "the quick ".startswith(texts[0])
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] * 3
+    assert site.engine.aborted == [site.engine.requests[1].request_id]
+
+
 async def test_no_stop_string_before_min_tokens(site: Site) -> None:
     body = {"stop": ["the", "fox"], "min_tokens": 2, "max_tokens": 60}
     assert (await site.complete(**body)).json()["choices"][0]["text"] == "the quick brown "
@@ -280,7 +298,7 @@ async def test_disconnect_aborts_and_gives_back(site: Site, stream: bool, pause_
     assert len(site.engine.aborted) == 3
     assert bool(client.sent) == (stream and pause_after > 0)
     assert b'outcome="aborted"} 1.0' in site.face.metrics.render()
-    assert site.face.drain.running == 0
+    await drained(site)
     assert site.leases() == 0
 
 

@@ -54,7 +54,8 @@ def test_while_it_drains_it_is_not_ready_and_a_second_signal_ends_it(tmp_path: P
         httpx.Client(base_url=url_of(served)) as client,
         client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream,
     ):
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: httpx hangs up when nobody holds it any more
+        next(lines)
         served.send_signal(signal.SIGTERM)
         while client.get("/health/ready").status_code == 200:
             pass

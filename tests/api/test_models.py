@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from server.engine.client import DEAD_FACTOR, HUNG_FACTOR
 from server.engine.messages import EngineStats
 from tests.api.face_site import ADAPTERS, Site, eventually, open_site
-from tests.api.fake_engine import FakeEngine
+from tests.api.fake_engine import FakeEngine, engine_info
 
 
 @pytest.fixture
@@ -39,6 +41,27 @@ async def test_models(site: Site) -> None:
     missing = await site.client.get("/v1/models/nobody")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "reading"), [("/v1/models", "current_versions"), ("/v1/adapters", "records")]
+)
+async def test_lists_are_made_beside_the_event_loop(
+    site: Site, monkeypatch: pytest.MonkeyPatch, path: str, reading: str
+) -> None:
+    """Of thousands of adapters, or other requests would wait for them."""
+    registry = site.face.require_registry()
+    real, threads = getattr(registry, reading), []
+
+    def read() -> object:
+        threads.append(threading.get_ident())
+        return real()
+
+    monkeypatch.setattr(registry, reading, read)
+    listed = (await site.client.get(path)).json()["data"]
+    assert len(listed) >= len(ADAPTERS)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 async def test_tokenize_and_back(site: Site) -> None:
@@ -78,12 +101,41 @@ async def test_before_and_after_the_engine_is_ready(tmp_path: Path) -> None:
         assert (await site.client.get("/v1/adapters")).status_code == 200
 
 
+async def silent(site: Site, watchdogs: float) -> tuple[str, int]:
+    """What `/health/ready` and `/health/live` say of an engine that has been silent for so long."""
+    site.engine.last_heartbeat = time.monotonic() - watchdogs * site.face.settings.watchdog_s
+    ready, live = [await site.client.get(f"/health/{probe}") for probe in ("ready", "live")]
+    return ready.json()["status"], live.status_code
+
+
 async def test_silence_makes_it_not_ready_then_not_live(site: Site) -> None:
-    site.engine.last_heartbeat = time.monotonic() - 61
-    assert (await site.client.get("/health/ready")).json() == {"status": "unresponsive"}
-    assert (await site.client.get("/health/live")).status_code == 200
-    site.engine.last_heartbeat = time.monotonic() - 200
-    assert (await site.client.get("/health/live")).status_code == 503
+    assert await silent(site, 0.5) == ("ready", 200)
+    assert await silent(site, 1.1) == ("unresponsive", 200)
+    assert await silent(site, DEAD_FACTOR + 1) == ("unresponsive", 503)
+
+
+async def test_it_stays_live_until_a_hung_engine_was_killed_and_could_start_again(site: Site) -> None:
+    """Else a liveness probe restarts the whole server while the engine is about to heal itself."""
+    looks = 1  # the client looks once a watchdog_s, so that is how late it may see a hung engine
+    assert await silent(site, HUNG_FACTOR + looks) == ("unresponsive", 200)
+    site.engine.die()
+    assert await silent(site, 100 * DEAD_FACTOR) == ("restarting", 200)
+
+
+async def test_retry_after_is_what_the_engine_says(site: Site) -> None:
+    """Wherever it is the engine that is missing."""
+    site.engine.retry_after_s = 17
+    site.say("the quick brown fox")
+    site.engine.pause_after = 1
+    open_request = asyncio.create_task(site.complete())
+    await eventually(lambda: site.engine.running)
+    site.engine.die()
+    responses = [await open_request, await site.complete(), await site.chat()]
+    responses += [await site.client.get("/health"), await site.client.post("/v1/adapters/sql/load")]
+    for response in responses:
+        assert (response.status_code, response.headers["retry-after"]) == (503, "17"), response.url
+    site.face.registry = None
+    assert (await site.client.get("/v1/adapters")).headers["retry-after"] == "17"
 
 
 async def test_engine_that_cannot_start(tmp_path: Path) -> None:
@@ -97,7 +149,10 @@ async def test_engine_that_cannot_start(tmp_path: Path) -> None:
 async def test_pinned_adapters_come_back(tmp_path: Path) -> None:
     async with open_site(tmp_path / "a") as site:
         site.face.require_registry().set_pinned("sql", True)
-        await site.face.restore_pins()
+        assert site.engine.on_ready is not None
+        restored = site.engine.on_ready(engine_info())  # as each life of the engine begins
+        assert restored is not None
+        await restored
         assert site.engine.pinned == [site.digest("sql")]
 
 

@@ -10,7 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from server.engine.messages import ErrorCode
-from tests.api.face_site import Site, eventually, listen, open_site
+from tests.api.face_site import Site, drained, eventually, listen, open_site
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
@@ -99,5 +99,5 @@ async def test_closing_a_stream_aborts(client: openai.AsyncOpenAI, site: Site) -
     stream = await client.completions.create(model="sql", prompt="hello", stream=True, max_tokens=40)
     await stream.close()
     await eventually(lambda: len(site.engine.aborted) == 1)
-    await eventually(lambda: site.face.drain.running == 0)
+    await drained(site)
     assert site.leases() == 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from load_tests.fake_engine import choices_of
 from server.config import Settings
 from server.engine.messages import (
     AdapterResult,
@@ -42,6 +43,7 @@ class EchoEngine:
     results: list[AdapterResult] = field(default_factory=list)
     steps: int = 0
     generated: int = 0
+    wakeup_fd: int | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -56,8 +58,9 @@ class EchoEngine:
             raise InvalidRequest("token 13 is refused")
         if request.prompt_token_ids[0] == HANG:
             time.sleep(3600)
-        self.requests[request.request_id] = request
-        self.made[request.request_id] = 0
+        for choice in choices_of(request):
+            self.requests[choice.request_id] = choice
+            self.made[choice.request_id] = 0
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -140,6 +143,13 @@ def create_dying_engine(settings: Settings) -> EchoEngine:
 def create_slow_engine(settings: Settings) -> EchoEngine:
     print("loading", flush=True)
     time.sleep(3600)
+    return EchoEngine()
+
+
+def create_late_engine(settings: Settings) -> EchoEngine:
+    """Takes more than a second, and without end while the file `data_dir/hang` is there."""
+    assert settings.data_dir is not None
+    time.sleep(3600 if (settings.data_dir / "hang").exists() else 1.1)
     return EchoEngine()
 
 

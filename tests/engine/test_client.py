@@ -18,7 +18,15 @@ import uvloop
 
 from server.config import Settings
 from server.engine.client import EngineClient, EngineStartFailed, ProcessEngineClient
-from server.engine.messages import AdapterRef, EngineInfo, ErrorCode, Request, SamplingParams, TokenOutput
+from server.engine.messages import (
+    AdapterRef,
+    EngineInfo,
+    ErrorCode,
+    Fork,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
 from server.errors import EngineDied, Unavailable
 from tests.engine.echo_engine import CRASH, HANG, REFUSE
 
@@ -144,6 +152,47 @@ async def test_closing_at_the_terminal_output_does_not_abort() -> None:
         assert aborted(client) == ()
 
 
+def forked(*names: str, max_tokens: int = 5) -> Request:
+    first, *others = names
+    forks = tuple(Fork(name) for name in others)
+    return Request(first, [1, 2, 3], SamplingParams(max_tokens=max_tokens), forks=forks)
+
+
+async def test_all_choices_of_a_request_come_in_one_stream() -> None:
+    async with serving() as client:
+        outputs = await collect(client, forked("a", "b", "c"))
+        for name in "abc":
+            mine = [output for output in outputs if output.request_id == name]
+            assert tokens(mine) == [1, 2, 3, 1, 2]
+            assert [output.finish_reason for output in mine] == [None] * 4 + ["length"]
+        await until(lambda: client.stats and client.stats.generated_tokens == 15)
+        assert aborted(client) == ()
+
+
+async def test_one_choice_may_be_given_up() -> None:
+    async with serving() as client:
+        client.abort("nobody")
+        others = []
+        async for output in client.generate(forked("a", "b", max_tokens=50)):
+            if output.request_id == "a":
+                client.abort("a")
+                client.abort("a")  # once is enough
+            else:
+                others.append(output)
+        assert len(tokens(others)) == 50
+        await until(lambda: aborted(client) == ("a",))
+
+
+async def test_closing_early_aborts_the_choices_that_run() -> None:
+    async with serving() as client:
+        stream = client.generate(forked("a", "b", "c", max_tokens=ENDLESS))
+        await anext(stream)
+        client.abort("b")
+        await stream.aclose()
+        await until(lambda: sorted(aborted(client)) == ["a", "b", "c"])
+        await until(lambda: client.stats and client.stats.running == 0)
+
+
 async def test_a_refused_request_fails_alone() -> None:
     async with serving() as client:
         bad, good = await asyncio.gather(
@@ -212,7 +261,7 @@ async def test_a_step_that_raises_restarts_the_engine() -> None:
 
 
 async def test_a_hung_engine_is_unhealthy_then_killed_and_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.client._HUNG_FACTOR", 2)
+    monkeypatch.setattr("server.engine.client.HUNG_FACTOR", 2)
     async with serving(watchdog_s=1.0) as client:  # twice the time between an idle engine's heartbeats
         task = asyncio.create_task(collect(client, request("stuck", (HANG,))))
         await until(lambda: not client.healthy)
@@ -234,6 +283,25 @@ async def test_restarts_go_on_until_one_succeeds(folder: Path) -> None:
         (folder / "refuse").unlink()
         await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
         assert client.failure is None
+
+
+async def test_who_finds_no_engine_is_told_how_long_a_start_takes(folder: Path) -> None:
+    async with serving("create_late_engine", data_dir=folder) as client:
+        whole = client.retry_after_s
+        assert whole >= 2  # seconds, rounded up
+        (folder / "hang").touch()
+        (stream,) = await open_streams(client, 1)
+        assert client.info is not None
+        os.kill(client.info.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied) as died:
+            await stream
+        assert died.value.retry_after_s == whole
+        await until(lambda: client.retry_after_s < whole)  # so much of it has gone by
+        with pytest.raises(Unavailable, match="restarting") as refused:
+            await collect(client, request())
+        assert 1 <= (refused.value.retry_after_s or 0) < whole
+        await until(lambda: client.retry_after_s == 1)  # never less, however late it is
+        assert client.state == "restarting"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +376,8 @@ async def test_a_hook_that_raises_does_not_harm() -> None:
         called.append(info)
         raise RuntimeError("hook")
 
-    client = ProcessEngineClient(Settings(model="echo"), f"{ECHO}:create_engine", on_ready=hook)
+    client = ProcessEngineClient(Settings(model="echo"), f"{ECHO}:create_engine")
+    client.on_ready = hook
     await client.start()
     await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
     assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]

@@ -13,17 +13,35 @@ from safetensors.numpy import save
 
 from server.config import Settings
 from server.engine.messages import LoraTarget
+from server.registry.registry import Registry
+from server.registry.store import ContentStore
 
 TARGETS = [
     LoraTarget(f"model.layers.{layer}.self_attn.{name}", 16, 8)
     for layer in range(2)
     for name in ("q_proj", "v_proj")
 ]
+BASE_NAME = "base-model"
 BASE_PARAMETERS = 10_000
 
 
 def settings(**fields: object) -> Settings:
-    return Settings(model="base-model", **fields)  # type: ignore[arg-type]  # fields of any type
+    return Settings(**{"model": BASE_NAME} | fields)  # type: ignore[arg-type]  # fields of any type
+
+
+def open_registry(
+    data_dir: Path,
+    *,
+    targets: list[LoraTarget] = TARGETS,
+    max_rank: int | None = None,
+    options: Settings | None = None,
+    base_name: str = BASE_NAME,
+) -> Registry:
+    """The registry of a server of that base model."""
+    options = options or settings()
+    return Registry.open(
+        ContentStore(data_dir), targets, BASE_PARAMETERS, options, base_name, max_rank=max_rank
+    )
 
 
 def config(rank: int = 4, **fields: object) -> bytes:
@@ -33,7 +51,7 @@ def config(rank: int = 4, **fields: object) -> bytes:
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": ["q_proj", "v_proj"],
-        "base_model_name_or_path": "base-model",
+        "base_model_name_or_path": BASE_NAME,
     }
     return json.dumps(default | fields).encode()
 

@@ -9,7 +9,6 @@ import pytest
 from server.registry.records import Published
 from server.registry.registry import Registry
 from server.registry.sources import copy_folder
-from server.registry.store import ContentStore
 from tests.registry import adapter_files
 
 Publish = Callable[..., Published]
@@ -28,14 +27,7 @@ def reopen(data_dir: Path) -> Iterator[Callable[[], Registry]]:
     def reopen() -> Registry:
         if open_now:
             open_now.pop().close()
-        open_now.append(
-            Registry.open(
-                ContentStore(data_dir),
-                adapter_files.TARGETS,
-                adapter_files.BASE_PARAMETERS,
-                adapter_files.settings(),
-            )
-        )
+        open_now.append(adapter_files.open_registry(data_dir))
         return open_now[0]
 
     yield reopen

@@ -185,7 +185,7 @@ def test_a_chain_of_long_names(staging: Staging) -> None:
         unpacked(staging, link * 5000, 16 * MIB)
 
 
-PICKLES = ["adapter_model.bin", "x/adapter_model.pt", "pytorch_model.bin", "m.pth", "m.ckpt", "m.pkl"]
+PICKLES = ["adapter_model.bin", "x/adapter_model.pt", "pytorch_model.bin", "m.pth", "m.ckpt", "m.pkl", "M.PT"]
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])

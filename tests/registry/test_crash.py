@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from server.registry.registry import Registry
-from server.registry.store import ContentStore
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
@@ -18,9 +17,7 @@ from tests.registry.conftest import Publish
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from server.registry.registry import Registry
 from server.registry.sources import copy_folder
-from server.registry.store import ContentStore
 from tests.registry import adapter_files
 import sqlalchemy as sa
 
@@ -36,7 +33,7 @@ def dies(real):
         return result
     return call
 
-registry = Registry.open(ContentStore(data_dir), adapter_files.TARGETS, 1, adapter_files.settings())
+registry = adapter_files.open_registry(data_dir)
 os.copy_file_range, os.fsync, Path.rename = dies(os.copy_file_range), dies(os.fsync), dies(Path.rename)
 sa.event.listen(sa.Engine, "commit", dies(lambda connection: None))
 with registry.publication(create=True, replace=True) as publication:
@@ -63,7 +60,7 @@ def test_killed_while_it_publishes(
     data_dir: Path, tmp_path: Path, publish: Publish, point: str, number: int
 ) -> None:
     def reopened() -> Registry:
-        return Registry.open(ContentStore(data_dir), adapter_files.TARGETS, 1, adapter_files.settings())
+        return adapter_files.open_registry(data_dir)
 
     registry = reopened()
     publish(registry, "a", seed=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import ModelNotFound
+from server.registry.folders import register_tree
 from server.registry.registry import Registry
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
@@ -31,13 +32,13 @@ def test_a_folder_tree_is_registered(
     (root / "README.md").write_text("not an adapter")
     registry = reopen()
     with caplog.at_level(logging.ERROR):
-        outcome = dict(registry.register_folder_tree(root))
+        outcome = dict(register_tree(registry, root))
     assert outcome["sql"] is None
     assert outcome["team/json"] is None
     assert {name for name, error in outcome.items() if error} == {"bad", "not a name", "pickle"}
     assert "safetensors" in (outcome["pickle"] or "")
     assert str(tmp_path) not in "".join(filter(None, outcome.values()))
-    assert [v.name for v in registry.list()] == ["sql", "team/json"]
+    assert [v.name for v in registry.current_versions()] == ["sql", "team/json"]
     assert registry.get("bad").state == "failed"
     assert registry.get("bad").reason == outcome["bad"]
     assert "bad" in caplog.text
@@ -53,7 +54,7 @@ def test_only_changed_folders_are_read_again(
     adapter_files.write(root / "a", adapter_files.files(seed=1))
     adapter_files.write(root / "b", adapter_files.files(seed=2))
     registry = reopen()
-    registry.register_folder_tree(root)
+    register_tree(registry, root)
     publish(registry, "a", seed=7)  # somebody replaced what came from the folder
 
     read: list[str] = []
@@ -62,13 +63,13 @@ def test_only_changed_folders_are_read_again(
         Registry, "claim", lambda self, name, **kw: (read.append(name), real(self, name, **kw))[1]
     )
     registry = reopen()
-    assert registry.register_folder_tree(root) == [("a", None), ("b", None)]
+    assert register_tree(registry, root) == [("a", None), ("b", None)]
     assert read == []
     assert registry.acquire("a").version.number == 2
 
     adapter_files.write(root / "b", adapter_files.files(seed=3))
     registry = reopen()
-    registry.register_folder_tree(root)
+    register_tree(registry, root)
     assert read == ["b"]
     assert registry.acquire("b").version.number == 2
 
@@ -78,16 +79,16 @@ def test_folders_that_went_are_not_served_any_more(reopen: Reopen, publish: Publ
     for seed, name in enumerate(("stays", "goes", "was-replaced")):
         adapter_files.write(root / name, adapter_files.files(seed=seed))
     registry = reopen()
-    registry.register_folder_tree(root)
+    register_tree(registry, root)
     publish(registry, "was-replaced", seed=7)
     publish(registry, "uploaded", seed=8)
     for name in ("goes", "was-replaced"):
         (root / name / "adapter_config.json").unlink()
     registry = reopen()
-    registry.register_folder_tree(root)
-    assert [v.name for v in registry.list()] == ["stays", "uploaded", "was-replaced"]
-    registry.register_folder_tree(tmp_path / "mistyped")
-    assert len(registry.list()) == 3
+    register_tree(registry, root)
+    assert [v.name for v in registry.current_versions()] == ["stays", "uploaded", "was-replaced"]
+    register_tree(registry, tmp_path / "mistyped")
+    assert len(registry.current_versions()) == 3
 
 
 def test_an_uploaded_name_is_not_taken_over_by_a_folder(
@@ -96,7 +97,7 @@ def test_an_uploaded_name_is_not_taken_over_by_a_folder(
     version = publish(registry, "a", seed=1).version
     root = tmp_path / "adapters"
     adapter_files.write(root / "a", adapter_files.files(seed=2))
-    ((_, error),) = registry.register_folder_tree(root)
+    ((_, error),) = register_tree(registry, root)
     assert error is not None
     assert "uploaded" in error
     assert registry.acquire("a").version == version

@@ -16,16 +16,11 @@ from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest,
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources import copy_folder
-from server.registry.store import ContentStore, DataDirInUseError
+from server.registry.store import DataDirInUseError
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
 Reopen = Callable[[], Registry]
-
-
-def open_with(data_dir: Path, targets: list[LoraTarget]) -> Registry:
-    store = ContentStore(data_dir)
-    return Registry.open(store, targets, adapter_files.BASE_PARAMETERS, adapter_files.settings())
 
 
 def test_a_published_adapter_can_be_acquired(registry: Registry, publish: Publish) -> None:
@@ -95,7 +90,7 @@ def test_bad_names_are_refused(registry: Registry, publish: Publish, name: str) 
     with pytest.raises(InvalidRequest) as caught:
         publish(registry, name)
     assert caught.value.param == "name"
-    assert registry.records() == []
+    assert list(registry.records()) == []
 
 
 def test_the_base_models_name_is_taken(registry: Registry, publish: Publish) -> None:
@@ -103,10 +98,29 @@ def test_the_base_models_name_is_taken(registry: Registry, publish: Publish) -> 
         publish(registry, "base-model")
 
 
+def test_only_the_name_that_clients_know_the_base_model_by_is_taken(data_dir: Path, publish: Publish) -> None:
+    options = adapter_files.settings(model="org/llama")
+    with closing(adapter_files.open_registry(data_dir, options=options, base_name="org/llama")) as registry:
+        publish(registry, "llama")
+        with pytest.raises(InvalidRequest, match="base model"):
+            publish(registry, "org/llama")
+
+
 def test_create_only_conflicts_with_a_known_name(registry: Registry, publish: Publish) -> None:
     publish(registry, "a")
     with pytest.raises(Conflict):
         publish(registry, "a", seed=1, replace=False)
+
+
+def test_the_books_are_free_while_all_names_are_read(registry: Registry, publish: Publish) -> None:
+    """Thousands of names take a while, in which requests still get their adapters and deletes go on."""
+    for name in ("a", "b", "c"):
+        publish(registry, name)
+    records = registry.records()
+    assert next(records).name == "a"
+    assert registry.acquire("b").version.name == "b"
+    registry.delete("c")
+    assert [record.name for record in records] == ["b"]
 
 
 def test_one_writer_per_name(registry: Registry, publish: Publish) -> None:
@@ -144,7 +158,7 @@ def test_what_is_refused_leaves_nothing(registry: Registry, tmp_path: Path, data
         with pytest.raises(InvalidAdapter) as caught:
             publication.publish("upload")
     assert caught.value.param == f"base_model.model.{adapter_files.TARGETS[0].name}.lora_B.weight"
-    assert registry.records() == []
+    assert list(registry.records()) == []
     assert adapter_files.on_disk(data_dir) == set()
     assert adapter_files.staged(data_dir) == []
 
@@ -223,7 +237,7 @@ def test_everything_is_back_after_a_restart(reopen: Reopen, publish: Publish, da
     assert (before.requests, before.tokens) == (2, 12)
     registry = reopen()
     assert registry.get("a") == before
-    assert [v.name for v in registry.list()] == ["a", "b"]
+    assert [v.name for v in registry.current_versions()] == ["a", "b"]
     assert registry.pinned() == [version]
     assert registry.acquire("a@1").version.number == 1
     assert len(adapter_files.on_disk(data_dir)) == 3
@@ -236,7 +250,7 @@ def test_deleted_adapters_stay_deleted(reopen: Reopen, publish: Publish, data_di
     registry.delete("a")
     assert len(adapter_files.on_disk(data_dir)) == 1
     registry = reopen()
-    assert registry.records() == []
+    assert list(registry.records()) == []
     assert adapter_files.on_disk(data_dir) == set()
 
 
@@ -256,7 +270,7 @@ def test_missing_files_are_told_and_can_be_mended(reopen: Reopen, publish: Publi
     record = registry.get("a")
     assert record.state == "failed"
     assert "missing" in (record.reason or "")
-    assert registry.list() == []
+    assert registry.current_versions() == []
     with pytest.raises(ModelNotFound):
         registry.acquire("a")
     assert publish(registry, "a").outcome == "replaced"
@@ -265,7 +279,7 @@ def test_missing_files_are_told_and_can_be_mended(reopen: Reopen, publish: Publi
     assert registry.get("a").state == "ready"
     for retired in registry.delete("a"):
         retired.gone.result(timeout=10)
-    assert registry.records() == []
+    assert list(registry.records()) == []
 
 
 def test_another_base_model_judges_again(reopen: Reopen, publish: Publish, data_dir: Path) -> None:
@@ -274,7 +288,7 @@ def test_another_base_model_judges_again(reopen: Reopen, publish: Publish, data_
     registry.close()
     wider = [LoraTarget(t.name, 32, 8) for t in adapter_files.TARGETS]
     for _ in range(2):
-        registry = open_with(data_dir, wider)
+        registry = adapter_files.open_registry(data_dir, targets=wider)
         record = registry.get("a")
         assert record.state == "failed"
         assert "does not fit" in (record.reason or "")
@@ -284,17 +298,14 @@ def test_another_base_model_judges_again(reopen: Reopen, publish: Publish, data_
 
 
 def test_a_rank_that_can_never_run_is_refused(data_dir: Path, publish: Publish) -> None:
-    store = ContentStore(data_dir)
-    registry = Registry.open(
-        store, adapter_files.TARGETS, adapter_files.BASE_PARAMETERS, adapter_files.settings(), max_rank=3
-    )
+    registry = adapter_files.open_registry(data_dir, max_rank=3)
     with closing(registry), pytest.raises(InvalidAdapter, match="has rank 4, the limit of this server is 3"):
         publish(registry, "a")
 
 
 def test_a_second_server_is_refused_by_the_name_of_the_lock(registry: Registry, data_dir: Path) -> None:
     with pytest.raises(DataDirInUseError, match=str(data_dir / "lock")):
-        open_with(data_dir, adapter_files.TARGETS)
+        adapter_files.open_registry(data_dir)
 
 
 def test_a_newer_catalogue_is_refused_and_the_lock_given_back(reopen: Reopen, data_dir: Path) -> None:
@@ -303,7 +314,7 @@ def test_a_newer_catalogue_is_refused_and_the_lock_given_back(reopen: Reopen, da
         connection.execute("PRAGMA user_version = 99")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="newer"):
-            open_with(data_dir, adapter_files.TARGETS)
+            adapter_files.open_registry(data_dir)
 
 
 def test_a_failed_commit_leaves_the_old_version(
@@ -364,9 +375,9 @@ def test_a_lease_has_its_files_whatever_others_do(
         finally:
             stop.set()
         assert sum(user.result(timeout=60) for user in users) > 0
-    for version in registry.list():
+    for version in registry.current_versions():
         registry.delete(version.name)
     registry.close()
     assert adapter_files.on_disk(data_dir) == set()
     assert adapter_files.staged(data_dir) == []
-    assert registry.records() == []
+    assert list(registry.records()) == []

@@ -13,7 +13,6 @@ from server.errors import ModelNotFound
 from server.registry.records import Lease, Retired
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources import copy_folder
-from server.registry.store import ContentStore
 from tests.registry import adapter_files
 
 SEEDS = 4
@@ -39,12 +38,7 @@ class RegistryTrace(RuleBasedStateMachine):
         self.retired: list[Retired] = []
 
     def open(self) -> Registry:
-        return Registry.open(
-            ContentStore(self.data_dir),
-            adapter_files.TARGETS,
-            adapter_files.BASE_PARAMETERS,
-            adapter_files.settings(),
-        )
+        return adapter_files.open_registry(self.data_dir)
 
     @rule(name=NAMES, seed=st.integers(0, SEEDS - 1))
     def publish(self, name: str, seed: int) -> None:
@@ -106,7 +100,7 @@ class RegistryTrace(RuleBasedStateMachine):
 
     @invariant()
     def listed_as_modelled(self) -> None:
-        assert [v.name for v in self.registry.list()] == sorted(self.model)
+        assert [v.name for v in self.registry.current_versions()] == sorted(self.model)
         for name, versions in self.model.items():
             record = self.registry.get(name)
             assert [v.version.number for v in record.versions] == [number for number, _ in versions]
@@ -125,7 +119,7 @@ class RegistryTrace(RuleBasedStateMachine):
             self.retired += self.registry.delete(name)
         for retired in self.retired:
             retired.gone.result(timeout=10)
-        assert self.registry.records() == []
+        assert list(self.registry.records()) == []
         self.registry.close()
         assert adapter_files.on_disk(self.data_dir) == set()
         assert adapter_files.staged(self.data_dir) == []
