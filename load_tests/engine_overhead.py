@@ -88,6 +88,8 @@ class _NoModelEngine:
     `times` gets, for each step, the seconds of planning, batching and updating.
     """
 
+    wakeup_fd = None
+
     def __init__(self, scheduler: Scheduler) -> None:
         self.info = engine_info()
         self.times: list[tuple[float, float, float]] = []
@@ -113,7 +115,7 @@ class _NoModelEngine:
         plan = self._scheduler.plan()
         planned = time.perf_counter()
         self._batches.build(plan.runs)
-        tokens = [_TOKEN] * plan.num_samples
+        tokens = [[_TOKEN] * run.rows for run in plan.runs]
         built = time.perf_counter()
         outputs = self._scheduler.update(plan, tokens)
         self.times.append((planned - begun, built - planned, time.perf_counter() - built))

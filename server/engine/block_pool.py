@@ -93,6 +93,13 @@ class BlockPool:
             self._hashes[block] = None
         return block
 
+    def share(self, blocks: Ordered[int]) -> None:
+        """Take one more reference to each of these held blocks. Raises ValueError on one that is not held."""
+        for block in blocks:
+            if self._references[block] == 0:
+                raise ValueError(f"block {block} is not held")
+            self._references[block] += 1
+
     def release(self, blocks: Ordered[int]) -> None:
         """Give back one reference to each block of a sequence, named from its first on.
 

@@ -26,9 +26,10 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
+from server.engine.prompt_group import sequences_of
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
 from server.engine.step_plan import StepPlan
+from server.engine.wakeup import Wakeup
 from server.lora.arena import Arena
 from server.lora.kernels.interface import LoraKernels
 from server.lora.residency import Residency
@@ -44,7 +45,9 @@ log = logging.getLogger(__name__)
 _NON_FINITE = "The model's output overflowed: the adapter's weights do not suit this prompt."
 _CPU_SLOTS = 64  # rows of the arena's tables at first
 _CUDA_SLOTS = 4096  # when they grow, every graph is captured again
-_COPY_POLL_MS = 2  # how soon to look again when all that waits, waits for an adapter
+# How soon to look again, at the latest, when all that waits, waits for an adapter. One that lands wakes the
+# worker; but the patience of those who want room runs out by the clock.
+_LOOK_AGAIN_MS = 1000
 
 
 class Engine:
@@ -78,10 +81,12 @@ class Engine:
                 max_model_len=loaded.max_model_len,
                 new_capture=cuda_capture,
             )
+        self._wakeup = Wakeup()
         self._residency = Residency(
             self._arena,
             self._runner.targets,
             memory.host_cache_bytes,
+            wake=self._wakeup.set,
             max_header_bytes=settings.max_header_bytes,
             max_tensors=settings.max_adapter_tensors,
         )
@@ -99,6 +104,7 @@ class Engine:
         self._steps = 0
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
+        self._settled = True  # another step would change nothing until an adapter lands
         self.info = EngineInfo(
             pid=os.getpid(),
             model_type=loaded.model_type,
@@ -122,30 +128,34 @@ class Engine:
     # -- what the worker calls
 
     def add(self, request: Request) -> None:
-        """Put a request in line. If it can never run here, the next step says so."""
-        seq = Sequence(request, time.monotonic(), self._arrivals)
-        self._arrivals += 1
-        refusal = self._scheduler.add(seq)
-        if refusal is not None:
-            self._refused.append(refusal)
+        """Put a request, with its forks, in line. What can never run here, the next step says so."""
+        for seq in sequences_of(request, time.monotonic(), self._arrivals):
+            self._arrivals += 1
+            refusal = self._scheduler.add(seq)
+            if refusal is not None:
+                self._refused.append(refusal)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these now, with no output; ids that are not here (any more) are passed over."""
         for request_id in request_ids:
             self._scheduler.abort(request_id)
+        self._settled = False
 
     def load_adapter(self, call: LoadAdapter) -> None:
         """Bring an adapter into the arena; a later step answers."""
         self._calls.append(call)
+        self._settled = False
 
     def unload_adapter(self, call: UnloadAdapter) -> None:
         """Take an adapter out of the arena, now or at its last use; the next step says where it is."""
         self._residency.unload(call.digest, call.forget)
         self._calls.append(call)
+        self._settled = False
 
     def step(self) -> tuple[list[TokenOutput], list[AdapterResult]]:
         """Plan and run one step. Returns the new tokens and the answers to adapter calls."""
-        self._residency.poll()
+        self._wakeup.clear()
+        landed = self._residency.poll()
         results = self._answer_calls()
         outputs, self._refused = self._refused, []
         plan = self._scheduler.plan()
@@ -153,14 +163,26 @@ class Engine:
         if plan.runs:
             outputs += self._run(plan)
             self._steps += 1
+        self._settled = not (landed or results or outputs or plan.runs)
         return outputs, results
 
     def idle_ms(self) -> int | None:
-        """0: call `step` now; n: look again after n ms, adapters are on their way; None: nothing to do."""
+        """0: call `step` now; n: adapters are on their way, call it when one landed (`wait`) or after n ms;
+        None: nothing to do."""
         if self._refused or self._scheduler.runnable:
             return 0
-        waits = self._calls or self._residency.pending or self._scheduler.has_work
-        return _COPY_POLL_MS if waits else None
+        if not (self._calls or self._residency.pending or self._scheduler.has_work):
+            return None
+        return _LOOK_AGAIN_MS if self._settled else 0
+
+    @property
+    def wakeup_fd(self) -> int:
+        """Readable from the moment an adapter landed, or could not, to the next step."""
+        return self._wakeup.fileno()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until an adapter landed, or could not; False when none did within `timeout_s`."""
+        return self._wakeup.wait(timeout_s)
 
     def stats(self) -> EngineStats:
         """What the engine holds now."""
@@ -187,25 +209,27 @@ class Engine:
             waiting_digests=scheduler.waiting_digests,
         )
 
+    @property
+    def fast_paths(self) -> dict[str, bool]:
+        """Which of the paths that replace transformers' own code are in use: fused, flat, graphs."""
+        return self._runner.fast_paths
+
     def close(self) -> None:
         """Stop the threads that load adapters."""
         self._residency.close()
+        self._wakeup.close()
 
     # -- one step
 
     def _run(self, plan: StepPlan) -> list[TokenOutput]:
-        batch = self._batches.build(plan.runs)
-        sampled = self._runner.run(batch, self._arena.view())
-        outputs = []
-        if not all(sampled.finite):
-            sampling = [run.seq for run in plan.runs if run.samples]
-            # Ended before `update`, so that none of their blocks is offered for reuse.
-            outputs = [
-                self._scheduler.fail(seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
-                for seq, finite in zip(sampling, sampled.finite, strict=True)
-                if not finite
-            ]
-        return outputs + self._scheduler.update(plan, sampled.token_ids, sampled.logprobs)
+        batch = self._batches.build(plan.runs, plan.copies)
+        results = self._runner.launch(batch, self._arena.view()).collect()
+        # Ended before `update`, so that none of their blocks is offered for reuse.
+        failed = [
+            self._scheduler.fail(plan.runs[run].seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
+            for run in results.broken
+        ]
+        return failed + self._scheduler.update(plan, results.token_ids, results.logprobs)
 
     def _answer_calls(self) -> list[AdapterResult]:
         """Answers to those adapter calls that have come to an end; the others are asked again next step."""

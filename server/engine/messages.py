@@ -41,13 +41,25 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # None = off; n = the sampled token's and the n most likely ones
 
 
+class Fork(msgspec.Struct, frozen=True):
+    """A further choice of a request, with an id and a seed of its own."""
+
+    request_id: str
+    seed: int | None = None  # None: the engine draws one
+
+
 class Request(msgspec.Struct, frozen=True, tag="request"):
-    """One choice of one client request, as the engine gets it. `adapters` empty = base model."""
+    """One choice of one client request, as the engine gets it. `adapters` empty = base model.
+
+    `forks` are its other choices: each is a sequence of its own, whose outputs and end name its own id, but
+    their prompt is computed once for all.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapters: tuple[AdapterRef, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

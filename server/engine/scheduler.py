@@ -17,6 +17,7 @@ from server.engine.adapter_turns import AdapterTurns
 from server.engine.block_pool import BlockPool, extend_hashes
 from server.engine.messages import ErrorCode, Logprobs, TokenOutput
 from server.engine.policy import FirstComeFirstServed, Policy
+from server.engine.prompt_group import SharedPrompts
 from server.engine.sequence import MixKey, Sequence, State
 from server.engine.step_plan import ScheduledRun, StepPlan
 from server.engine.waiting_line import WaitingLine
@@ -65,6 +66,7 @@ class Scheduler:
         self._base: list[Sequence] = []  # the running ones that use none
         self._prefilling: list[Sequence] = []  # the running ones with more than one token to compute
         self._growing: list[Sequence] = []  # their next token starts a block that they do not have yet
+        self._prompts = SharedPrompts(pool)
 
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far; prefix hits not counted
@@ -158,6 +160,7 @@ class Scheduler:
             self._stop(seq)
         else:
             self._line.remove(seq)
+            self._prompts.stopped(seq)
             if seq.adapters:
                 self._gate.cancel(seq.adapters)
         seq.state = State.FINISHED
@@ -182,6 +185,7 @@ class Scheduler:
         (self._mixes.setdefault(seq.mix_key, []) if seq.mix_key else self._base).append(seq)
         if seq.num_tokens - seq.num_computed > 1:
             self._prefilling.append(seq)
+        self._prompts.started(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """A running sequence gives back what it holds; the caller sets its new state."""
@@ -197,6 +201,7 @@ class Scheduler:
             self._prefilling.remove(seq)
         self._pool.release(seq.block_ids)
         seq.block_ids = []
+        self._prompts.stopped(seq)
 
     # -- planning
 
@@ -210,17 +215,19 @@ class Scheduler:
             if tokens > tokens_to_prefill:
                 failed = self._admit(tokens - tokens_to_prefill)
                 tokens = self._max_num_batched_tokens - (len(self._running) - len(self._prefilling))
-        return StepPlan(self._runs(self._chunks(tokens)), failed)
+        return StepPlan(self._runs(self._chunks(tokens)), failed, self._prompts.copies)
 
     def _grow(self) -> None:
-        """A block for each sequence that needs one more, oldest first; the youngest make way when there
-        is none. The oldest always goes on, so there is no livelock."""
+        """A block for each sequence that needs one more, oldest first; prompts kept for choices yet to
+        start make way when there is none, then the youngest. The oldest always goes on, so there is no
+        livelock."""
         growing, self._growing = self._growing, []
         if len(growing) > self._pool.available:
             growing.sort(key=lambda seq: seq.order)
         for seq in growing:
-            while seq.state is State.RUNNING and not self._pool.available and self.preempt_youngest():
-                pass
+            while seq.state is State.RUNNING and not self._pool.available:
+                if not (self._prompts.make_room() or self.preempt_youngest()):
+                    break
             if seq.state is State.RUNNING:
                 seq.block_ids += self._pool.allocate(1)
 
@@ -240,9 +247,10 @@ class Scheduler:
             start = seq.num_computed
             known = seq.num_tokens - start
             if known == 1:
-                runs.append(ScheduledRun(seq, start, 1, True))
+                runs.append(ScheduledRun(seq, seq.mix_key, start, 1, rows=1))
             elif seq in chunks:
-                runs.append(ScheduledRun(seq, start, chunks[seq], chunks[seq] == known))
+                ends = chunks[seq] == known
+                runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], rows=int(ends)))
         return runs
 
     def _admit(self, tokens: int) -> list[TokenOutput]:
@@ -257,6 +265,8 @@ class Scheduler:
         for seq in self._line.in_order(self._policy, self._running.keys(), now):
             if tokens <= 0 or len(self._running) == self._max_num_seqs:
                 break
+            if self._prompts.must_wait(seq):
+                continue
             answer = turns.take(seq)
             if answer is None:
                 continue
@@ -278,48 +288,67 @@ class Scheduler:
         Room for the whole prompt and not for its next chunk alone, so that two long prompts never preempt
         one another half-way; and one block more for each running sequence, which will soon want it.
         """
+        while not self._try_blocks(seq):
+            # Kept prompts make way; the one that it would share only where nobody runs who would make room.
+            if not self._prompts.make_room(but_for=seq if self._running else None):
+                return False
+        return True
+
+    def _try_blocks(self, seq: Sequence) -> bool:
         pool = self._pool
-        hits: list[int] = []
-        if pool.prefix_caching:
-            extend_hashes(seq.block_hashes, seq.tokens, seq.mix_key, pool.block_size)
-            # The last token is always computed: its logits give the next one.
-            hits = pool.match_prefix(seq.block_hashes[: (seq.num_tokens - 1) // pool.block_size])
+        # The last token is always computed: its logits give the next one.
+        most = (seq.num_tokens - 1) // pool.block_size
+        prompt = self._prompts.prompt_of(seq)
+        if prompt:
+            hits = prompt[:most]
+            pool.share(hits)
+        else:
+            hits = self._cached_blocks(seq, most)
         wanted = pool.blocks_for(seq.num_tokens) - len(hits)
         if wanted + len(self._running) > pool.available:
             pool.release(hits)
             return False
         seq.block_ids = hits + pool.allocate(wanted)
         seq.num_computed = len(hits) * pool.block_size
-        if not seq.num_preemptions:
+        if prompt:
+            self._prompts.copy(seq, prompt[most], seq.block_ids[most])
+            seq.num_computed = seq.num_tokens - 1
+        elif not seq.num_preemptions:
             seq.cached_tokens = seq.num_computed
             self.cached_prompt_tokens += seq.num_computed
         return True
+
+    def _cached_blocks(self, seq: Sequence, most: int) -> list[int]:
+        """Blocks of its prefix that the cache knows, with a reference to each."""
+        if not self._pool.prefix_caching:
+            return []
+        extend_hashes(seq.block_hashes, seq.tokens, seq.mix_key, self._pool.block_size)
+        return self._pool.match_prefix(seq.block_hashes[:most])
 
     # -- after the step
 
     def update(
         self,
         plan: StepPlan,
-        token_ids: Ordered[int],
-        logprobs: Ordered[Logprobs | None] | None = None,
+        token_ids: Ordered[Ordered[int]],
+        logprobs: Ordered[Ordered[Logprobs]] | None = None,
     ) -> list[TokenOutput]:
-        """Take in what a step computed. `token_ids`, and `logprobs` where there are any, hold one entry
-        for each run that samples, in plan order; entries of sequences ended since the plan are ignored.
-        Returns one output for each sequence that got a token. Raises ValueError on a wrong count."""
-        if len(token_ids) != plan.num_samples:
-            raise ValueError(f"{len(token_ids)} tokens for {plan.num_samples} runs that sample")
+        """Take in what a step computed: for each run, in plan order, the tokens that it gave its sequence
+        (none where a prompt goes on), and their log-probabilities where any were asked for. What belongs
+        to sequences ended since the plan is ignored. Returns one output for each sequence that got tokens.
+        Raises ValueError when there are not as many lists as runs."""
+        if len(token_ids) != len(plan.runs):
+            raise ValueError(f"{len(token_ids)} tokens for {len(plan.runs)} runs")
         outputs: list[TokenOutput] = []
-        sampled = 0
-        for run in plan.runs:
+        for at, run in enumerate(plan.runs):
             seq = run.seq
-            current = seq.state is State.RUNNING and seq.num_computed == run.start
-            if current:
-                self._computed(seq, run.num_tokens)
-            if run.samples:
-                if current:
-                    found = logprobs[sampled] if logprobs else None
-                    outputs.append(self._sampled(seq, token_ids[sampled], found))
-                sampled += 1
+            if plan.copies:
+                self._prompts.copied(seq)
+            if seq.state is not State.RUNNING or seq.num_computed != run.start:
+                continue
+            self._computed(seq, run.num_tokens)
+            if token_ids[at]:
+                outputs.append(self._sampled(seq, token_ids[at], logprobs[at] if logprobs else ()))
         return outputs
 
     def _computed(self, seq: Sequence, num_tokens: int) -> None:
@@ -330,27 +359,35 @@ class Scheduler:
             self.prompt_tokens += min(end, seq.num_prompt_tokens) - start
         if seq.num_tokens - start > 1 and seq.num_tokens - end <= 1:
             self._prefilling.remove(seq)
+        if seq.group is not None and end >= seq.num_prompt_tokens:
+            self._prompts.computed(seq)
         block_size = self._pool.block_size
         if self._pool.prefix_caching and end // block_size > start // block_size:
             extend_hashes(seq.block_hashes, seq.tokens[:end], seq.mix_key, block_size)
             for i in range(start // block_size, end // block_size):
                 self._pool.register(seq.block_ids[i], seq.block_hashes[i])
 
-    def _sampled(self, seq: Sequence, token: int, logprobs: Logprobs | None) -> TokenOutput:
-        seq.append(token)
-        self.generated_tokens += 1
-        reason = seq.finish_reason()
+    def _sampled(self, seq: Sequence, tokens: Ordered[int], logprobs: Ordered[Logprobs]) -> TokenOutput:
+        """Append the tokens, up to one that ends it."""
+        first, reason, taken = seq.num_generated == 0, None, []
+        for token in tokens:
+            seq.append(token)
+            taken.append(token)
+            reason = seq.finish_reason()
+            if reason is not None:
+                break
+        self.generated_tokens += len(taken)
         if reason is not None:
             self._end(seq)
         elif seq.num_computed == len(seq.block_ids) * self._pool.block_size:
             self._growing.append(seq)
         return TokenOutput(
             seq.request_id,
-            [token],
+            taken,
             finish_reason=reason,
-            stop_token=token if reason == "stop" else None,
-            cached_tokens=seq.cached_tokens if seq.num_generated == 1 else 0,
-            logprobs=None if logprobs is None else [logprobs],
+            stop_token=taken[-1] if reason == "stop" else None,
+            cached_tokens=seq.cached_tokens if first else 0,
+            logprobs=list(logprobs[: len(taken)]) or None,
         )
 
 

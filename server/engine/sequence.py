@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import enum
 import secrets
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.messages import AdapterRef, FinishReason, Request, SamplingParams
+from server.engine.messages import AdapterRef, FinishReason, Fork, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from server.engine.prompt_group import PromptGroup
 
 Tokens = npt.NDArray[np.int64]
 MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
+
+
+def _seed(asked: int | None) -> int:
+    return secrets.randbits(63) if asked is None else asked
 
 
 class State(enum.Enum):
@@ -35,7 +44,9 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "cached_tokens",
+        "group",
         "last_token",
+        "logits_state",
         "max_length",
         "mix_key",
         "num_computed",
@@ -56,7 +67,7 @@ class Sequence:
         self.sampling: SamplingParams = request.sampling
         self.adapters: tuple[AdapterRef, ...] = request.adapters
         self.mix_key: MixKey = tuple((ref.digest, ref.weight) for ref in request.adapters)
-        self.seed: int = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        self.seed: int = _seed(request.sampling.seed)
         self.arrival = arrival
         self.order = order
 
@@ -69,6 +80,8 @@ class Sequence:
         self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i + 1) * block_size)
         self.block_hashes: list[bytes] = []  # of the full blocks from the first on, as far as needed yet
         self.cached_tokens = 0  # prompt tokens that the prefix cache gave at the first admission
+        self.logits_state: dict[str, Any] = {}  # what logits processors keep from step to step
+        self.group: PromptGroup | None = None  # of the choices that its prompt is computed for
         self.num_preemptions = 0
         self.room_wanted_since: float | None = None  # first passed over for want of arena room
         self.stop_ids: frozenset[int] = frozenset(self.sampling.stop_token_ids)
@@ -76,6 +89,14 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence({self.request_id!r}, {self.state.value}, {self.num_computed}/{self.num_tokens})"
+
+    def fork(self, choice: Fork, order: int) -> Sequence:
+        """Another choice of the same request, as new as this one still is."""
+        other = copy(self)
+        other.request_id, other.seed, other.order = choice.request_id, _seed(choice.seed), order
+        other._buffer = self._buffer.copy()
+        other.block_ids, other.block_hashes, other.logits_state = [], [], {}
+        return other
 
     def limit(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Take on the model's own limits beside the request's."""

@@ -15,14 +15,14 @@ from server.engine.sequence import MixKey, Sequence
 from server.engine.step_plan import ScheduledRun
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
-from server.model.sampler import SampleRow
+from server.model.logits import SampleRow
 
 _SPARE_BLOCKS = 8  # columns of the block tables that sequences may grow into
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The T tokens of a step in plan order, and the N rows among them that a token is sampled from."""
+    """The T tokens of a step in plan order, and the N rows among them whose logits are wanted."""
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
@@ -30,7 +30,11 @@ class Batch:
     attention: AttentionPlan
     segments: Segments | None  # over the T tokens
     sample_segments: Segments | None  # over the N rows
-    samples: list[SampleRow]
+    samples: list[SampleRow]  # of the N rows
+    rows: list[int]  # how many of the N rows are each run's
+    copies: torch.Tensor | None = (
+        None  # [C, 2] int64: blocks to copy before anything is computed, from and to
+    )
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; itself where it is there already."""
@@ -44,6 +48,7 @@ class Batch:
             attention=self.attention.to(device),
             segments=None if self.segments is None else self.segments.to(device),
             sample_segments=None if self.sample_segments is None else self.sample_segments.to(device),
+            copies=None if self.copies is None else self.copies.to(device, non_blocking=True),
         )
 
 
@@ -64,17 +69,17 @@ class BatchBuilder:
         self._eos_token_ids = eos_token_ids
         self._last: _Last | None = None
 
-    def build(self, runs: Ordered[ScheduledRun]) -> Batch:
+    def build(self, runs: Ordered[ScheduledRun], copies: Ordered[tuple[int, int]] = ()) -> Batch:
         """The batch of a step, valid until the next is built.
 
-        Runs of one mix are neighbours, those of the base model come last.
+        Runs of one mix are neighbours, those of the base model come last. `copies`: see `StepPlan`.
         """
         if self._last is not None and self._follow(runs, self._last):
             batch = self._advanced(runs, self._last.batch)
         else:
             batch = self._built(runs)
         self._last = _Last(runs, [run.seq.block_ids for run in runs], batch)
-        return batch
+        return replace(batch, copies=torch.tensor(copies)) if copies else batch
 
     def _follow(self, runs: Ordered[ScheduledRun], last: _Last) -> bool:
         """Whether each run is one token, the one after the last step's, in the same blocks and some more.
@@ -89,8 +94,8 @@ class BatchBuilder:
                 run.seq is before.seq
                 and run.start == before.start + 1
                 and run.num_tokens == before.num_tokens == 1
-                and run.samples
-                and before.samples
+                and run.rows == before.rows == 1
+                and run.mix == before.mix
                 and run.seq.block_ids is block_ids
                 for run, before, block_ids in zip(runs, last.runs, last.block_ids, strict=True)
             )
@@ -134,18 +139,21 @@ class BatchBuilder:
         slots_T = tables[sequence_T, positions_T // block_size].astype(np.int64) * block_size
         slots_T += positions_T % block_size
 
-        sampling = [i for i, run in enumerate(runs) if run.samples]
-        segments = self._segments([(run.seq.mix_key, run.num_tokens) for run in runs])
+        rows_S = np.array([run.rows for run in runs])
+        before_S = rows_S.cumsum() - rows_S  # rows of the runs before
+        run_N = np.repeat(np.arange(len(runs)), rows_S)
+        rows_N = (query_starts[1:] - rows_S - before_S)[run_N] + np.arange(len(run_N))
+        segments = self._segments([(run.mix, run.num_tokens) for run in runs])
         sample_segments = segments
-        if len(sampling) < query_starts[-1]:  # not every token is sampled from
-            sample_segments = self._segments([(runs[i].seq.mix_key, 1) for i in sampling])
+        if len(rows_N) < query_starts[-1]:  # not every token's logits are wanted
+            sample_segments = self._segments([(run.mix, run.rows) for run in runs if run.rows])
 
         return Batch(
             token_ids=torch.from_numpy(
                 np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
             ),
             positions=torch.from_numpy(positions_T),
-            sample_rows=torch.from_numpy(query_starts[1:][sampling].astype(np.int64) - 1),
+            sample_rows=torch.from_numpy(rows_N.astype(np.int64)),
             attention=AttentionPlan(
                 query_starts=torch.from_numpy(query_starts),
                 context_lens=torch.from_numpy(context_S),
@@ -157,7 +165,8 @@ class BatchBuilder:
             ),
             segments=segments,
             sample_segments=sample_segments,
-            samples=[_sample_row(runs[i].seq, self._eos_token_ids) for i in sampling],
+            samples=[_sample_row(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()],
+            rows=rows_S.tolist(),
         )
 
     def _segments(self, runs: Iterable[tuple[MixKey, int]]) -> Segments | None:
@@ -191,4 +200,5 @@ def _sample_row(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
         tokens=seq.tokens,
         num_prompt_tokens=seq.num_prompt_tokens,
         eos_token_ids=eos_token_ids,
+        state=seq.logits_state,
     )

@@ -21,18 +21,20 @@ from server.model.attention.paged_cpu import AttentionStruct, PagedCpuAttention,
 from server.model.decoder_layers import DecoderLayers, Tables
 from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
 from server.model.packed_linear import LinearStruct, PackedLinear
-from server.native import SUFFIXES, constant, library
+from server.native import SUFFIXES, Mirror, compare, constant, library
 
 
-class NormStruct(ctypes.Structure):
+class NormStruct(Mirror):
     """`ChorusNorm` of native/decoder.cpp."""
 
+    c_name = "ChorusNorm"
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
-class LayerStruct(ctypes.Structure):
+class LayerStruct(Mirror):
     """`ChorusLayer` of native/decoder.cpp."""
 
+    c_name = "ChorusLayer"
     _fields_ = (
         *(
             (name, NormStruct)
@@ -52,9 +54,10 @@ class LayerStruct(ctypes.Structure):
     )
 
 
-class _Decoder(ctypes.Structure):
+class _Decoder(Mirror):
     """`ChorusDecoder` of native/decoder.cpp."""
 
+    c_name = "ChorusDecoder"
     _fields_ = (
         ("layers", ctypes.POINTER(LayerStruct)),
         ("num_layers", ctypes.c_int64),
@@ -213,6 +216,7 @@ def fuse_layers(
     lib = library()
     if lib is None:
         raise NotFusable("no compiled kernels")
+    compare(lib, NormStruct, LayerStruct, _Decoder)
     reader = LayerReader()
     read = [reader.layer(layer, caches[i], options[i]) for i, layer in enumerate(layers)]
     widths = {_widths(layer) for layer in read}

@@ -9,14 +9,15 @@ import logging
 import torch
 from torch import nn
 
-from server.native import SUFFIXES, library
+from server.native import SUFFIXES, Mirror, compare, library
 
 log = logging.getLogger(__name__)
 
 
-class LinearStruct(ctypes.Structure):
+class LinearStruct(Mirror):
     """`ChorusLinear` of native/linear.h."""
 
+    c_name = "ChorusLinear"
     _fields_ = (
         ("packed", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -31,6 +32,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, lib: ctypes.CDLL) -> None:
         super().__init__()
+        compare(lib, LinearStruct)
         weight_OI = linear.weight.detach().contiguous()
         self.out_features, self.in_features = weight_OI.shape
         suffix = SUFFIXES[weight_OI.dtype]

@@ -6,42 +6,73 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine.messages import LoraTarget
+from server.engine.messages import Logprobs, LoraTarget
 from server.lora.kernels.cpu import CpuKernels, cpu_kernels
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.linear import LoraStep, wrap_linears
 from server.model.attention.hf import PagedStep
-from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionBackend, LayerCache
 from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
 from server.model.flat_model import FlatModel
 from server.model.fused_layers import fuse_layers
-from server.model.graphs import Capture, DecodeGraphs
+from server.model.graphs import Capture, DecodeGraphs, NotCapturable
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
 from server.model.packed_linear import packed
+from server.model.proof import LENGTHS, PagedProbe, relative_error
 from server.model.sampler import Sampled, Sampler
 
 log = logging.getLogger(__name__)
 
-# of the probe's logits, against those of the model's own modules
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
-
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, LoraKernels]:
+def choose_kernels(loaded: LoadedModel) -> tuple[AttentionBackend, LoraKernels]:
     """Triton on CUDA, the compiled kernels (or the reference) on the CPU."""
-    if device.type == "cuda":
+    if loaded.device.type == "cuda":
         from server.lora.kernels.triton import TritonKernels  # needs Triton
         from server.model.attention.paged_triton import PagedTritonAttention
 
-        return PagedTritonAttention(), TritonKernels()
-    return paged_cpu_attention(dtype), cpu_kernels(dtype)
+        return PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype), TritonKernels()
+    return paged_cpu_attention(loaded.dtype), cpu_kernels(loaded.dtype)
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What each run of a step gave, in plan order: as many tokens as it has rows."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[Logprobs]]  # empty where no run asks for them
+    broken: list[int]  # runs whose logits held NaN or +Inf: no tokens there
+
+
+class Pending:
+    """A step that runs."""
+
+    def __init__(self, logits_NV: torch.Tensor, batch: Batch, sampler: Sampler) -> None:
+        self._logits, self._batch, self._sampler = logits_NV, batch, sampler
+
+    @torch.inference_mode()
+    def collect(self) -> StepResults:
+        """Its results; waits for the device."""
+        samples = self._batch.samples
+        sampled = self._sampler.sample(self._logits, samples) if samples else Sampled([], [], [])
+        ends = list(accumulate(self._batch.rows, initial=0))
+        of_runs = [slice(first, last) for first, last in pairwise(ends)]
+        logprobs: list[list[Logprobs]] = []
+        if any(sampled.logprobs):
+            logprobs = [[found for found in sampled.logprobs[rows] if found] for rows in of_runs]
+        broken: list[int] = []
+        if not all(sampled.finite):
+            broken = [run for run, rows in enumerate(of_runs) if not all(sampled.finite[rows])]
+        return StepResults([sampled.token_ids[rows] for rows in of_runs], logprobs, broken)
 
 
 class Runner:
@@ -55,7 +86,7 @@ class Runner:
         block_size: int,
         kernels: tuple[AttentionBackend, LoraKernels] | None = None,
     ) -> None:
-        backend, lora_kernels = kernels or choose_kernels(loaded.device, loaded.dtype)
+        backend, lora_kernels = kernels or choose_kernels(loaded)
         self._model = loaded.model
         self._lora = LoraStep(lora_kernels)
         self.max_mix_rank = lora_kernels.max_mix_rank
@@ -72,8 +103,8 @@ class Runner:
                 torch.zeros(*shape, spec.k_head_dim, dtype=loaded.dtype, device=loaded.device),
                 torch.zeros(*shape, spec.v_head_dim, dtype=loaded.dtype, device=loaded.device),
             )
-        self._device, self._vocab_size = loaded.device, loaded.vocab_size
-        self._cache = caches[0].k
+        self._device, self._proof = loaded.device, loaded.proof
+        self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
         self._attention = PagedStep(backend, caches)
         self._sampler = Sampler()
         self._graphs: DecodeGraphs | None = None
@@ -93,8 +124,6 @@ class Runner:
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             return False
-        batch = self._probe_batch(1, tokens=16)
-        want = self.logits(batch, None).float()  # before fusing, which may move weights
         try:
             fused = self._fused_layers(layers, loaded, caches, backend, kernels)
         except NotFusable as reason:
@@ -102,13 +131,13 @@ class Runner:
             return False
         del decoder.layers
         decoder.layers = fused.slots()
-        error = self._error(batch, want)
-        if not error < _TOLERANCE[loaded.dtype]:
-            log.info("the decoder layers run as torch modules: fused, their logits differ (by %.2g)", error)
+        batch, rows_N = self._probe().prompts()
+        if objection := self._proof.objection(self.logits(batch, None), rows_N):
+            log.warning("the decoder layers run as torch modules: fused, their logits differ: %s", objection)
             del decoder.layers
             decoder.layers = layers
             return False
-        self._flatten(loaded, fused, batch, usual=want)
+        self._flatten(loaded, fused, batch)
         return True
 
     def _fused_layers(
@@ -131,63 +160,53 @@ class Runner:
             return triton_layers(layers, caches, options, self._attention)
         raise NotFusable("no compiled kernels")
 
-    def _flatten(self, loaded: LoadedModel, fused: DecoderLayers, batch: Batch, usual: torch.Tensor) -> None:
+    def _flatten(self, loaded: LoadedModel, fused: DecoderLayers, batch: Batch) -> None:
         """Leave out transformers' outer forward too, where the logits are the same without it."""
         try:
             flat = FlatModel(loaded.model, fused, loaded.max_model_len)
-            with _large_logits(loaded.model, usual):  # which show what bends or caps them
-                want = self.logits(batch, None).float()
+            with _large_logits(loaded.model, self._proof.usual):  # which show what bends or caps them
+                want = self.logits(batch, None)
                 self._flat = flat
-                if not self._error(batch, want) < _TOLERANCE[loaded.dtype]:
+                if not relative_error(self.logits(batch, None), want) < self._proof.limit():
                     self._flat = None
                     raise NotFusable("without it, the logits differ")
         except NotFusable as reason:
             log.info("around the fused layers, transformers' forward stays: %s", reason)
 
-    def _probe_batch(self, sequences: int, tokens: int) -> Batch:
-        """Prompts of `tokens` tokens in the first blocks of the cache, base model only."""
-        blocks, _, block_size, _ = self._cache.shape
-        sequences, tokens = min(sequences, blocks), min(tokens, blocks * block_size)
-        tables = torch.arange(sequences * -(-tokens // block_size), dtype=torch.int32).view(sequences, -1)
-        positions = torch.arange(tokens)
-        slots = tables[:, positions // block_size] * block_size + positions % block_size
-        return Batch(
-            token_ids=(torch.arange(sequences * tokens) * 7919 + 11) % self._vocab_size,
-            positions=positions.repeat(sequences),
-            sample_rows=torch.arange(1, sequences + 1) * tokens - 1,
-            attention=AttentionPlan(
-                query_starts=torch.arange(sequences + 1, dtype=torch.int32) * tokens,
-                context_lens=torch.full((sequences,), tokens, dtype=torch.int32),
-                block_tables=tables,
-                slot_mapping=slots.flatten(),
-                num_seqs=sequences,
-                max_query_len=tokens,
-                max_context_len=tokens,
-            ),
-            segments=None,
-            sample_segments=None,
-            samples=[],
-        )
+    def _probe(self, sequences: int = len(LENGTHS)) -> PagedProbe:
+        return PagedProbe(self._proof, self._num_blocks, self._block_size, sequences)
 
-    def _error(self, batch: Batch, want: torch.Tensor, arena: ArenaView | None = None) -> float:
-        """How far the batch's logits are from `want`, relative."""
-        return float((self.logits(batch, arena).float() - want).norm() / want.norm())
+    @property
+    def fast_paths(self) -> dict[str, bool]:
+        """Which of the paths that replace transformers' own code are in use."""
+        return {
+            "fused": self.fused,
+            "flat": self._flat is not None,
+            "graphs": self._graphs is not None,
+        }
 
     @torch.inference_mode()
-    def run(self, batch: Batch, arena: ArenaView) -> Sampled:
-        """One forward over the batch, and a token for each of its sample rows."""
-        logits_NV = self.logits(batch, arena)
-        if not batch.samples:
-            return Sampled([], [], [])
-        return self._sampler.sample(logits_NV, batch.samples)
+    def launch(self, batch: Batch, arena: ArenaView) -> Pending:
+        """Begin the step of a batch on the host: the device has its work when this returns."""
+        if batch.copies is not None:
+            self._copy_blocks(batch.copies.to(self._device, non_blocking=True))
+        return Pending(self.logits(batch, arena), batch, self._sampler)
+
+    def _copy_blocks(self, copies_C2: torch.Tensor) -> None:
+        """K and V of whole blocks, in all layers."""
+        source_C, target_C = copies_C2.unbind(1)
+        for cache in self._caches.values():
+            for tensor in (cache.k, cache.v):
+                tensor.index_copy_(0, target_C, tensor.index_select(0, source_C))
 
     @torch.inference_mode()
     def logits(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
-        """[N, vocabulary] for the sample rows of a batch on the host; writes its K and V into the cache."""
+        """[N, vocabulary] for the rows of a batch on the host; writes its K and V into the cache."""
         if self._graphs is not None and arena is not None:
             logits_NV = self._graphs.logits(batch, arena)
             if logits_NV is not None:
                 return logits_NV
+        batch = replace(batch, attention=self._attention.prepare(batch.attention))
         return self._forward(batch.to(self._device), arena)
 
     @torch.inference_mode()
@@ -200,25 +219,27 @@ class Runner:
         """
         graphs = DecodeGraphs(
             self._forward,
+            self._attention.prepare,
             new_capture,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            block_size=self._cache.shape[2],
+            block_size=self._block_size,
             device=self._device,
         )
         started = time.monotonic()
-        batch = self._probe_batch(min(3, max_num_seqs), tokens=1)
-        want = self.logits(batch, arena).float()
         try:
             graphs.warm(arena)
-        except RuntimeError as reason:
+        except NotCapturable as reason:
             log.warning("decode steps run without CUDA graphs, they could not be captured: %s", reason)
             return
+        probe = self._probe(min(len(LENGTHS), max_num_seqs))
+        if (before := probe.but_the_last()) is not None:
+            self.logits(before, None)
+        batch, rows_N = probe.the_last()
         self._graphs = graphs
-        error = self._error(batch, want, arena)
-        if not error < _TOLERANCE[self._cache.dtype]:
+        if objection := self._proof.objection(self.logits(batch, arena), rows_N):
             self._graphs = None
-            log.warning("decode steps run without CUDA graphs: with them, the logits differ (by %.2g)", error)
+            log.warning("decode steps run without CUDA graphs: with them, the logits differ: %s", objection)
             return
         log.info("captured the decode steps in %.1f s", time.monotonic() - started)
 

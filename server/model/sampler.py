@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from server.engine.messages import Logprobs, SamplingParams
-from server.engine.sequence import Tokens
 from server.model.argmax import argmax
+from server.model.logits import SampleRow, processed, wanted
 
 _MASK = (1 << 64) - 1
 
@@ -30,22 +29,6 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-@dataclass(slots=True)
-class SampleRow:
-    """One sequence that gets a token this step."""
-
-    params: SamplingParams
-    seed: int
-    position: int  # of the token to be drawn, in the sequence
-    tokens: Tokens  # prompt and output
-    num_prompt_tokens: int
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def output(self) -> Tokens:
-        return self.tokens[self.num_prompt_tokens :]
-
-
 @dataclass(frozen=True)
 class Sampled:
     """Tokens in row order. `finite[n]` is False where the logits held NaN or +Inf: no token there."""
@@ -56,7 +39,7 @@ class Sampled:
 
 
 class Sampler:
-    """Greedy, temperature, top-k, top-p, min-p, penalties, logit bias, minimum length, logprobs."""
+    """Greedy, temperature, top-k, top-p, min-p, logprobs, after the processors of logits.py."""
 
     def sample(self, logits_NV: torch.Tensor, rows: Seq[SampleRow]) -> Sampled:
         """logits_NV: [N, vocabulary], any float type; `rows`: N of them."""
@@ -64,7 +47,7 @@ class Sampler:
         if not any(map(_more_than_greedy, rows)):
             return Sampled(token_ids, finite, [None] * len(rows))
         raw_NV = logits_NV.float()
-        scores_NV = self._adjust(raw_NV, rows)
+        scores_NV = processed(raw_NV, rows)
         if scores_NV is not raw_NV:
             token_ids, _ = argmax(scores_NV)
         drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
@@ -84,16 +67,6 @@ class Sampler:
             for n, row in enumerate(rows)
         ]
         return Sampled(token_ids, finite, logprobs)
-
-    def _adjust(self, raw_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
-        """Penalties, bias and minimum length; the input itself when no row asks for any."""
-        changed = [n for n, row in enumerate(rows) if _changes_logits(row)]
-        if not changed:
-            return raw_NV
-        scores_NV = raw_NV.clone()
-        for n in changed:
-            _adjust_row(scores_NV[n], rows[n])
-        return scores_NV
 
     @staticmethod
     def _logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> Logprobs:
@@ -154,40 +127,5 @@ def _cuts(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _needs_eos_ban(row: SampleRow) -> bool:
-    return len(row.tokens) - row.num_prompt_tokens < row.params.min_tokens
-
-
 def _more_than_greedy(row: SampleRow) -> bool:
-    return row.params.temperature > 0 or row.params.logprobs is not None or _changes_logits(row)
-
-
-def _changes_logits(row: SampleRow) -> bool:
-    params = row.params
-    return bool(
-        params.logit_bias
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or _needs_eos_ban(row)
-    )
-
-
-def _adjust_row(scores_V: torch.Tensor, row: SampleRow) -> None:
-    """In place. Repetition penalty over prompt and output (Keskar et al. 2019), the others as OpenAI's."""
-    params = row.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.as_tensor(np.unique(row.tokens), device=scores_V.device)
-        scores = scores_V[seen]
-        scores_V[seen] = torch.where(
-            scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
-        )
-    if (params.presence_penalty or params.frequency_penalty) and len(row.output):
-        counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
-        scores_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=scores_V.device)
-        scores_V[ids] += torch.tensor(list(params.logit_bias.values()), device=scores_V.device)
-    if _needs_eos_ban(row):
-        banned = [*row.params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)]
-        scores_V[torch.tensor(banned, dtype=torch.long, device=scores_V.device)] = float("-inf")
+    return row.params.temperature > 0 or row.params.logprobs is not None or bool(wanted(row))

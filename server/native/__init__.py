@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -63,6 +64,24 @@ def libraries() -> Iterator[ctypes.CDLL]:
 def constant(lib: ctypes.CDLL, name: str) -> int:
     """A number that the compiled code was built with and its callers count on."""
     return ctypes.c_int64.in_dll(lib, f"chorus_{name}").value
+
+
+class Mirror(ctypes.Structure):
+    """A struct of the compiled code, field by field in order; `c_name` is its name there."""
+
+    c_name: ClassVar[str]
+
+
+def compare(lib: ctypes.CDLL, *mirrors: type[Mirror]) -> None:
+    """Raises RuntimeError where a struct of the library is another than its mirror: it would be misread."""
+    for mirror in mirrors:
+        here = [ctypes.sizeof(mirror), *(getattr(mirror, name).offset for name, *_ in mirror._fields_)]
+        found = (ctypes.c_int64 * (2 * len(here)))()
+        count = lib[f"chorus_layout_{mirror.c_name}"](found, ctypes.c_int64(len(found)))
+        if here != found[: min(count, len(found))]:
+            raise RuntimeError(
+                f"the compiled CPU kernels have another {mirror.c_name} than this code: run `make setup`"
+            )
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 // Paged attention for torch: see attention.h. The Python side is model/attention/paged_cpu.py.
 #include "attention.h"
+#include "layout.h"
 
 namespace {
 
@@ -38,3 +39,10 @@ void chorus_attention_bf16(const ChorusPlan* p, const ChorusAttention* a, int64_
     run<bf16>(*p, *a, threads);
 }
 }
+
+CHORUS_LAYOUT(ChorusPlan, &S::query_starts, &S::context_lens, &S::block_tables, &S::slot_mapping, &S::num_seqs,
+              &S::table_stride, &S::num_tokens, &S::block_size)
+
+CHORUS_LAYOUT(ChorusAttention, &S::query, &S::key, &S::value, &S::out, &S::k_cache, &S::v_cache, &S::q_token,
+              &S::q_head, &S::k_token, &S::k_head, &S::v_token, &S::v_head, &S::heads, &S::kv_heads, &S::k_dim,
+              &S::v_dim, &S::window, &S::scale, &S::softcap, &S::sinks)

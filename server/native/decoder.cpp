@@ -5,6 +5,7 @@
 // each of the four norms may be missing. The sum x is kept in float32. The Python side, which reads a layer off
 // the model and proves that it computes the same, is model/fused_layers.py.
 #include "attention.h"
+#include "layout.h"
 #include "linear.h"
 #include "lora.h"
 #include "maths.h"
@@ -302,3 +303,13 @@ void chorus_decoder_bf16(const ChorusDecoder* d, int64_t threads) {
     run_team(threads, [&](Member& me) { Forward<bf16>(me, *d).run(); });
 }
 }
+
+CHORUS_LAYOUT(ChorusNorm, &S::weight, &S::eps)
+
+CHORUS_LAYOUT(ChorusLayer, &S::attention_in, &S::attention_out, &S::mlp_in, &S::mlp_out, &S::q_norm, &S::k_norm,
+              &S::qk_norm_width, &S::qkv, &S::output, &S::gate_up, &S::down, &S::num_qkv, &S::num_gate_up,
+              &S::attention, &S::rotary_dim, &S::gelu, &S::residual_multiplier)
+
+CHORUS_LAYOUT(ChorusDecoder, &S::layers, &S::num_layers, &S::hidden_size, &S::plan, &S::segments, &S::cos, &S::sin,
+              &S::positions, &S::final_norm, &S::sample_rows, &S::num_samples, &S::sampled, &S::hidden,
+              &S::residual, &S::normed, &S::qkv, &S::attended, &S::projected, &S::activated)

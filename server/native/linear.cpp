@@ -1,5 +1,6 @@
 // Packed linear layers for torch: see linear.h. The Python side is model/packed_linear.py.
 #include "linear.h"
+#include "layout.h"
 
 namespace {
 
@@ -61,3 +62,5 @@ void chorus_linear_f32(const ChorusLinear* l, const float* x, int64_t ldx, int64
     run(*l, x, ldx, tokens, y, ldy, threads);
 }
 }
+
+CHORUS_LAYOUT(ChorusLinear, &S::packed, &S::bias, &S::in, &S::out, &S::module)

@@ -1,5 +1,6 @@
 // Segmented LoRA for torch: see lora.h. The Python side is lora/kernels/cpu.py.
 #include "lora.h"
+#include "layout.h"
 
 namespace {
 
@@ -38,3 +39,7 @@ void chorus_lora_bf16(const ChorusSegments* s, int64_t module, bf16* y, int64_t 
     apply(*s, module, y, ldy, x, ldx, in, out, threads);
 }
 }
+
+CHORUS_LAYOUT(ChorusSegments, &S::token_starts, &S::entry_starts, &S::slots, &S::weights, &S::num_segments,
+              &S::modules, &S::arena, &S::offsets, &S::ranks, &S::products, &S::product_stride, &S::product_starts,
+              &S::deltas, &S::delta_stride)

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from server.engine.adapter_gate import Acquire, AcquireStatus
 from server.engine.block_pool import BlockPool
 from server.engine.messages import AdapterRef, ErrorCode, Request, SamplingParams, TokenOutput
+from server.engine.prompt_group import sequences_of
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import MixKey, Sequence
 from server.engine.step_plan import StepPlan
@@ -124,7 +125,10 @@ class FakeModel:
         self.num_blocks = num_blocks
         self.computed: Counter[str] = Counter()  # tokens, by request
 
-    def __call__(self, plan: StepPlan) -> list[int]:
+    def __call__(self, plan: StepPlan) -> list[list[int]]:
+        for source, target in plan.copies:
+            for place in range(self.block_size):
+                self.cache[target, place] = self.cache.get((source, place))
         for run in plan.runs:
             for position in range(run.start, run.start + run.num_tokens):
                 self.cache[self._place(run.seq, position)] = self._past(run.seq, position)
@@ -134,8 +138,7 @@ class FakeModel:
             end = run.start + run.num_tokens
             for position in range(end):
                 assert self.cache[self._place(run.seq, position)] == self._past(run.seq, position)
-            if run.samples:
-                sampled.append(next_token(run.seq.tokens.tolist(), run.seq.mix_key))
+            sampled.append([next_token(run.seq.tokens.tolist(), run.mix)] * run.rows)
         return sampled
 
     def _place(self, seq: Sequence, position: int) -> tuple[int, int]:
@@ -212,16 +215,17 @@ class Harness:
         self.started: dict[str, float] = {}  # request -> second of its first run
 
     def add(self, *requests: Request) -> list[Sequence]:
+        """Their sequences, forks after the request that they belong to."""
         added = []
         for item in requests:
-            seq = Sequence(item, self.clock(), order=len(self.sequences))
-            self.sequences[item.request_id] = seq
-            self.requests[item.request_id] = item
-            self.outputs[item.request_id] = []
-            refused = self.scheduler.add(seq)
-            if refused is not None:
-                self.collect([refused])
-            added.append(seq)
+            for seq in sequences_of(item, self.clock(), order=len(self.sequences)):
+                self.sequences[seq.request_id] = seq
+                self.requests[seq.request_id] = item
+                self.outputs[seq.request_id] = []
+                refused = self.scheduler.add(seq)
+                if refused is not None:
+                    self.collect([refused])
+                added.append(seq)
         return added
 
     def collect(self, outputs: list[TokenOutput]) -> None:

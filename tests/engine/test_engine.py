@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from server.engine.messages import (
     Request,
     UnloadAdapter,
 )
+from server.registry.peft_format import judge
 from tests.engine.harness import adapter_ref, assert_at_rest, busy, greedy, make_engine, run, tokens_of
 from tests.model.tiny_models import VOCAB, add_adapter, build, targets_of
 
@@ -253,6 +255,67 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_only(
     assert [o.error for o in outputs["lost"]] == [ErrorCode.ADAPTER_LOAD_FAILED]
     assert str(tmp_path) not in outputs["lost"][0].message
     assert len(tokens_of(outputs["fine"])) == 4
+
+
+@pytest.fixture
+def loads_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No adapter comes in until this is set."""
+    go_on = threading.Event()
+
+    def held(*args: object, **kwargs: object) -> object:
+        assert go_on.wait(timeout=30)
+        return judge(*args, **kwargs)
+
+    monkeypatch.setattr("server.lora.loader.judge", held)
+    yield go_on
+    go_on.set()
+
+
+def test_a_load_under_way_costs_no_steps(
+    model: Path, adapter: Path, engines: list[Engine], loads_held: threading.Event
+) -> None:
+    """Nor does one that landed wait for the next look: it wakes the engine."""
+    engine = make_engine(model)
+    engines.append(engine)
+    engine.add(greedy("r", prompt(5, 1), 4, [adapter_ref(adapter)]))
+    engine.load_adapter(LoadAdapter(1, adapter_ref(adapter)))
+    steps = 0
+    while engine.idle_ms() == 0:
+        engine.step()
+        steps += 1
+    assert steps <= 2
+    assert engine.idle_ms() is not None
+    assert not engine.wait(0)
+    loads_held.set()
+    while (idle_ms := engine.idle_ms()) is not None:
+        assert idle_ms == 0 or engine.wait(30)  # nothing else wakes it
+        engine.step()
+        steps += 1
+    assert engine.stats().generated_tokens == 4
+    assert steps <= 12
+    assert not engine.wait(0)  # steps take notice of it
+
+
+def test_what_leaves_room_behind_is_followed_by_a_step(
+    model: Path, adapter: Path, tmp_path: Path, engines: list[Engine]
+) -> None:
+    """The next in line is asked when the last one that ran has ended, though nothing landed meanwhile."""
+    refs = [adapter_ref(adapter), variant(adapter, tmp_path / "other", seed=3)]
+    roomy = make_engine(model)
+    engines.append(roomy)
+    engine = make_engine(model, arena_bytes=packed_bytes(roomy, refs[0]))
+    engines.append(engine)
+    for ref in refs:  # both are on the host
+        load(engine, ref)
+    engine.add(greedy("running", prompt(5, 1), 4, [refs[1]]))
+    engine.add(greedy("waiting", prompt(5, 1), 4, [refs[0]]))
+    while not (stats := engine.stats()).waiting_for_adapter or stats.running:
+        assert engine.idle_ms() == 0
+        engine.step()
+    assert engine.idle_ms() == 0
+    engine.step()
+    assert engine.wait(30)  # its copy is under way
+    assert len(tokens_of(run(engine)["waiting"])) == 4
 
 
 def test_what_can_never_fit_is_refused(model: Path, engines: list[Engine]) -> None:

@@ -12,7 +12,7 @@ from tests.engine.fake_step import FakeGate, Harness, alone, request
 
 
 def described(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
-    return [(run.seq.request_id, run.start, run.num_tokens, run.samples) for run in plan.runs]
+    return [(run.seq.request_id, run.start, run.num_tokens, run.rows > 0) for run in plan.runs]
 
 
 # -- one sequence, and the shape of a plan
@@ -44,7 +44,7 @@ def test_a_plan_counts_its_tokens_and_samples() -> None:
     h.add(request("a", 4), request("b", 20))
     plan = h.step()
     assert described(plan) == [("a", 0, 4, True), ("b", 0, 6, False)]
-    assert (plan.num_tokens, plan.num_samples) == (10, 1)
+    assert (plan.num_tokens, plan.num_rows) == (10, 1)
 
 
 def test_a_long_prompt_is_chunked_beside_a_stream_that_gets_a_token_every_step() -> None:
@@ -113,7 +113,7 @@ def test_logprobs_go_out_with_their_token() -> None:
     h.add(request("a", 2), request("b", 2))
     plan = h.scheduler.plan()
     found = Logprobs(3, -0.5, [(3, -0.5)])
-    outputs = h.scheduler.update(plan, [3, 4], [found, None])
+    outputs = h.scheduler.update(plan, [[3], [4]], [[found], []])
     assert [(o.token_ids, o.logprobs) for o in outputs] == [([3], [found]), ([4], None)]
 
 
@@ -286,7 +286,7 @@ def test_a_plan_from_before_a_preemption_is_not_taken_in() -> None:
     old = h.scheduler.plan()
     assert h.scheduler.preempt_youngest()
     h.scheduler.plan()  # "b" starts again
-    assert [output.request_id for output in h.scheduler.update(old, [1, 1])] == ["a"]
+    assert [output.request_id for output in h.scheduler.update(old, [[1], [1]])] == ["a"]
     assert h.sequences["b"].num_computed == 0
 
 

@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.messages import AdapterRef, ErrorCode, Request
+from server.engine.messages import AdapterRef, ErrorCode, Fork, Request
 from server.engine.sequence import Sequence, State
 from server.engine.step_plan import StepPlan
 from tests.engine.fake_step import FakeGate, Harness, alone, request
@@ -79,8 +80,9 @@ class TraceHarness(Harness):
         rng = self.rng
         wanted = rng.randint(0, 2) if self.life.adapters else 0
         mix = {f"adapter{rng.randrange(self.life.adapters)}" for _ in range(wanted)}
-        return request(
-            f"r{len(self.sequences)}",
+        name = f"r{len(self.sequences)}"
+        alone_ = request(
+            name,
             [rng.choice([1, 1, 2]) for _ in range(rng.randint(1, 30))],
             *(AdapterRef(digest, "/", rng.choice([1.0, 1.0, 0.5])) for digest in sorted(mix)),
             max_tokens=rng.randint(1, 12),
@@ -89,6 +91,8 @@ class TraceHarness(Harness):
             stop_token_ids=(4,) if rng.random() < 0.2 else (),
             seed=1,
         )
+        forks = rng.choice([0, 0, 0, 1, 4])
+        return msgspec.structs.replace(alone_, forks=tuple(Fork(f"{name}.{k}") for k in range(forks)))
 
     def trouble(self) -> None:
         rng = self.rng
@@ -141,7 +145,12 @@ class TraceHarness(Harness):
             assert seq.num_computed <= len(seq.block_ids) * pool.block_size
             for i, block in enumerate(seq.block_ids):
                 holders.setdefault(block, []).append((seq, i))
-        assert pool.held == len(holders)
+        prompts = scheduler._prompts
+        kept = {block for group in prompts._kept for block in group.block_ids}
+        kept |= {source for source, _ in prompts.copies}
+        assert pool.held == len(holders.keys() | kept)
+        assert all(group.waiting and group.leader is None for group in prompts._kept)
+        assert set(prompts._copies) <= set(running)
         for sharing in holders.values():
             if len(sharing) > 1:
                 first, _ = sharing[0]
@@ -204,8 +213,11 @@ def test_every_token_is_computed_or_taken_from_the_cache_once(life: Life) -> Non
             taken = h.outputs[name][0].cached_tokens
             assert taken < prompt
             assert taken % life.block_size == 0
-            assert h.model.computed[name] + taken == prompt + len(h.tokens(name)) - 1
-            computed += prompt - taken
+            shared = 0
+            if seq.group is not None and h.model.computed[name] == len(h.tokens(name)):
+                shared = prompt - 1 - taken  # all but the last token are another choice's
+            assert h.model.computed[name] + taken + shared == prompt + len(h.tokens(name)) - 1
+            computed += prompt - taken - shared
             cached += taken
     assert h.scheduler.prompt_tokens >= computed
     assert h.scheduler.cached_prompt_tokens >= cached

@@ -33,7 +33,7 @@ def sequence(number: int, mix: tuple[str, ...] = (), prompt: int = 9) -> Sequenc
 
 
 def decode(sequences: list[Sequence]) -> list[ScheduledRun]:
-    return [ScheduledRun(seq, seq.num_computed, 1, True) for seq in sequences]
+    return [ScheduledRun(seq, seq.mix_key, seq.num_computed, 1, rows=1) for seq in sequences]
 
 
 def sampled(sequences: list[Sequence]) -> None:
@@ -140,7 +140,7 @@ def test_parts_of_prompts_are_built_anew(running: Running) -> None:
     late = sequence(2, prompt=12)
     late.num_computed = 0
     for start, tokens, samples in ((0, 5, False), (5, 6, False), (11, 1, True)):
-        runs = [*decode(sequences), ScheduledRun(late, start, tokens, samples)]
+        runs = [*decode(sequences), ScheduledRun(late, (), start, tokens, int(samples))]
         batch = batches.build(runs)
         assert_same(batch, builder().build(runs))
         assert batch.sample_rows.tolist() == [0, 1, 2][: 2 + samples]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from server.engine.messages import SamplingParams
-from server.model.sampler import Sampler, SampleRow, uniform
+from server.model.logits import PROCESSORS, SampleRow, wanted
+from server.model.sampler import Sampler, uniform
 
 VOCAB = 50
 
@@ -151,3 +152,24 @@ def test_extreme_temperatures_stay_finite() -> None:
     for temperature in (1e-6, 1e6):
         (token,) = Sampler().sample(batch, [row(temperature=temperature)]).token_ids
         assert 0 <= token < VOCAB
+
+
+def test_every_option_that_changes_logits_is_one_processor() -> None:
+    """Each is wanted by the rows that ask for it and by no others."""
+    asks: list[dict[str, object]] = [
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 2},
+    ]
+    for processor, params in zip(PROCESSORS, asks, strict=True):
+        assert wanted(row(output=[4], **params)) == [processor]
+    assert wanted(row(output=[4], temperature=0.3, top_k=2, logprobs=3)) == []
+
+
+def test_what_a_processor_keeps_stays_with_the_sequence() -> None:
+    asked = row(temperature=0.0, logit_bias={33: 50.0})
+    assert Sampler().sample(logits(), [asked]).token_ids == [33]
+    kept = asked.state["logit_bias"]
+    assert Sampler().sample(logits(1), [asked]).token_ids == [33]
+    assert asked.state["logit_bias"] is kept
