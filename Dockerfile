@@ -43,7 +43,7 @@ COPY server server
 # hadolint ignore=SC2086
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install $PIP_EXTRA_ARGS --no-deps . \
-    && python -P -c "from server.native import library; assert library(), 'the CPU kernels do not load'"
+    && python -P -c "from server.devices.cpu.native import library; assert library(), 'the CPU kernels do not load'"
 
 
 FROM ${BASE_IMAGE} AS runtime

@@ -14,7 +14,7 @@ help:  ## what there is
 
 setup: .venv/installed  ## a .venv in this folder with `chorus` in it
 
-.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard server/native/*.cpp server/native/*.h)
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard server/devices/cpu/native/*.cpp server/devices/cpu/native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -50,4 +50,4 @@ format: setup  ## format and sort imports
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what set-up and builds made
-	rm -rf .venv build *.egg-info server/native/*.so
+	rm -rf .venv build *.egg-info server/devices/cpu/native/*.so

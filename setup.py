@@ -1,6 +1,7 @@
 """Builds the optional CPU kernels; everything else is in pyproject.toml.
 
-One source, one library for each instruction set; `server.native` loads the best one the machine can run.
+One source, one library for each instruction set; `server.devices.cpu.native` loads the best
+one the machine can run.
 They are plain C++ with a C interface (no Python or torch headers), so they build in seconds. Each is
 optional: without a compiler, Chorus installs all the same and uses its torch paths.
 """
@@ -25,9 +26,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 setup(
     ext_modules=[
         Extension(
-            f"server.native.{name}",
-            sources=[f"server/native/{unit}.cpp" for unit in UNITS],
-            depends=[str(header) for header in Path("server/native").glob("*.h")],
+            f"server.devices.cpu.native.{name}",
+            sources=[f"server/devices/cpu/native/{unit}.cpp" for unit in UNITS],
+            depends=[str(header) for header in Path("server/devices/cpu/native").glob("*.h")],
             extra_compile_args=COMMON + flags,
             optional=True,
         )

@@ -20,9 +20,8 @@ import zmq
 from numpy.typing import NDArray
 
 from load_tests.fake_engine import empty_stats, engine_info
-from server.engine.adapter_gate import Acquire, AcquireStatus
-from server.engine.block_pool import BlockPool
-from server.engine.messages import (
+from server.engine.worker import Worker
+from server.messages import (
     AdapterRef,
     AdapterResult,
     EngineStats,
@@ -32,10 +31,11 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.worker import Worker
 from server.model.batch import BatchBuilder
+from server.scheduling.adapter_gate import Acquire, AcquireStatus
+from server.scheduling.block_pool import BlockPool
+from server.scheduling.scheduler import Scheduler
+from server.scheduling.sequence import Sequence
 
 PARTS = ("plan", "batch", "update", "publish")
 

@@ -18,8 +18,8 @@ def main() -> None:
     # Only now: some libraries start threads when they are imported, and those keep the cores of that moment.
     from server.api.listen import bind, run
     from server.base_model import BaseModel
+    from server.border.client import ProcessEngineClient
     from server.config import Settings
-    from server.engine.client import ProcessEngineClient
 
     settings = Settings(
         model=model,

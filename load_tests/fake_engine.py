@@ -13,7 +13,7 @@ from functools import cache
 import msgspec
 
 from server.config import Settings
-from server.engine.messages import (
+from server.messages import (
     AdapterResult,
     EngineInfo,
     EngineStats,

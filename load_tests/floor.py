@@ -80,7 +80,7 @@ def multiply_rate(dtype: str = "bfloat16", rounds: int = 20) -> float:
     """Floating-point operations/s in [512, 2048] times [2048, 2048]: the best of torch and our kernel."""
     import torch  # the other commands of load_tests do without it
 
-    from server.model.packed_linear import packed
+    from server.devices.cpu.linear import packed
 
     linear = torch.nn.Linear(2048, 2048, bias=False, dtype=getattr(torch, dtype)).requires_grad_(False)
     x = torch.randn(512, 2048).to(linear.weight.dtype)

@@ -16,7 +16,7 @@ from pydantic_settings import SettingsError
 import server
 from server import adapters_cli
 from server.config import Settings
-from server.telemetry.logging import configure
+from server.log import configure
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +56,7 @@ def serve(**flags: Any) -> None:
     configure(settings.log_level)
     from server.api.listen import serve as listen  # the HTTP stack: not for --help and --version
     from server.base_model import StartError
-    from server.engine.client import ProcessEngineClient
+    from server.border.client import ProcessEngineClient
 
     try:
         code = listen(settings, ProcessEngineClient)

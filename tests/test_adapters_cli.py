@@ -78,7 +78,7 @@ def test_the_journey_of_an_adapter(run: Run, site: Site, tmp_path: Path) -> None
 def test_a_delete_that_waits_says_so(
     run: Run, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.adapters._DELETE_WAIT_S", 0.01)
+    monkeypatch.setattr("server.api.adapters.routes._DELETE_WAIT_S", 0.01)
     run("upload", "a", str(adapter_files.write(tmp_path / "source")))
     with site.registry.acquire("a"):
         assert "when the running ones have finished" in run("delete", "a").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,39 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What each room may import of `server` besides itself. A new line here is a new dependency: a decision.
-MAY_IMPORT = {
-    "api": {
-        "base_model",
-        "config",
-        "errors",
-        "engine.client",
-        "engine.messages",
-        "registry",
-        "telemetry",
-        "text",
-    },
-    "text": {"errors"},
-    "registry": {"config", "errors", "engine.messages"},
-    "telemetry": {"engine.client", "engine.messages"},
-    "engine": {"config", "errors", "telemetry.logging"},
-    "engine.engine": {"config", "engine", "lora", "model"},
-    "model": {"config", "engine.messages", "engine.sequence", "engine.step_plan", "lora", "native"},
-    "lora": {"engine.adapter_gate", "engine.messages", "errors", "native", "registry.peft_format"},
-    "native": set(),
-}
+DRAWING = ROOT / "docs" / "architecture.md"
+WORDS = {"messages", "errors", "config", "log"}  # single files that cross rooms
+TOPS = {"cli", "__main__", "adapters_cli"}  # what starts the rest
 HTTP = {"fastapi", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "triton"}
-SCHEDULING = (
-    "scheduler",
-    "block_pool",
-    "sequence",
-    "step_plan",
-    "policy",
-    "waiting_line",
-    "adapter_turns",
-    "adapter_gate",
-)
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
 
 
@@ -100,13 +73,20 @@ def reached(module: str) -> dict[str, list[str]]:
 
 
 def room_of(module: str) -> str:
-    """`server.model.attention.hf` -> `model`; the one module with rights of its own keeps its name."""
-    inside = module.removeprefix("server.")
-    return inside if inside in MAY_IMPORT else inside.partition(".")[0]
+    """`server.model.attention.hf` -> `model`."""
+    return module.removeprefix("server.").partition(".")[0]
 
 
 def in_rooms(*rooms: str) -> list[str]:
-    return [module for module in modules() if module.startswith(tuple(f"server.{room}" for room in rooms))]
+    return [module for module in modules() if module != "server" and room_of(module) in rooms]
+
+
+@cache
+def may_import() -> dict[str, set[str]]:
+    """What each room may import besides itself, as docs/architecture.md draws it, lowest room first."""
+    table = DRAWING.read_text(encoding="utf-8").split("## Walls and seams", 1)[1]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) \|$", table, re.MULTILINE)
+    return {room: set(re.findall(r"`(\w+)`", allowed)) for room, allowed in rows}
 
 
 def assert_never_reaches(module: str, forbidden: set[str]) -> None:
@@ -121,43 +101,76 @@ def test_lazy_imports_and_submodules_are_seen() -> None:
     assert len(modules()) > 50
 
 
-@pytest.mark.parametrize("module", in_rooms("api", "text", "registry", "telemetry"))
+@pytest.mark.parametrize("module", in_rooms("api", "border", "peft", "registry", "telemetry", "text"))
 def test_the_face_reaches_no_tensor_library(module: str) -> None:
     assert_never_reaches(module, TENSORS)
 
 
-@pytest.mark.parametrize("name", SCHEDULING)
-def test_scheduling_reaches_no_tensor_library(name: str) -> None:
-    assert_never_reaches(f"server.engine.{name}", TENSORS)
+@pytest.mark.parametrize("module", in_rooms("scheduling"))
+def test_scheduling_reaches_no_tensor_library(module: str) -> None:
+    assert_never_reaches(module, TENSORS)
 
 
-@pytest.mark.parametrize("module", in_rooms("engine", "model", "lora", "native"))
+@pytest.mark.parametrize("module", in_rooms("engine", "model", "lora", "devices", "scheduling"))
 def test_the_engine_reaches_no_http_library(module: str) -> None:
     assert_never_reaches(module, HTTP)
 
 
 def test_torch_is_imported_where_steps_are_run_and_nowhere_else() -> None:
     importers = {module for module in modules() if imports_of(module) & TENSORS}
-    assert importers <= {*in_rooms("model", "lora", "native"), "server.engine.engine"}
+    assert importers <= {*in_rooms("model", "lora", "devices"), "server.engine.engine"}
 
 
 def test_only_the_engine_sees_scheduler_and_runner() -> None:
-    both = {"server.engine.scheduler", "server.model.runner"}
+    both = {"server.scheduling.scheduler", "server.model.runner"}
     assert [module for module in modules() if both <= {*imports_of(module), module}] == [
         "server.engine.engine"
     ]
 
 
-@pytest.mark.parametrize("module", in_rooms(*MAY_IMPORT))
-def test_rooms_see_only_their_neighbours(module: str) -> None:
+def test_the_drawing_has_every_room() -> None:
+    rooms = {room_of(module) for module in modules() if module != "server"}
+    assert set(may_import()) == rooms - WORDS - TOPS
+
+
+@pytest.mark.parametrize("module", in_rooms(*may_import(), *WORDS))
+def test_rooms_see_only_what_the_drawing_allows(module: str) -> None:
     room = room_of(module)
-    allowed = {room, *MAY_IMPORT[room]}
-    for name in imports_of(module) & modules().keys() - {"server"}:
-        inside = name.removeprefix("server.")
-        inside_and_around = {inside, *parents(inside)}
-        if any(other.startswith(f"{name}.") for other in imports_of(module) & modules().keys()):
-            continue  # the package of a module that is judged by itself
-        assert inside_and_around & allowed, f"{module} imports {name}"
+    allowed = {room} if room in WORDS else {room, *may_import()[room]}
+    seen = {room_of(name) for name in imports_of(module) & modules().keys() - {"server"}}
+    assert seen <= allowed, f"{module} imports {sorted(seen - allowed)}"
+
+
+def test_the_drawing_is_what_the_code_does() -> None:
+    """An arrow that nobody uses is taken out."""
+    for room, allowed in may_import().items():
+        used = {room_of(name) for module in in_rooms(room) for name in imports_of(module) & modules().keys()}
+        assert allowed <= used, f"{room} may import {sorted(allowed - used)} and does not"
+
+
+def test_no_arrow_runs_up() -> None:
+    order = [*WORDS, *may_import()]
+    for room, allowed in may_import().items():
+        assert all(order.index(other) < order.index(room) for other in allowed), room
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports for type checkers count too."""
+    for start in modules():
+        ahead, seen = list(direct(start)), set[str]()
+        while ahead:
+            name = ahead.pop()
+            assert name != start, f"{start} imports itself through others"
+            if name not in seen:
+                seen.add(name)
+                ahead += direct(name)
+
+
+@cache
+def direct(module: str) -> frozenset[str]:
+    """The modules of `server` that it imports, without the packages around them."""
+    names = imports_of(module) & modules().keys() - {module}
+    return frozenset(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
 
 def test_the_environment_is_read_in_one_place() -> None:

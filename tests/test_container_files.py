@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.config import Settings
-from server.engine.messages import EngineInfo, EngineStats
+from server.messages import EngineInfo, EngineStats
 from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from load_tests.gpu.timing import copy_rate, device, median_seconds
+from server.devices.cuda.attention import PagedTritonAttention
 from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
-from server.model.attention.paged_triton import PagedTritonAttention
 
 if TYPE_CHECKING:
     from load_tests.gpu.context import Context

@@ -26,12 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.lora import TritonKernels
 from server.lora.kernels.interface import ArenaView
-from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
-from server.model.attention.paged_triton import PagedTritonAttention
-from server.model.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.model.layer_reader import Norm
 
 MULTIPROCESSORS = 132

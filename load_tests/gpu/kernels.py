@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from load_tests.gpu.context import Context
 from load_tests.gpu.timing import copy_rate, device, median_seconds
+from server.devices.cuda.lora import TritonKernels
 from server.lora.kernels.interface import ArenaView
-from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 
 DTYPE = torch.bfloat16 if device() == "cuda" else torch.float32

@@ -21,7 +21,7 @@ from load_tests.adapters import write_adapters
 from load_tests.gpu.figures import Deadline
 from server.config import Settings
 from server.engine.engine import Engine, create_engine
-from server.engine.messages import (
+from server.messages import (
     AdapterRef,
     AdapterResult,
     LoadAdapter,

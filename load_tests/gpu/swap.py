@@ -29,7 +29,7 @@ from load_tests.gpu.context import Context
 from load_tests.gpu.figures import Deadline, Figure, Results, alternate, ratios
 from load_tests.gpu.subject import Subject, Version
 from load_tests.gpu.timing import device
-from server.engine.messages import AdapterResult, UnloadAdapter
+from server.messages import AdapterResult, UnloadAdapter
 
 # Loads of a storm: their copies outlast the two steps that it takes to hear of one and call again.
 UNDER_WAY = 8

@@ -30,7 +30,7 @@ from load_tests.gpu.context import Context
 from load_tests.gpu.figures import Deadline, Figure, Results, alternate, ratios
 from load_tests.gpu.subject import Subject, Version, subject
 from load_tests.trace import Lengths, TraceRequest, TraceSpec, adapter_names, generate
-from server.engine.messages import TokenOutput
+from server.messages import TokenOutput
 
 IN_ARENA = 100  # adapters
 _WARM_SHARE = 0.25  # of a window's time, before what is measured

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from load_tests.gpu.compiled import Compiled, compile_only, distinct, launch_attention, launch_lora, read
-from server.model.graphs import kinds_of, sizes_up_to
-from server.model.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.graphs import kinds_of, sizes_up_to
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.model.layer_reader import Activation, Norm
 
 Launch = Callable[[], None]

@@ -10,15 +10,17 @@ from contextlib import ExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 import server
-from server.api import adapters, chat, completions, errors, health, models
+from server.api import errors, health, models
+from server.api.adapters import routes as adapters
 from server.api.face import AdapterNames, Face
+from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
+from server.border.client import EngineClient, EngineStartFailed
 from server.config import Settings
-from server.engine.client import EngineClient, EngineStartFailed
-from server.registry.folders import register_tree
 from server.registry.registry import Registry
+from server.registry.sources.folders import register_tree
 from server.registry.store import ContentStore, DataDirInUseError
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from server.api.background import Background
 from server.api.drain import Drain
 from server.base_model import BaseModel
+from server.border.client import EngineClient
 from server.config import Settings
-from server.engine.client import EngineClient
-from server.engine.messages import AdapterRef, EngineInfo
 from server.errors import InvalidRequest, Unavailable
+from server.messages import AdapterRef, EngineInfo
 from server.registry.registry import Registry
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate

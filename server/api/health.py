@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.face import face_of
+from server.api.inference.replies import Status
 from server.api.operation import Operation
-from server.api.replies import Status
-from server.engine.client import DEAD_FACTOR
+from server.border.client import DEAD_FACTOR
 from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()

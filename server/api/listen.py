@@ -17,8 +17,8 @@ from rich.table import Table
 from server.api.app import create_app
 from server.api.face import Face
 from server.base_model import BaseModel, StartError
+from server.border.client import EngineClient
 from server.config import Settings
-from server.engine.client import EngineClient
 
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 

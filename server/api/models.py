@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.body import beside_loop, read_body
-from server.api.chat import chat_prompt
 from server.api.face import Face, face_of
+from server.api.inference.chat import chat_prompt
+from server.api.inference.replies import Detokenized, Model, ModelList, Tokenized, encode_list
+from server.api.inference.schemas import DetokenizeRequest, TokenizeRequest, parse
 from server.api.operation import Operation
-from server.api.replies import Detokenized, Model, ModelList, Tokenized, encode_list
-from server.api.schemas import DetokenizeRequest, TokenizeRequest, parse
-from server.engine.messages import EngineInfo
 from server.errors import InvalidRequest
+from server.messages import EngineInfo
 from server.registry.records import AdapterVersion
 
 router = APIRouter()

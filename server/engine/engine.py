@@ -10,13 +10,16 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
 from server.config import Settings
-from server.engine.adapter_gate import AcquireStatus
-from server.engine.block_pool import BlockPool
-from server.engine.messages import (
+from server.devices import open_device
+from server.engine.wakeup import Wakeup
+from server.lora.arena import Arena
+from server.lora.residency import Residency
+from server.messages import (
     AdapterResult,
     EngineInfo,
     EngineStats,
@@ -26,34 +29,29 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from server.engine.prompt_group import sequences_of
-from server.engine.scheduler import Scheduler
-from server.engine.step_plan import StepPlan
-from server.engine.wakeup import Wakeup
-from server.lora.arena import Arena
-from server.lora.kernels.interface import LoraKernels
-from server.lora.residency import Residency
-from server.model.attention.interface import AttentionBackend
 from server.model.batch import BatchBuilder
-from server.model.graphs import cuda_capture
+from server.model.device import Device, Operators
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemoryPlan, plan_memory, token_budget
 from server.model.runner import Runner
+from server.scheduling.adapter_gate import AcquireStatus
+from server.scheduling.block_pool import BlockPool
+from server.scheduling.prompt_group import sequences_of
+from server.scheduling.scheduler import Scheduler
+from server.scheduling.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
 _NON_FINITE = "The model's output overflowed: the adapter's weights do not suit this prompt."
-_CPU_SLOTS = 64  # rows of the arena's tables at first
-_CUDA_SLOTS = 4096  # when they grow, every graph is captured again
 # How soon to look again, at the latest, when all that waits, waits for an adapter. One that lands wakes the
 # worker; but the patience of those who want room runs out by the clock.
 _LOOK_AGAIN_MS = 1000
 
 
 class Engine:
-    """One base model, its adapters and its sequences. One thread calls it.
+    """One base model on one device, its adapters and its sequences. One thread calls it.
 
-    `kernels` are chosen by device when None.
+    `operators` are the device's own for the model when None.
     """
 
     def __init__(
@@ -61,31 +59,34 @@ class Engine:
         settings: Settings,
         loaded: LoadedModel,
         memory: MemoryPlan,
-        kernels: tuple[AttentionBackend, LoraKernels] | None = None,
+        device: Device,
+        operators: Operators | None = None,
     ) -> None:
         self._runner = Runner(
-            loaded, num_blocks=memory.kv_blocks, block_size=settings.block_size, kernels=kernels
+            loaded,
+            operators or device.operators(loaded),
+            num_blocks=memory.kv_blocks,
+            block_size=settings.block_size,
         )
-        cuda = loaded.device.type == "cuda"
         self._arena = Arena(
             memory.arena_bytes,
             len(self._runner.targets),
             loaded.dtype,
             loaded.device,
-            slots=_CUDA_SLOTS if cuda else _CPU_SLOTS,
+            slots=device.arena_slots,
         )
-        if cuda and not settings.enforce_eager:
-            self._runner.capture_decode(
+        if not settings.enforce_eager:
+            self._runner.capture(
                 self._arena.view(),
+                partial(device.graphs, settings=settings, max_model_len=loaded.max_model_len),
                 max_num_seqs=settings.max_num_seqs,
-                max_model_len=loaded.max_model_len,
-                new_capture=cuda_capture,
             )
         self._wakeup = Wakeup()
         self._residency = Residency(
             self._arena,
             self._runner.targets,
             memory.host_cache_bytes,
+            copies=device.copies,
             wake=self._wakeup.set,
             max_header_bytes=settings.max_header_bytes,
             max_tensors=settings.max_adapter_tensors,
@@ -96,7 +97,7 @@ class Engine:
             self._pool,
             self._residency,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=token_budget(settings, loaded.device),
+            max_num_batched_tokens=token_budget(settings, device),
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
         )
@@ -261,7 +262,8 @@ def create_engine(settings: Settings) -> Engine:
     Raises UnsupportedModel when the model would be served wrongly, ValueError when memory is too small.
     """
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    loaded = load(settings)
-    engine = Engine(settings, loaded, plan_memory(settings, loaded))
+    device = open_device(settings.device)
+    loaded = load(settings, device.torch_device)
+    engine = Engine(settings, loaded, plan_memory(settings, loaded, device), device)
     log.info("%s on %s, ready after %.1f s", loaded.model_type, loaded.device, loaded.load_seconds)
     return engine

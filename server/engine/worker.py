@@ -1,7 +1,7 @@
 """The engine process: receive, step, publish.
 
-`server.engine.process` starts it; nothing else does. The engine itself comes from a dotted factory name, so
-that this module (and the face, which imports `Start` from it) never imports torch.
+`server.border.process` starts it; nothing else does. The engine itself comes from a dotted factory name, so
+that this module never imports torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 import zmq
 
 from server.config import Settings
-from server.engine.messages import (
+from server.errors import ChorusError
+from server.log import configure
+from server.messages import (
     Abort,
     AdapterResult,
     EngineInfo,
@@ -34,13 +36,12 @@ from server.engine.messages import (
     Ready,
     Request,
     Shutdown,
+    Start,
     StepOutputs,
     ToEngine,
     TokenOutput,
     UnloadAdapter,
 )
-from server.errors import ChorusError
-from server.telemetry.logging import configure
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,6 @@ _HEARTBEAT_S = 0.5  # stats of an idle engine
 _STATS_S = 0.05  # stats of a busy one, at most this often
 _LINGER_MS = 1000  # how long the last messages may take to leave before the process ends
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-class Start(msgspec.Struct, frozen=True):
-    """What the process reads from its standard input, as JSON, before anything else."""
-
-    settings: dict[str, Any]
-    factory: str  # "module:callable", called with Settings, returns an EngineLike
-    inbox: str  # ipc:// address the worker binds and receives ToEngine on
-    outbox: str  # ipc:// address the face binds; the worker sends FromEngine to it
-    parent_pid: int
 
 
 class EngineLike(Protocol):

@@ -9,20 +9,16 @@ from itertools import accumulate
 
 import torch
 
+from server.lora.copies import Copies, HostCopies, Pieces
 from server.lora.extents import ExtentAllocator
 from server.lora.layout import ALIGN_BYTES
-
-_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context of this process
-
-Pieces = tuple[torch.Tensor, ...]  # of the slab, uint8; one after the other they are an image
 
 
 class HostCache:
     """Packed images in one buffer of `nbytes`, rounded down to whole cache lines.
 
-    `page_locked`, for copies to a GPU beside its steps: the slab is locked once, at start. To lock each
-    image would stall the driver for milliseconds, and torch's own page-locked memory comes in powers of two.
-    Without it the slab is only reserved: pages are touched when images are written.
+    `copies` makes the slab ready to be copied from, once, at start: to lock each image's pages would stall a
+    GPU's driver for milliseconds.
 
     An image lies in one piece where a hole is large enough, and in several where none is. So what leaves
     is decided by age alone, every free byte can be used, and no image is ever moved: to slide gigabytes
@@ -32,14 +28,14 @@ class HostCache:
     that may not leave meanwhile. Raises ValueError when the memory cannot be page-locked.
     """
 
-    def __init__(self, nbytes: int, *, page_locked: bool = False) -> None:
+    def __init__(self, nbytes: int, copies: Copies | None = None) -> None:
         self._extents = ExtentAllocator(nbytes // ALIGN_BYTES * ALIGN_BYTES)
         self._slab = torch.empty(self._extents.size, dtype=torch.uint8)
         self._rooms: dict[str, list[tuple[int, int]]] = {}  # digest -> (start, bytes) of its pieces
         self._kept: OrderedDict[str, int] = OrderedDict()  # whole images, least recently used first -> bytes
-        if page_locked and self._extents.size:
-            _lock_pages(self._slab)
-            weakref.finalize(self, _unlock_pages, self._slab.data_ptr())
+        unlock = (copies or HostCopies()).lock_pages(self._slab) if self._extents.size else None
+        if unlock is not None:
+            weakref.finalize(self, unlock)
 
     @property
     def bytes_used(self) -> int:
@@ -102,19 +98,3 @@ class HostCache:
             room.append((start, size))
             nbytes -= size
         return room
-
-
-def _lock_pages(memory: torch.Tensor) -> None:
-    """Exactly these bytes, by cudaHostRegister."""
-    memory.zero_()  # many threads make the pages here; the driver would make them on one
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    error = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
-    if error:
-        raise ValueError(
-            f"a host cache of {memory.nbytes} bytes cannot be page-locked (CUDA error {error}); "
-            "see --host-cache-bytes"
-        )
-
-
-def _unlock_pages(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from server.engine.messages import LoraTarget
-from server.registry.peft_format import LoraAdapter, LoraModule, TensorSpan
+from server.messages import LoraTarget
+from server.peft.format import LoraAdapter, LoraModule, TensorSpan
 
 ALIGN_BYTES = 64  # a cache line; every tensor starts on one, so kernels may load vectors
 

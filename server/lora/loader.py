@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from server.engine.messages import ErrorCode, LoraTarget
 from server.errors import ChorusError
-from server.lora.host_cache import Pieces
+from server.lora.copies import Copies, Lane, Mark, Pieces, move, parts_of
 from server.lora.layout import Layout
 from server.lora.pack import pack
-from server.registry.peft_format import judge
+from server.messages import ErrorCode, LoraTarget
+from server.peft.format import judge
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Job:
     pieces: Pieces = ()  # its room on the host, untouched by others until the job is done; none: not kept
     packed: bool = False  # the image is there already
     room: torch.Tensor | None = None  # [elements] of the arena, untouched by others until the job is done
-    after: torch.cuda.Event | None = None  # steps that may still read what was in `room` before
+    after: Mark | None = None  # steps that may still read what was in `room` before
 
     @property
     def turn(self) -> int:
@@ -67,7 +66,7 @@ class Loader:
         self,
         targets: Sequence[LoraTarget],
         dtype: torch.dtype,
-        device: torch.device,
+        copies: Copies,
         *,
         threads: int,
         wake: Callable[[], None] | None,
@@ -76,7 +75,7 @@ class Loader:
     ) -> None:
         self._targets = targets
         self._dtype = dtype
-        self._device = device
+        self._copies = copies
         self._wake = wake
         self._max_header_bytes = max_header_bytes
         self._max_tensors = max_tensors
@@ -109,14 +108,14 @@ class Loader:
             thread.join()
 
     def _work(self) -> None:
-        lane = _Lane(self._device)
+        lane = self._copies.lane()
         while (job := self._jobs.get()[2]) is not None:
             self._finished.put(self._run(job, lane))
             del job  # the room that it holds
             if self._wake is not None:
                 self._wake()
 
-    def _run(self, job: Job, lane: _Lane) -> Loaded:
+    def _run(self, job: Job, lane: Lane) -> Loaded:
         start = time.perf_counter()
         error = ErrorCode.ADAPTER_LOAD_FAILED
         try:
@@ -142,66 +141,14 @@ class Loader:
         return Layout.of(judge(Path(job.path), self._targets, **limits), self._targets, self._dtype)
 
 
-def _load(job: Job, layout: Layout, lane: _Lane) -> None:
+def _load(job: Job, layout: Layout, lane: Lane) -> None:
     """Disk to host, unless that is done, and host to arena, if there is room."""
     image = job.pieces
     if not job.packed:
         whole = image[0] if len(image) == 1 else lane.staging(layout.nbytes)
         pack(Path(job.path), layout, whole.view(layout.dtype))
-        for part, piece in _pairs(whole, image) if len(image) > 1 else ():
-            _move(part, piece)
+        for part, piece in parts_of(whole, image) if len(image) > 1 else ():
+            move(part, piece)
         image = (whole,)
     if job.room is not None:
         lane.copy(image, job.room, job.after)
-
-
-class _Lane:
-    """What one thread loads with: a stream of its own on CUDA, and memory for what is not kept in one piece.
-
-    That memory is as large as the largest such adapter so far, not a window that an adapter passes through
-    in parts: packing needs whole tensors, and an output head alone may be half an adapter. It is page-locked
-    on CUDA, so growing it stalls the driver; that ends with the largest adapter.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no hints here
-        self._staging = torch.empty(0, dtype=torch.uint8)
-
-    def staging(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] uint8, the same memory at each call."""
-        if self._staging.numel() < nbytes:
-            self._staging = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
-        return self._staging[:nbytes]
-
-    def copy(self, image: Pieces, room_E: torch.Tensor, after: torch.cuda.Event | None) -> None:
-        """Host to arena beside the running step; returns when the image is there."""
-        pairs = _pairs(room_E.view(torch.uint8), image)
-        if self._stream is None:
-            for part, piece in pairs:
-                _move(piece, part)
-            return
-        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the thread sleeps until then
-        with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            for part, piece in pairs:
-                part.copy_(piece, non_blocking=True)
-            copied.record(self._stream)
-        # Not the stream's own synchronize: torch.cuda.set_sync_debug_mode refuses that on every thread.
-        copied.synchronize()
-
-
-def _pairs(whole: torch.Tensor, pieces: Pieces) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece with the part of `whole`, [bytes] uint8, that it stands for."""
-    sizes = [piece.numel() for piece in pieces]
-    if sum(sizes) != whole.numel():
-        raise ValueError(f"room of {whole.numel()} bytes for an adapter of {sum(sizes)}")
-    return list(zip(torch.split(whole, sizes), pieces, strict=True))
-
-
-def _move(source: torch.Tensor, target: torch.Tensor) -> None:
-    """One memmove: torch's copy would start threads against those of the step."""
-    np.copyto(target.numpy(), source.numpy())

@@ -10,7 +10,7 @@ import torch
 
 from server.errors import InvalidAdapter
 from server.lora.layout import Layout
-from server.registry.peft_format import WEIGHTS_NAME, LoraModule, TensorSpan
+from server.peft.format import WEIGHTS_NAME, LoraModule, TensorSpan
 
 # Elements per torch operation, just under what torch would spread over threads: packing runs beside a model
 # step, and a second team of threads on the same cores makes both many times slower.

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import torch
-
-from server.engine.adapter_gate import Acquire, AcquireStatus
-from server.engine.messages import AdapterRef, ErrorCode, LoraTarget
-from server.engine.messages import Residency as Place
 from server.lora.arena import Arena
+from server.lora.copies import Copies, HostCopies
 from server.lora.host_cache import HostCache
 from server.lora.layout import RecentLayouts
 from server.lora.loader import Job, Loaded, Loader
 from server.lora.pending import PendingMixes
 from server.lora.residents import Residents, Version
-from server.registry.peft_format import MAX_HEADER_BYTES, MAX_TENSORS
+from server.messages import AdapterRef, ErrorCode, LoraTarget
+from server.messages import Residency as Place
+from server.peft.format import MAX_HEADER_BYTES, MAX_TENSORS
+from server.scheduling.adapter_gate import Acquire, AcquireStatus
 
 _MAX_PREFETCHES = 16  # jobs ahead of need at one time; more would push each other out of the host cache
 _MAX_LAYOUTS = 10_000  # versions that need not be judged again: 120 MB for a model of 224 modules
@@ -35,9 +34,10 @@ _READY, _PENDING, _FULL = (
 class Residency:
     """Brings adapter versions to where they are needed, and decides which ones leave. An `AdapterGate`.
 
-    `host_bytes` bounds the packed images kept on the host; what finds no room among them goes into the
-    arena all the same. `wake` is called by a worker after each finished job. Only one thread may call this.
-    Raises ValueError when so much memory cannot be had for the host's images.
+    `copies` is the way from the host to the arena (default: both are the same memory). `host_bytes` bounds
+    the packed images kept on the host; what finds no room among them goes into the arena all the same. `wake`
+    is called by a worker after each finished job. Only one thread may call this. Raises ValueError when so
+    much memory cannot be had for the host's images.
     """
 
     def __init__(
@@ -46,15 +46,17 @@ class Residency:
         targets: Sequence[LoraTarget],
         host_bytes: int,
         *,
+        copies: Copies | None = None,
         threads: int = 1,
         wake: Callable[[], None] | None = None,
         max_header_bytes: int = MAX_HEADER_BYTES,
         max_tensors: int = MAX_TENSORS,
     ) -> None:
         self.arena = arena
+        self._copies = copies or HostCopies()
         self._versions: dict[str, Version] = {}
         self._residents = Residents(arena, left=self._tidy)
-        self.host = HostCache(host_bytes, page_locked=arena.device.type == "cuda")
+        self.host = HostCache(host_bytes, self._copies)
         self._layouts = RecentLayouts(_MAX_LAYOUTS)
         self._waited_for = PendingMixes()
         self._ahead: OrderedDict[str, AdapterRef] = OrderedDict()  # judged, to be read to the host
@@ -63,7 +65,7 @@ class Residency:
         self._loader = Loader(
             targets,
             arena.dtype,
-            arena.device,
+            self._copies,
             threads=threads,
             wake=wake,
             max_header_bytes=max_header_bytes,
@@ -264,9 +266,7 @@ class Residency:
                 return
         room = after = None
         if version.extent is not None:
-            room = self.arena.room(version.extent)
-            if room.is_cuda:
-                after = torch.cuda.current_stream(room.device).record_event()
+            room, after = self.arena.room(version.extent), self._copies.mark()
         version.busy = True
         self._jobs += 1
         self._loader.submit(Job(digest, version.path, layout, self.host.pieces(digest), packed, room, after))

@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from server.engine.adapter_gate import Acquire
 from server.lora.arena import Arena, Extent
 from server.lora.layout import Layout
+from server.scheduling.adapter_gate import Acquire
 
 
 @dataclass(eq=False)

@@ -11,11 +11,11 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-from server.engine.sequence import MixKey, Sequence
-from server.engine.step_plan import ScheduledRun
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.logits import SampleRow
+from server.scheduling.sequence import MixKey, Sequence
+from server.scheduling.step_plan import ScheduledRun
 
 _SPARE_BLOCKS = 8  # columns of the block tables that sequences may grow into
 

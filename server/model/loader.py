@@ -26,6 +26,7 @@ from server.model.proof import LENGTHS, InFloat32, Proof, probe_ids, probe_posit
 
 log = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,10 +49,12 @@ class LoadedModel:
     load_seconds: float
 
 
-def load(settings: Settings) -> LoadedModel:
-    """Load the base model. Raises UnsupportedModel, with the reason, where it would be served wrongly."""
+def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:
+    """Load the base model onto `device`.
+
+    Raises UnsupportedModel, with the reason, where it would be served wrongly.
+    """
     started = time.monotonic()
-    device = _device(settings.device)
     disable_progress_bar()  # a bar that redraws itself is noise in a server's log
     try:
         config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
@@ -145,14 +148,6 @@ def forward(
         attention_step=step,
     ).logits
     return logits[0]
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedModel("device cuda was asked for, but torch finds no CUDA device")
-    return torch.device(asked)
 
 
 def _context_length(config: PreTrainedConfig, asked: int | None) -> int:

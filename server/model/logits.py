@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from server.engine.messages import SamplingParams
-from server.engine.sequence import Tokens
+from server.messages import SamplingParams
+from server.scheduling.sequence import Tokens
 
 
 @dataclass(slots=True)

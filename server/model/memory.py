@@ -6,18 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from server.config import Settings
+from server.model.device import Device
 from server.model.loader import LoadedModel
 
-# On the CPU all three come out of the same memory, and the operating system and its page cache want some.
-_CPU_KV, _CPU_ARENA, _CPU_HOST = 0.25, 0.20, 0.10
-_CPU_CAP = 4 * 2**30  # no more than this each, unless asked for: a laptop is not a server
-_CUDA_USE = 0.90  # of what is free after the weights
-_CUDA_ARENA = 0.20  # of what is left for KV and adapters
-_CUDA_HOST_CAP = 32 * 2**30  # all of it is page-locked at start, which takes time
-_PROMPT_TOKENS_PER_CORE = 256  # of a step: fewer cost throughput, more make streams wait longer
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
@@ -31,8 +23,8 @@ class MemoryPlan:
     host_cache_bytes: int
 
 
-def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
-    """Settings where given, else shares of the memory that is free now, with the weights loaded.
+def plan_memory(settings: Settings, loaded: LoadedModel, device: Device) -> MemoryPlan:
+    """Settings where given, else the device's shares of the memory that is free now, with the weights loaded.
 
     By default the KV cache is no larger than `max_num_seqs` sequences of full length could fill. Raises
     ValueError when it is too small to serve anything.
@@ -40,23 +32,16 @@ def plan_memory(settings: Settings, loaded: LoadedModel) -> MemoryPlan:
     block_bytes = settings.block_size * kv_bytes_per_token(loaded)
     blocks_per_seq = -(-loaded.max_model_len // settings.block_size)
     most_useful = settings.max_num_seqs * blocks_per_seq * block_bytes
-    host_free = _available_host_bytes()
-    if loaded.device.type == "cuda":
-        free = torch.cuda.mem_get_info(loaded.device)[0] * _CUDA_USE - _activation_bytes(settings, loaded)
-        arena = settings.arena_bytes or int(max(free, 0) * _CUDA_ARENA)
-        kv = settings.kv_cache_bytes or min(int(free) - arena, most_useful)
-    else:
-        arena = settings.arena_bytes or min(int(host_free * _CPU_ARENA), _CPU_CAP)
-        kv = settings.kv_cache_bytes or min(int(host_free * _CPU_KV), _CPU_CAP, most_useful)
-    host = settings.host_cache_bytes
-    if host is None:
-        host = min(int(host_free * _CPU_HOST), _CPU_CAP if loaded.device.type == "cpu" else _CUDA_HOST_CAP)
+    activations = _activation_bytes(settings, loaded, token_budget(settings, device))
+    default = device.sizes(_available_host_bytes(), activations, settings.arena_bytes)
+    kv = settings.kv_cache_bytes or min(default.kv, most_useful)
+    host = default.host if settings.host_cache_bytes is None else settings.host_cache_bytes
     blocks = kv // block_bytes
     if blocks < 2:
         raise ValueError(
             f"a KV cache of {max(kv, 0)} bytes is too small for blocks of {block_bytes} (--kv-cache-bytes)"
         )
-    return MemoryPlan(blocks, blocks * block_bytes, arena, host)
+    return MemoryPlan(blocks, blocks * block_bytes, default.arena, host)
 
 
 def kv_bytes_per_token(loaded: LoadedModel) -> int:
@@ -64,21 +49,13 @@ def kv_bytes_per_token(loaded: LoadedModel) -> int:
     return sum(s.elements_per_token() for s in loaded.cache_specs.values()) * loaded.dtype.itemsize
 
 
-def token_budget(settings: Settings, device: torch.device) -> int:
-    """Tokens of one step: enough to keep the device's arithmetic busy, few enough to keep streams flowing.
-
-    Agrawal et al. 2024, Sarathi-Serve.
-    """
-    if settings.max_num_batched_tokens is not None:
-        return settings.max_num_batched_tokens
-    if device.type == "cuda":
-        return 8192
-    return _PROMPT_TOKENS_PER_CORE * torch.get_num_threads() + settings.max_num_seqs
+def token_budget(settings: Settings, device: Device) -> int:
+    """Tokens of one step."""
+    return settings.max_num_batched_tokens or device.step_tokens(settings.max_num_seqs)
 
 
-def _activation_bytes(settings: Settings, loaded: LoadedModel) -> int:
+def _activation_bytes(settings: Settings, loaded: LoadedModel, tokens: int) -> int:
     """A generous bound of what a step allocates: its widest activations and the logits in float32."""
-    tokens = token_budget(settings, loaded.device)
     config = loaded.model.config.get_text_config()
     width = max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
     logits: int = settings.max_num_seqs * loaded.vocab_size * 4

@@ -13,35 +13,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine.messages import Logprobs, LoraTarget
-from server.lora.kernels.cpu import CpuKernels, cpu_kernels
-from server.lora.kernels.interface import ArenaView, LoraKernels
+from server.lora.kernels.interface import ArenaView
 from server.lora.linear import LoraStep, wrap_linears
+from server.messages import Logprobs, LoraTarget
 from server.model.attention.hf import PagedStep
-from server.model.attention.interface import AttentionBackend, LayerCache
-from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
+from server.model.attention.interface import LayerCache
 from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
+from server.model.device import Forward, NotCapturable, Operators, Prepare, StepGraphs
 from server.model.flat_model import FlatModel
-from server.model.fused_layers import fuse_layers
-from server.model.graphs import Capture, DecodeGraphs, NotCapturable
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
-from server.model.packed_linear import packed
 from server.model.proof import LENGTHS, PagedProbe, relative_error
 from server.model.sampler import Sampled, Sampler
 
 log = logging.getLogger(__name__)
-
-
-def choose_kernels(loaded: LoadedModel) -> tuple[AttentionBackend, LoraKernels]:
-    """Triton on CUDA, the compiled kernels (or the reference) on the CPU."""
-    if loaded.device.type == "cuda":
-        from server.lora.kernels.triton import TritonKernels  # needs Triton
-        from server.model.attention.paged_triton import PagedTritonAttention
-
-        return PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype), TritonKernels()
-    return paged_cpu_attention(loaded.dtype), cpu_kernels(loaded.dtype)
 
 
 @dataclass(frozen=True)
@@ -81,19 +67,17 @@ class Runner:
     def __init__(
         self,
         loaded: LoadedModel,
+        operators: Operators,
         *,
         num_blocks: int,
         block_size: int,
-        kernels: tuple[AttentionBackend, LoraKernels] | None = None,
     ) -> None:
-        backend, lora_kernels = kernels or choose_kernels(loaded)
         self._model = loaded.model
-        self._lora = LoraStep(lora_kernels)
-        self.max_mix_rank = lora_kernels.max_mix_rank
+        self._lora = LoraStep(operators.lora)
+        self.max_mix_rank = operators.lora.max_mix_rank
         layers = wrap_linears(loaded.model, self._lora, loaded.model.get_output_embeddings())
-        if isinstance(backend, PagedCpuAttention):
-            for _, layer in layers:
-                layer.base = packed(layer.base)
+        for _, layer in layers:
+            layer.base = operators.linear(layer.base)
         self.targets = [LoraTarget(name, layer.in_features, layer.out_features) for name, layer in layers]
         self._head_is_target = any(layer.is_output_head for _, layer in layers)
         caches = {}
@@ -105,27 +89,22 @@ class Runner:
             )
         self._device, self._proof = loaded.device, loaded.proof
         self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
-        self._attention = PagedStep(backend, caches)
-        self._sampler = Sampler()
-        self._graphs: DecodeGraphs | None = None
+        self._attention = PagedStep(operators.attention, caches)
+        self._sampler = Sampler(operators.argmax)
+        self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
-        self.fused = self._fuse(loaded, caches, backend, lora_kernels)
+        self.fused = self._fuse(loaded, operators)
 
     @torch.inference_mode()
-    def _fuse(
-        self,
-        loaded: LoadedModel,
-        caches: dict[int, LayerCache],
-        backend: AttentionBackend,
-        kernels: LoraKernels,
-    ) -> bool:
+    def _fuse(self, loaded: LoadedModel, operators: Operators) -> bool:
         """Let fused code run the decoder layers, where it gives the logits that the modules give."""
         decoder = loaded.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             return False
         try:
-            fused = self._fused_layers(layers, loaded, caches, backend, kernels)
+            options = loaded.attention_options
+            fused = operators.fuse(layers, self._caches, options, self._attention, self._lora)
         except NotFusable as reason:
             log.info("the decoder layers run as torch modules: %s", reason)
             return False
@@ -139,26 +118,6 @@ class Runner:
             return False
         self._flatten(loaded, fused, batch)
         return True
-
-    def _fused_layers(
-        self,
-        layers: nn.ModuleList,
-        loaded: LoadedModel,
-        caches: dict[int, LayerCache],
-        backend: AttentionBackend,
-        kernels: LoraKernels,
-    ) -> DecoderLayers:
-        """The layers as the backend's fused code. Raises NotFusable."""
-        options = loaded.attention_options
-        if isinstance(backend, PagedCpuAttention) and isinstance(kernels, CpuKernels):
-            return fuse_layers(layers, caches, options, self._attention, backend, self._lora, kernels)
-        # not at the top: a CPU install need not wait for Triton
-        from server.model.attention.paged_triton import PagedTritonAttention
-        from server.model.triton_layers import triton_layers
-
-        if isinstance(backend, PagedTritonAttention):
-            return triton_layers(layers, caches, options, self._attention)
-        raise NotFusable("no compiled kernels")
 
     def _flatten(self, loaded: LoadedModel, fused: DecoderLayers, batch: Batch) -> None:
         """Leave out transformers' outer forward too, where the logits are the same without it."""
@@ -210,22 +169,20 @@ class Runner:
         return self._forward(batch.to(self._device), arena)
 
     @torch.inference_mode()
-    def capture_decode(
-        self, arena: ArenaView, *, max_num_seqs: int, max_model_len: int, new_capture: Callable[[], Capture]
+    def capture(
+        self,
+        arena: ArenaView,
+        new_graphs: Callable[[Forward, Prepare], StepGraphs | None],
+        *,
+        max_num_seqs: int,
     ) -> None:
-        """Run decode steps as captured graphs from now on, where they give the logits of the usual way.
+        """Run steps as graphs from now on, where the device has any and they give the usual way's logits.
 
         Writes into the first blocks of the cache. A model that cannot be captured is left as it is.
         """
-        graphs = DecodeGraphs(
-            self._forward,
-            self._attention.prepare,
-            new_capture,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=self._block_size,
-            device=self._device,
-        )
+        graphs = new_graphs(self._forward, self._attention.prepare)
+        if graphs is None:
+            return
         started = time.monotonic()
         try:
             graphs.warm(arena)

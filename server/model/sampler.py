@@ -7,14 +7,16 @@ whoever shares its batch, and a preempted one continues as if nothing had happen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
-from server.engine.messages import Logprobs, SamplingParams
-from server.model.argmax import argmax
+from server.messages import Logprobs, SamplingParams
 from server.model.logits import SampleRow, processed, wanted
+
+Argmax = Callable[[torch.Tensor], tuple[list[int], list[bool]]]
 
 _MASK = (1 << 64) - 1
 
@@ -38,18 +40,29 @@ class Sampled:
     logprobs: list[Logprobs | None]
 
 
+def torch_argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """See `Operators.argmax`. Where a score is not finite, its index means nothing."""
+    indices_N = scores_NV.argmax(dim=-1)  # of a NaN where there is one
+    finite_N = torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
+    return indices_N.tolist(), finite_N.tolist()
+
+
 class Sampler:
     """Greedy, temperature, top-k, top-p, min-p, logprobs, after the processors of logits.py."""
 
+    def __init__(self, argmax: Argmax = torch_argmax) -> None:
+        """`argmax`: see `Operators.argmax`."""
+        self._argmax = argmax
+
     def sample(self, logits_NV: torch.Tensor, rows: Seq[SampleRow]) -> Sampled:
         """logits_NV: [N, vocabulary], any float type; `rows`: N of them."""
-        token_ids, finite = argmax(logits_NV)
+        token_ids, finite = self._argmax(logits_NV)
         if not any(map(_more_than_greedy, rows)):
             return Sampled(token_ids, finite, [None] * len(rows))
         raw_NV = logits_NV.float()
         scores_NV = processed(raw_NV, rows)
         if scores_NV is not raw_NV:
-            token_ids, _ = argmax(scores_NV)
+            token_ids, _ = self._argmax(scores_NV)
         drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
         # The two ways give a row different tokens, so which one it takes must not depend on its neighbours.
         for draw, group in (

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Protocol, Self
 
 from server.errors import InvalidRequest
-from server.registry.peft_format import check_finite
+from server.peft.format import LoraAdapter, check_finite
 from server.registry.records import Published
 from server.registry.store import Staging, full_disk_is_refused
 
-if TYPE_CHECKING:
-    from server.registry.registry import Registry
-
 _MAX_DESCRIPTION = 1000  # characters
+
+
+class Books(Protocol):
+    """What a publication asks of the registry."""
+
+    def claim(self, name: str, *, create: bool, replace: bool) -> None: ...
+
+    def unclaim(self, name: str) -> None: ...
+
+    def judge(self, folder: Path) -> LoraAdapter: ...
+
+    def commit(
+        self,
+        name: str,
+        judged: LoraAdapter,
+        staging: Staging,
+        digest: str,
+        *,
+        source: str,
+        description: str | None,
+        stamp: str | None,
+    ) -> Published: ...
 
 
 class Publication:
@@ -22,9 +42,9 @@ class Publication:
     Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
     """
 
-    def __init__(self, registry: Registry, staging: Staging, *, create: bool, replace: bool) -> None:
+    def __init__(self, books: Books, staging: Staging, *, create: bool, replace: bool) -> None:
         self.staging = staging
-        self._registry = registry
+        self._books = books
         self._create = create
         self._replace = replace
         self._name: str | None = None
@@ -36,7 +56,7 @@ class Publication:
 
     def claim(self, name: str) -> None:
         """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
-        self._registry.claim(name, create=self._create, replace=self._replace)
+        self._books.claim(name, create=self._create, replace=self._replace)
         self._name = name
 
     def publish(self, source: str, *, description: str | None = None, stamp: str | None = None) -> Published:
@@ -51,13 +71,13 @@ class Publication:
                 f"`description` is longer than {_MAX_DESCRIPTION} characters.", param="description"
             )
         content = self.staging.content
-        adapter = self._registry.judge(content)
+        adapter = self._books.judge(content)
         # Hash and sync while the weights are read.
         with full_disk_is_refused(), ThreadPoolExecutor(1) as beside:
             sealing = beside.submit(self.staging.seal)
             check_finite(content, adapter)
             digest = sealing.result()
-        return self._registry.commit(
+        return self._books.commit(
             self._name, adapter, self.staging, digest, source=source, description=description, stamp=stamp
         )
 
@@ -65,7 +85,7 @@ class Publication:
         """Idempotent."""
         name, self._name = self._name, None
         if name is not None:
-            self._registry.unclaim(name)
+            self._books.unclaim(name)
         self.staging.discard()
 
     def __enter__(self) -> Self:

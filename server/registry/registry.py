@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 
 from server.config import Settings
-from server.engine.messages import LoraTarget
 from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
+from server.messages import LoraTarget
+from server.peft.format import LoraAdapter, judge
 from server.registry.catalogue import AdapterRow, Catalogue
-from server.registry.peft_format import LoraAdapter, judge
 from server.registry.publication import Publication
 from server.registry.records import (
     Adapter,

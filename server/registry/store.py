@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from server.errors import InsufficientStorage, InvalidRequest, TooLarge
-from server.registry.peft_format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from server.peft.format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 CHUNK_BYTES = 1 << 20

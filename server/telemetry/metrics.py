@@ -18,8 +18,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.client import EngineClient
-from server.engine.messages import EngineInfo, EngineStats
+from server.border.client import EngineClient
+from server.messages import EngineInfo, EngineStats
 
 # Else each counter has a second series, which nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation here

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import httpx
 
-from server.api import adapters, errors
+from server.api import errors
+from server.api.adapters import routes as adapters
 from server.api.face import AdapterNames, Face
 from server.api.openapi import DescribedApp
 from server.base_model import BaseModel
 from server.config import Settings
-from server.engine.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
+from server.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
 from server.telemetry.metrics import Metrics
 from tests.registry import adapter_files
 

@@ -9,8 +9,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from load_tests.fake_engine import choices_of
-from server.engine.client import EngineStartFailed, OnReady, State
-from server.engine.messages import (
+from server.border.client import EngineStartFailed, OnReady, State
+from server.errors import EngineDied, Unavailable
+from server.messages import (
     AdapterRef,
     AdapterResult,
     EngineInfo,
@@ -20,7 +21,6 @@ from server.engine.messages import (
     Request,
     TokenOutput,
 )
-from server.errors import EngineDied, Unavailable
 from tests.registry import adapter_files
 
 EOS = 1

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.messages import ErrorCode
+from server.messages import ErrorCode
 from server.registry.store import Sink
 from tests.api.adapter_app import Site
 from tests.registry import adapter_files
@@ -291,7 +291,7 @@ async def test_a_client_that_dies_in_mid_upload(site: Site) -> None:
 
 
 async def test_an_upload_that_stalls_gives_its_name_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.adapter_upload._STALLED_S", 0.02)
+    monkeypatch.setattr("server.api.adapters.upload._STALLED_S", 0.02)
 
     async def stalled() -> AsyncIterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\na\r\n--b\r\n'
@@ -353,7 +353,7 @@ async def test_delete(site: Site) -> None:
 
 
 async def test_delete_while_in_use(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.adapters._DELETE_WAIT_S", 0.01)
+    monkeypatch.setattr("server.api.adapters.routes._DELETE_WAIT_S", 0.01)
     digest = (await site.upload("a", files(seed=1))).json()["digest"]
     lease = site.registry.acquire("a")
     response = await site.client.delete("/v1/adapters/a")
@@ -447,9 +447,9 @@ async def test_unload_while_in_use(site: Site, monkeypatch: pytest.MonkeyPatch) 
     digest = (await site.upload("a")).json()["digest"]
     await site.client.post("/v1/adapters/a/load")
     site.engine.in_use.add(digest)
-    monkeypatch.setattr("server.api.adapters._UNLOAD_WAIT_S", 0.01)
+    monkeypatch.setattr("server.api.adapters.routes._UNLOAD_WAIT_S", 0.01)
     assert error_of(await site.client.post("/v1/adapters/a/unload"), 409)["param"] == "name"
-    monkeypatch.setattr("server.api.adapters._UNLOAD_WAIT_S", 30.0)
+    monkeypatch.setattr("server.api.adapters.routes._UNLOAD_WAIT_S", 30.0)
     unload = asyncio.create_task(site.client.post("/v1/adapters/a/unload"))
     await asyncio.sleep(0.01)
     site.engine.in_use.clear()

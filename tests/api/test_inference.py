@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.messages import ErrorCode, Request, TokenOutput
+from server.messages import ErrorCode, Request, TokenOutput
 from tests.api.face_site import Site, drained, events, eventually, open_site
 from tests.api.fake_engine import FakeEngine, engine_info
 

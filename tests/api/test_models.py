@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.client import DEAD_FACTOR, HUNG_FACTOR
-from server.engine.messages import EngineStats
+from server.border.client import DEAD_FACTOR, HUNG_FACTOR
+from server.messages import EngineStats
 from tests.api.face_site import ADAPTERS, Site, eventually, open_site
 from tests.api.fake_engine import FakeEngine, engine_info
 

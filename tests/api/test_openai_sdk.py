@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from server.engine.messages import ErrorCode
+from server.messages import ErrorCode
 from tests.api.face_site import Site, drained, eventually, listen, open_site
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from server.api.adapter_views import AdapterListView, AdapterView, DeletedView, LoadedView, PublishedView
+from server.api.adapters.views import AdapterListView, AdapterView, DeletedView, LoadedView, PublishedView
 from server.api.app import ROUTERS
+from server.api.inference.replies import Chat, Completion, Detokenized, ModelList, Tokenized
+from server.api.inference.schemas import ChatRequest, CompletionRequest
 from server.api.operation import operations
-from server.api.replies import Chat, Completion, Detokenized, ModelList, Tokenized
-from server.api.schemas import ChatRequest, CompletionRequest
 from tests.api.face_site import Site, open_site
 from tests.registry import adapter_files
 

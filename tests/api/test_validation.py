@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api import schemas
+from server.api.inference import schemas
 from server.errors import InvalidRequest
 from tests.api.face_site import Site, open_site
 from tests.api.fake_engine import VOCABULARY, FakeEngine

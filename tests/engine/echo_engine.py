@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from load_tests.fake_engine import choices_of
 from server.config import Settings
-from server.engine.messages import (
+from server.errors import InvalidRequest
+from server.messages import (
     AdapterResult,
     EngineInfo,
     EngineStats,
@@ -23,7 +24,6 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from server.errors import InvalidRequest
 
 REFUSE = 13  # add() raises
 CRASH = 666  # step() raises

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.config import Settings
 from server.engine.engine import Engine, create_engine
-from server.engine.messages import AdapterRef, Request, SamplingParams, TokenOutput
+from server.messages import AdapterRef, Request, SamplingParams, TokenOutput
 
 MiB = 2**20
 

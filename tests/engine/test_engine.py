@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.engine.engine import Engine
-from server.engine.messages import (
+from server.messages import (
     AdapterRef,
     AdapterResult,
     ErrorCode,
@@ -21,7 +21,7 @@ from server.engine.messages import (
     Request,
     UnloadAdapter,
 )
-from server.registry.peft_format import judge
+from server.peft.format import judge
 from tests.engine.harness import adapter_ref, assert_at_rest, busy, greedy, make_engine, run, tokens_of
 from tests.model.tiny_models import VOCAB, add_adapter, build, targets_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from server.engine.messages import Fork, Request
+from server.messages import Fork, Request
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, make_engine, run, tokens_of
 from tests.model.tiny_models import add_adapter, build, targets_of
 

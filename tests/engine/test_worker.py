@@ -10,7 +10,9 @@ import pytest
 import zmq
 
 from server.engine import worker as worker_module
-from server.engine.messages import (
+from server.engine.wakeup import Wakeup
+from server.engine.worker import Worker
+from server.messages import (
     Abort,
     AdapterRef,
     AdapterResult,
@@ -24,8 +26,6 @@ from server.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from server.engine.wakeup import Wakeup
-from server.engine.worker import Worker
 from tests.engine.echo_engine import CRASH, REFUSE, EchoEngine
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine import engine as engine_module
+from server.devices.cuda.device import CudaDevice
 from tests.engine.harness import assert_at_rest, make_engine
 from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
@@ -49,7 +49,7 @@ def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
 
 def test_an_arena_whose_tables_grow_is_captured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    monkeypatch.setattr(engine_module, "_CUDA_SLOTS", 1)
+    monkeypatch.setattr(CudaDevice, "arena_slots", 1)
     model = build("llama", tmp_path / "model")
     targets = targets_of("llama")
     adapters = [

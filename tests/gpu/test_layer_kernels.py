@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from server.model.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.model.layer_reader import Activation, Norm
 from tests.gpu.errors import assert_near, poison_free_memory
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from server.devices.cuda.lora import TritonKernels
 from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.reference import ReferenceKernels
-from server.lora.kernels.triton import TritonKernels
 from server.lora.segments import Segments
 from tests.gpu.errors import assert_near, poison_free_memory
 

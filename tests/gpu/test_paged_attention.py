@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from server.devices.cuda.attention import PagedTritonAttention
 from server.model.attention.interface import AttentionPlan, AttentionWork, LayerCache, LayerCacheSpec
-from server.model.attention.paged_triton import PagedTritonAttention
 from tests.gpu.errors import assert_near, poison_free_memory
 
 

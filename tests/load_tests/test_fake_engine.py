@@ -5,7 +5,7 @@ import time
 import msgspec
 
 from load_tests.fake_engine import TickingEngine, empty_stats
-from server.engine.messages import EngineStats, Request, SamplingParams, TokenOutput
+from server.messages import EngineStats, Request, SamplingParams, TokenOutput
 
 
 def request(name: str, tokens: int) -> Request:

@@ -12,7 +12,7 @@ from load_tests.gpu.context import Context
 from load_tests.gpu.figures import Deadline, Results
 from load_tests.gpu.subject import Subject, Version, subject
 from load_tests.gpu.workload import WORKLOADS
-from server.engine.messages import Request
+from server.messages import Request
 
 WORK = WORKLOADS["tiny"]
 SEQUENCES = WORK.sequences

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.engine.messages import LoraTarget
+from server.messages import LoraTarget
 
 TARGETS = tuple(
     LoraTarget(f"model.layers.{layer}.{name}", in_features, out_features)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from server.engine.messages import LoraTarget
 from server.lora.arena import Arena
 from server.lora.layout import Layout
 from server.lora.pack import pack
-from server.registry.peft_format import judge
+from server.messages import LoraTarget
+from server.peft.format import judge
 from tests.lora.adapter_folder import TARGETS
 
 

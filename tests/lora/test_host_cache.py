@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.devices.cuda.copies import CudaCopies
 from server.lora.host_cache import HostCache
 
+CPU = torch.device("cpu")
 LINE = 64
 LINES = 20
 
@@ -139,8 +141,8 @@ def test_all_of_the_slab_is_page_locked_once(monkeypatch):
 
     driver = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    cache = HostCache(10 * LINE, page_locked=True)
-    HostCache(0, page_locked=True)
+    cache = HostCache(10 * LINE, CudaCopies(CPU))
+    HostCache(0, CudaCopies(CPU))
     add(cache, "a", 10)
     assert locked == {cache.pieces("a")[0].data_ptr(): 10 * LINE}
     del cache
@@ -152,4 +154,4 @@ def test_memory_that_cannot_be_locked_is_an_error(monkeypatch):
     driver = SimpleNamespace(cudaHostRegister=lambda address, nbytes, flags: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     with pytest.raises(ValueError, match=r"640 bytes cannot be page-locked .*--host-cache-bytes"):
-        HostCache(10 * LINE, page_locked=True)
+        HostCache(10 * LINE, CudaCopies(CPU))

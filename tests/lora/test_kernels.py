@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.lora.kernels.cpu import CpuKernels, cpu_kernels
+from server.devices.cpu.lora import CpuKernels, cpu_kernels
+from server.devices.cpu.native import libraries, library
 from server.lora.kernels.interface import ArenaView, LoraKernels
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from server.native import libraries, library
 
 Mix = tuple[tuple[tuple[int, float], ...], int]
 

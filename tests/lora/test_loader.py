@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from server.devices.cuda.copies import CudaCopies
+from server.lora.copies import Copies, HostCopies
 from server.lora.loader import Job, Loader
 from tests.lora.adapter_folder import TARGETS, write
 from tests.lora.image import Image, packed
@@ -13,12 +15,12 @@ from tests.lora.image import Image, packed
 class Bench:
     """A loader of one thread, and a way to wait for it and to hold it."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, copies: Copies | None = None) -> None:
         self.ended, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
         self.loader = Loader(
             TARGETS,
             torch.float32,
-            torch.device(device),
+            copies or HostCopies(),
             threads=1,
             wake=self._wake,
             max_header_bytes=1 << 20,
@@ -145,7 +147,7 @@ class FakeCuda:
 
 def test_a_copy_on_cuda_waits_for_the_steps_before_it_and_is_waited_for(tmp_path, image, monkeypatch):
     cuda, room = FakeCuda(monkeypatch), torch.zeros_like(image.data)
-    bench = Bench("cuda")
+    bench = Bench(CudaCopies(torch.device("cuda")))
     bench.run(Job("copy", str(tmp_path), image.layout, bytes_of(image, 64), True, room, after="a step"))
     bench.loader.close()
     assert torch.equal(room, image.data)

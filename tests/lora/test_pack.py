@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.messages import LoraTarget
 from server.errors import InvalidAdapter
 from server.lora.arena import Arena
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.layout import Layout, RecentLayouts
 from server.lora.pack import pack
 from server.lora.segments import Segments
-from server.registry.peft_format import judge
+from server.messages import LoraTarget
+from server.peft.format import judge
 from tests.lora.adapter_folder import TARGETS, weights, write
 from tests.lora.image import packed
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.adapter_gate import AcquireStatus, AdapterGate
-from server.engine.messages import AdapterRef, ErrorCode
 from server.lora.arena import Arena
 from server.lora.pack import pack
 from server.lora.residency import Residency
-from server.registry.peft_format import judge
+from server.messages import AdapterRef, ErrorCode
+from server.peft.format import judge
+from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
 from tests.lora.adapter_folder import TARGETS, weights, write
 from tests.lora.image import Image, packed
 

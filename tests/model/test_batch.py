@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.messages import AdapterRef, Request, SamplingParams
-from server.engine.sequence import Sequence
-from server.engine.step_plan import ScheduledRun
+from server.messages import AdapterRef, Request, SamplingParams
 from server.model.batch import Batch, BatchBuilder
+from server.scheduling.sequence import Sequence
+from server.scheduling.step_plan import ScheduledRun
 
 BLOCK_SIZE = 4
 BLOCKS_OF_PROMPT = 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server.devices.cpu.attention import PagedCpuAttention, paged_cpu_attention
+from server.devices.cpu.native import libraries, library
 from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
-from server.model.attention.paged_cpu import PagedCpuAttention, paged_cpu_attention
 from server.model.attention.paged_reference import PagedReferenceAttention
-from server.native import libraries, library
 
 
 def ragged_plan(

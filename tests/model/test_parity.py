@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server import native
+from server.devices.cpu import native
 from tests.engine.harness import assert_at_rest, make_engine
 from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, serve, targets_of
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from server.devices.cpu.device import CpuDevice
+from server.devices.cpu.native import library
 from server.model.loader import LoadedModel, load, probe
 from server.model.proof import LENGTHS, InFloat32, PagedProbe, Proof, relative_error
 from server.model.runner import Runner
-from server.native import library
 from tests.engine.harness import settings_for
 from tests.model.tiny_models import ARCHITECTURES, build
 
@@ -88,7 +89,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 @pytest.mark.skipif(library() is None, reason="no compiled kernels on this machine")
 def test_noise_of_the_model_itself_does_not_keep_it_from_being_fused(noisy: LoadedModel) -> None:
     loaded = replace(noisy, model=copy.deepcopy(noisy.model))
-    assert Runner(loaded, num_blocks=8, block_size=8).fast_paths == {
+    assert Runner(loaded, CpuDevice().operators(loaded), num_blocks=8, block_size=8).fast_paths == {
         "fused": True,
         "flat": True,
         "graphs": False,
@@ -105,7 +106,9 @@ def test_a_layer_that_computes_something_else_shows_through_the_noise(
     assert isinstance(layer, nn.Module)
     layer.mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
     proof = probe(loaded.model, loaded.vocab_size, loaded.device)[2]
-    assert not Runner(replace(loaded, proof=proof), num_blocks=8, block_size=8).fused
+    assert not Runner(
+        replace(loaded, proof=proof), CpuDevice().operators(loaded), num_blocks=8, block_size=8
+    ).fused
     assert "their logits differ: off by" in caplog.text
 
 

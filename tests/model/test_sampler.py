@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.messages import SamplingParams
+from server.messages import SamplingParams
 from server.model.logits import PROCESSORS, SampleRow, wanted
 from server.model.sampler import Sampler, uniform
 

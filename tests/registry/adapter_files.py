@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from server.config import Settings
-from server.engine.messages import LoraTarget
+from server.messages import LoraTarget
 from server.registry.registry import Registry
 from server.registry.store import ContentStore
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.messages import LoraTarget
 from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest, ModelNotFound
+from server.messages import LoraTarget
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
-from server.registry.sources import copy_folder
+from server.registry.sources.upload import copy_folder
 from server.registry.store import DataDirInUseError
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish

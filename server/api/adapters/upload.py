@@ -1,0 +1,150 @@
+"""From a request's body to a published version: multipart uploads, and folders of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.api.face import Face
+from server.errors import ChorusError, InvalidRequest, TooLarge
+from server.registry.publication import Publication
+from server.registry.records import Published
+from server.registry.sources.upload import Upload, copy_folder, resolve_source
+from server.registry.store import CHUNK_BYTES
+
+_STALLED_S = 60.0  # without a byte: given up, so that a dead client does not keep a name
+_DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
+
+_BINARY = {"type": "string", "format": "binary"}
+UPLOAD_FORM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "description": {"type": "string"},
+        "files": {
+            "type": "array",
+            "items": _BINARY,
+            "description": "adapter_config.json and adapter_model.safetensors, or one .zip, .tar, .tar.gz or "
+            ".tgz of them. Files are known by their file name; the name of their part is free.",
+        },
+    },
+    "required": ["files"],
+}
+
+T = TypeVar("T")
+
+
+async def receive(face: Face, request: Request, *, name: str | None, replace: bool) -> Published:
+    """A multipart upload, parsed, hashed and written in threads while it comes, then judged and published.
+
+    `name` may come with the URL, or as a field of the form. Whatever goes wrong, nothing of it is left.
+    Raises what Upload and Publication raise, and Unavailable before the registry is open.
+    """
+    registry = face.require_registry()
+    announced = request.headers.get("content-length", "")
+    expected = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+    most = face.settings.max_upload_bytes
+    if expected > most:
+        raise TooLarge(f"The upload is larger than {most} bytes.")
+    publication = registry.publication(create=True, replace=replace, expected_bytes=expected)
+    async with aclosing(request.stream()) as body:
+        try:
+            if name is not None:
+                publication.claim(name)
+            return await _receive_into(publication, request.headers.get("content-type", ""), body, face)
+        except ClientDisconnect as error:
+            raise InvalidRequest("The client went away before its upload was complete.") from error
+        except TimeoutError as error:
+            raise InvalidRequest(
+                f"Nothing came for {_STALLED_S:g} seconds; the upload was given up."
+            ) from error
+        except ChorusError:
+            await _drain(body)
+            raise
+        finally:
+            await in_thread(publication.close)
+
+
+def register_folder(
+    face: Face, name: str, source: str, *, replace: bool, description: str | None = None
+) -> Published:
+    """Copy, judge and publish a folder that lies under an allowed root. Belongs in a thread."""
+    registry, settings = face.require_registry(), face.settings
+    roots = [*settings.allowed_lora_roots, *([settings.adapters] if settings.adapters else [])]
+    with registry.publication(create=True, replace=replace) as publication:
+        publication.claim(name)
+        folder = resolve_source(source, roots)
+        copy_folder(folder, publication.staging, roots)
+        return publication.publish(f"file:{folder}", description=description)
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """`call()` in a thread. Cancelled, it still waits for the thread, so that nobody cleans up under it."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
+
+
+async def _receive_into(
+    publication: Publication, content_type: str, body: AsyncIterator[bytes], face: Face
+) -> Published:
+    description: str | None = None
+
+    def on_field(field: str, value: str) -> None:
+        nonlocal description
+        if field == "description":
+            description = value
+        elif publication.name is None:
+            publication.claim(value)
+        elif publication.name != value:
+            raise InvalidRequest("`name` is not the name in the URL.", param="name")
+
+    def finish() -> Published:
+        upload.finish()
+        return publication.publish("upload", description=description)
+
+    upload = Upload(
+        content_type,
+        publication.staging,
+        on_field,
+        max_bytes=face.settings.max_upload_bytes,
+        max_unpacked_bytes=face.settings.max_unpacked_bytes,
+    )
+    buffer = bytearray()
+    async for chunk in _unstalled(body):
+        buffer += chunk
+        if len(buffer) >= CHUNK_BYTES:
+            full, buffer = bytes(buffer), bytearray()
+            await in_thread(partial(upload.feed, full))
+    await in_thread(partial(upload.feed, bytes(buffer)))
+    return await in_thread(finish)
+
+
+async def _unstalled(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks of `body`; TimeoutError when the next one takes too long."""
+    while True:
+        try:
+            async with asyncio.timeout(_STALLED_S):
+                chunk = await anext(body)
+        except StopAsyncIteration:
+            return
+        yield chunk
+
+
+async def _drain(body: AsyncIterator[bytes]) -> None:
+    """Read on for a while: a connection closed on a client that still sends may lose it the answer."""
+    left = _DRAINED_BYTES
+    with suppress(ClientDisconnect, TimeoutError):
+        async with asyncio.timeout(_DRAINED_SECONDS):
+            async for chunk in body:
+                left -= len(chunk)
+                if left < 0:
+                    return

@@ -1,0 +1,224 @@
+"""One client request while it runs: its sequences in the engine, their outputs turned into text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from server.api.inference.replies import FinishReason
+from server.border.client import EngineClient
+from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
+from server.messages import ErrorCode, Logprobs, Request, TokenOutput
+from server.telemetry.metrics import Metrics
+from server.text.detokenizer import Detokenizer
+from server.text.stop import StopStrings
+from server.text.tokenizer import Tokenizer
+
+
+class TextOptions(msgspec.Struct, frozen=True):
+    """How tokens become the text that a client sees."""
+
+    tokenizer: Tokenizer | None
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0  # no stop string is looked for before
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Log-probabilities of one sampled token, and where its text begins in the choice's text."""
+
+    values: Logprobs
+    text_offset: int
+
+
+class Delta(msgspec.Struct, gc=False):
+    """News of one choice: at least one token, or its end. `text` can lag behind `token_ids`."""
+
+    choice: Choice
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprobs] | None
+
+
+class Choice:
+    """One sequence: what the engine was asked for, and its text so far.
+
+    `request_id`: its own, that of the request or of one of its forks.
+    """
+
+    def __init__(
+        self, index: int, prompt_index: int, request: Request, request_id: str, options: TextOptions
+    ) -> None:
+        self.index = index
+        self.prompt_index = prompt_index
+        self.request = request
+        self.request_id = request_id
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._options = options
+        self._detokenizer = (
+            Detokenizer(options.tokenizer, skip_special_tokens=options.skip_special_tokens)
+            if options.tokenizer
+            else None
+        )
+        self._stops = StopStrings(options.stops, include=options.include_stop)
+        self._characters = 0  # decoded so far, shown or held back
+
+    def advance(self, output: TokenOutput) -> Delta:
+        """Takes one engine output in. Raises the error that the engine ended the sequence with."""
+        if output.error is not None or output.finish_reason in ("error", "abort"):
+            raise engine_error(output)
+        if output.cached_tokens:
+            self.cached_tokens = output.cached_tokens
+        taken, pieces, offsets = 0, [], []
+        for token_id in output.token_ids:
+            taken += 1
+            offsets.append(self._characters)
+            hidden = token_id == output.stop_token and taken == len(output.token_ids)
+            pieces.append(self._push(token_id, hidden=hidden))
+            if self._stops.stopped:
+                break
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+        elif output.finish_reason is not None:
+            self.finish_reason = "length" if output.finish_reason == "length" else "stop"
+            pieces.append(self._flush())
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [TokenLogprobs(v, at) for v, at in zip(output.logprobs, offsets, strict=False)]
+        return Delta(self, "".join(pieces), output.token_ids[:taken], self.finish_reason, logprobs)
+
+    def _push(self, token_id: int, *, hidden: bool) -> str:
+        self.completion_tokens += 1
+        if self._detokenizer is None or (hidden and not self._options.include_stop):
+            return ""
+        return self._show(self._detokenizer.push(token_id))
+
+    def _show(self, piece: str) -> str:
+        self._characters += len(piece)
+        if self.completion_tokens <= self._options.min_tokens:
+            return piece
+        return self._stops.push(piece)
+
+    def _flush(self) -> str:
+        """The end by the engine's word: the last half character, then what may have become a stop string."""
+        if self._detokenizer is None:
+            return ""
+        shown = self._show(self._detokenizer.flush())
+        return shown if self._stops.stopped else shown + self._stops.flush()
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody is left to answer."""
+
+
+class Generation:
+    """Runs the choices side by side; hands out what is ready, many deltas at a time.
+
+    `async with` starts it and, on every way out, ends what still runs in the engine.
+    """
+
+    def __init__(self, engine: EngineClient, choices: list[Choice], metrics: Metrics) -> None:
+        self.choices = choices
+        self._engine = engine
+        self._metrics = metrics
+        self._ready: list[Delta] = []
+        self._wake = asyncio.Event()
+        self._failure: Exception | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._open = 0  # tasks
+
+    async def __aenter__(self) -> Self:
+        by_request: dict[str, list[Choice]] = {}
+        for choice in self.choices:
+            by_request.setdefault(choice.request.request_id, []).append(choice)
+        self._open = len(by_request)
+        self._tasks = [asyncio.create_task(self._follow(choices)) for choices in by_request.values()]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def fail(self, error: Exception) -> None:
+        """End all of it: `take` raises `error` once what is ready was taken. The first one counts."""
+        self._failure = self._failure or error
+        self._wake.set()
+
+    async def take(self) -> list[Delta]:
+        """All that is ready, waiting for at least one; empty at the end. Raises what ended it early."""
+        while not self._ready:
+            if self._failure is not None:
+                raise self._failure
+            if not self._open:
+                return []
+            self._wake.clear()
+            await self._wake.wait()
+        if isinstance(self._failure, ClientGone):
+            raise self._failure
+        ready, self._ready = self._ready, []
+        return ready
+
+    async def _follow(self, choices: list[Choice]) -> None:
+        try:
+            await self._run(choices[0].request, {choice.request_id: choice for choice in choices})
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._open -= 1
+            self._wake.set()
+
+    async def _run(self, request: Request, running: dict[str, Choice]) -> None:
+        last = dict.fromkeys(running, time.monotonic())
+        self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
+        async with aclosing(self._engine.generate(request)) as outputs:
+            async for output in outputs:
+                choice = running.get(output.request_id)
+                if choice is None:
+                    continue  # of after its stop string
+                first = choice.completion_tokens == 0
+                delta = choice.advance(output)
+                now = time.monotonic()
+                if delta.token_ids:
+                    elapsed = now - last[output.request_id]
+                    self._metrics.observe_tokens(len(delta.token_ids), elapsed, first=first)
+                    last[output.request_id] = now
+                self._ready.append(delta)
+                self._wake.set()
+                if delta.finish_reason is not None:
+                    del running[output.request_id]
+                    if output.finish_reason is None:  # a stop string, of which the engine knows nothing
+                        self._engine.abort(output.request_id)
+                    if not running:
+                        return
+        raise ChorusError("The engine ended this request without a reason.", code="internal_error")
+
+
+def engine_error(output: TokenOutput) -> ChorusError:
+    """What a client is told when the engine ends a sequence with an error."""
+    text = output.message
+    match output.error:
+        case ErrorCode.NEVER_FITS:
+            return InvalidRequest(text or "The request can never fit.", param="prompt", code="never_fits")
+        case ErrorCode.OUT_OF_MEMORY:
+            return OutOfMemory(text or "There is no accelerator memory for this request now.")
+        case ErrorCode.ADAPTER_LOAD_FAILED:
+            return ChorusError(text or "The adapter could not be loaded.", code="adapter_load_failed")
+        case ErrorCode.NON_FINITE:
+            return ChorusError(
+                text or "The model gave logits that are not finite numbers.", code="non_finite_logits"
+            )
+        case ErrorCode.INTERNAL:  # its text is an exception's, for the log
+            return ChorusError("The engine made an error.", code="internal_error")
+    return Unavailable("The engine ended this request.", code="aborted")

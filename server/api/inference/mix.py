@@ -1,0 +1,107 @@
+"""Which adapters a request runs with: names as asked, then versions that are held while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from server.api.face import Face
+from server.api.inference.schemas import GenerationRequest
+from server.errors import InvalidRequest, ModelNotFound
+from server.messages import AdapterRef, EngineInfo
+from server.registry.records import AdapterVersion
+
+
+@dataclass(frozen=True)
+class HeldMix:
+    """Versions whose files stay while the request runs; no members for the base model."""
+
+    members: tuple[tuple[AdapterVersion, float], ...] = ()  # with the weight of its delta
+
+    @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(AdapterRef(v.digest, str(v.path), weight) for v, weight in self.members)
+
+    @property
+    def rank(self) -> int:
+        """An upper bound of the ranks on one module together: the registry knows each version's largest."""
+        ranks = Counter[str]()
+        for version, _ in self.members:
+            ranks.update(dict.fromkeys(version.targets, version.rank))
+        return max(ranks.values(), default=0)
+
+    @property
+    def version(self) -> str | None:
+        """What answers carry as `adapter_version`: the digest; of a composition, digests joined by `+`."""
+        return "+".join(version.digest for version, _ in self.members) or None
+
+
+class AdapterMix:
+    """The adapters that one request names."""
+
+    def __init__(self, members: list[tuple[str, float, str]]) -> None:
+        self._members = members  # name, weight, the field that named it
+
+    @classmethod
+    def of(cls, request: GenerationRequest, base: str) -> AdapterMix:
+        """Raises InvalidRequest where the fields contradict each other."""
+        members = _members(request, base)
+        if request.adapter_scale is not None and not members:
+            raise InvalidRequest("adapter_scale: the request names no adapter", param="adapter_scale")
+        scale = 1.0 if request.adapter_scale is None else request.adapter_scale
+        return cls([(name, weight * scale, param) for name, weight, param in members])
+
+    @contextmanager
+    def hold(self, face: Face) -> Iterator[HeldMix]:
+        """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound,
+        and InvalidRequest for ranks that the engine's kernels cannot take."""
+        if not self._members:
+            yield HeldMix()
+            return
+        registry = face.require_registry()
+        with ExitStack() as leases:
+            members = []
+            for name, weight, param in self._members:
+                try:
+                    lease = leases.enter_context(registry.acquire(name))
+                except ModelNotFound as error:
+                    error.param = param
+                    raise
+                version = lease.version
+                face.names.remember(version.digest, version.name)
+                members.append((version, weight))
+            held = HeldMix(tuple(members))
+            self._judge_rank(held, face.engine.info)
+            yield held
+
+    def _judge_rank(self, held: HeldMix, info: EngineInfo | None) -> None:
+        limit = info.max_mix_rank if info else None
+        if limit is not None and held.rank > limit:
+            param = self._members[0][2].partition("[")[0]  # of a composition, the list
+            raise InvalidRequest(
+                f"{param}: ranks of {held.rank} on one module, the limit of this server is {limit}",
+                param=param,
+                code="unsupported",
+            )
+
+
+def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:
+    model = None if request.model == base else request.model
+    if request.adapters is not None:
+        if model is not None or request.adapter is not None:
+            raise InvalidRequest("adapters: another adapter is named as well", param="adapters")
+        names = [member.name for member in request.adapters]
+        if len(set(names)) != len(names):
+            raise InvalidRequest("adapters: an adapter is named twice", param="adapters")
+        return [
+            (member.name, member.weight, f"adapters[{i}].name") for i, member in enumerate(request.adapters)
+        ]
+    if request.adapter is not None:
+        if model not in (None, request.adapter):
+            raise InvalidRequest("adapter: `model` names another adapter", param="adapter")
+        return [(request.adapter, 1.0, "adapter")]
+    if request.model is None:
+        raise InvalidRequest("Missing field: model", param="model")
+    return [] if model is None else [(model, 1.0, "model")]

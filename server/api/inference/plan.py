@@ -1,0 +1,147 @@
+"""A judged request: everything that is known before its adapter is looked up and the engine is asked."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from server.api.inference.generation import Choice, TextOptions
+from server.api.inference.mix import AdapterMix, HeldMix
+from server.api.inference.reply import Reply
+from server.api.inference.schemas import MAX_SEQUENCES, GenerationRequest
+from server.errors import InvalidRequest
+from server.messages import EngineInfo, Fork, Request, SamplingParams
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: `n` choices of each prompt, each prompt with its own sampling (its room differs)."""
+
+    mix: AdapterMix
+    prompts: list[list[int]]
+    sampling: list[SamplingParams]
+    n: int
+    text: TextOptions
+    stream: bool
+    reply: Reply
+
+    def choices(self, held: HeldMix) -> list[Choice]:
+        """Choice i * n + k is the k-th of prompt i. Their ids are new, whatever the client calls them."""
+        run = uuid.uuid4().hex
+        made = []
+        for at, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
+            ids = [f"{run}-{at * self.n + k}" for k in range(self.n)]
+            forks = tuple(Fork(ids[k], _seed(sampling.seed, k)) for k in range(1, self.n))
+            request = Request(ids[0], prompt, sampling, held.refs, forks)
+            made += [
+                Choice(at * self.n + k, at, request, request_id, self.text)
+                for k, request_id in enumerate(ids)
+            ]
+        return made
+
+
+def _seed(asked: int | None, k: int) -> int | None:
+    """Choices of one prompt differ: the k-th one counts its seed k up, within an int64."""
+    return None if asked is None else (asked + k + 2**63) % 2**64 - 2**63
+
+
+def judge_prompts(prompts: list[list[int]], info: EngineInfo, n: int, param: str) -> None:
+    """Raises InvalidRequest for too many, empty ones, and ids outside the vocabulary."""
+    if len(prompts) * n > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"n: {len(prompts)} prompts with {n} choices each, the limit is {MAX_SEQUENCES}", param="n"
+        )
+    for ids in prompts:
+        if not ids:
+            raise InvalidRequest(f"{param}: a prompt without tokens", param=param)
+        if max(ids) >= info.vocab_size:
+            raise InvalidRequest(
+                f"{param}: token id {max(ids)} is not in the vocabulary of {info.vocab_size}", param=param
+            )
+
+
+def output_room(prompt: int, asked: int | None, default: int | None, info: EngineInfo, param: str) -> int:
+    """How many tokens a prompt of `prompt` tokens may be continued by.
+
+    `asked` is the client's limit, `default` what holds without one (None: as many as fit). Raises
+    InvalidRequest where they do not fit into the context, or into the whole KV cache.
+    """
+    capacity = info.kv_blocks * info.block_size
+    limit = min(info.max_model_len, capacity)
+    if asked is None and prompt < limit:
+        return min(default or limit, limit - prompt)
+    total = prompt + (asked or 1)
+    if total > info.max_model_len:
+        raise InvalidRequest(
+            f"This model's context is {info.max_model_len} tokens; the prompt has {prompt} and "
+            f"{asked or 1} more were asked for.",
+            param=param if prompt >= info.max_model_len else "max_tokens",
+            code="context_length_exceeded",
+        )
+    if total > capacity:
+        raise InvalidRequest(
+            f"The prompt has {prompt} tokens and {asked or 1} more were asked for: this can never fit into "
+            f"the KV cache of {capacity} tokens.",
+            param=param if prompt >= capacity else "max_tokens",
+            code="never_fits",
+        )
+    return total - prompt
+
+
+def sampling_params(request: GenerationRequest, info: EngineInfo, max_tokens: int) -> SamplingParams:
+    """The engine's sampling parameters. Raises InvalidRequest for token ids outside the vocabulary."""
+    if request.min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens: more than the {max_tokens} tokens there are", param="min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(request.temperature, 1.0),
+        top_k=max(request.top_k or 0, 0),
+        top_p=_or(request.top_p, 1.0),
+        min_p=request.min_p,
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=_logit_bias(request.logit_bias, info.vocab_size),
+        seed=request.seed,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        stop_token_ids=_stop_token_ids(request.stop_token_ids or [], info.vocab_size),
+        logprobs=request.top_logprobs_wanted,
+    )
+
+
+def text_options(request: GenerationRequest, tokenizer: Tokenizer | None) -> TextOptions:
+    """Raises InvalidRequest for stop strings where there is no text to find them in."""
+    if request.stop and tokenizer is None:
+        raise InvalidRequest("stop: this server's model has no tokenizer; use stop_token_ids", param="stop")
+    return TextOptions(
+        tokenizer=tokenizer,
+        stops=tuple(request.stop or ()),
+        include_stop=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
+        min_tokens=request.min_tokens,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float] | None:
+    if not bias:
+        return None
+    for key in bias:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
+            raise InvalidRequest(
+                f"logit_bias: {key[:40]!r} is not a token id below {vocab_size}", param="logit_bias"
+            )
+    return {int(key): value for key, value in bias.items()}
+
+
+def _stop_token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    if ids and max(ids) >= vocab_size:
+        raise InvalidRequest(
+            f"stop_token_ids: {max(ids)} is not in the vocabulary of {vocab_size}", param="stop_token_ids"
+        )
+    return tuple(ids)

@@ -1,0 +1,22 @@
+"""The kinds of device: which one a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from server.model.device import Device
+
+
+def open_device(name: str) -> Device:
+    """`auto`, `cpu` or `cuda`. Raises ValueError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        from server.devices.cpu.device import CpuDevice
+
+        return CpuDevice()
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch finds no CUDA device")
+    from server.devices.cuda.device import CudaDevice  # a CPU install need not wait for Triton
+
+    return CudaDevice(torch.device(name))

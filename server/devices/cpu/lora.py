@@ -1,0 +1,139 @@
+"""LoRA on the CPU through the compiled kernels: one call for each module, no Python loop over adapters."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
+from server.lora.kernels.interface import ArenaView, LoraKernels, each_module
+from server.lora.kernels.reference import ReferenceKernels
+from server.lora.segments import Segments
+
+_MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
+
+
+class SegmentsStruct(Mirror):
+    """`ChorusSegments` of devices/cpu/native/lora.h."""
+
+    c_name = "ChorusSegments"
+    _fields_ = (
+        ("token_starts", ctypes.c_void_p),
+        ("entry_starts", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int64),
+        ("modules", ctypes.c_int64),
+        ("arena", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("product_stride", ctypes.c_int64),
+        ("product_starts", ctypes.c_void_p),
+        ("deltas", ctypes.c_void_p),
+        ("delta_stride", ctypes.c_int64),
+    )
+
+
+class CpuKernels:
+    """`LoraKernels` in native/lora.h. What is the same for all modules of a step is passed once a step."""
+
+    max_mix_rank = None
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        compare(lib, SegmentsStruct)
+        self._functions = {dtype: lib[f"chorus_lora_{suffix}"] for dtype, suffix in SUFFIXES.items()}
+        for function in self._functions.values():
+            function.restype = None
+            matrix = (ctypes.c_void_p, ctypes.c_int64)
+            function.argtypes = [
+                ctypes.POINTER(SegmentsStruct),
+                ctypes.c_int64,
+                *matrix,
+                *matrix,
+                *[ctypes.c_int64] * 3,
+            ]
+        self._few_tokens = constant(lib, "few_tokens")
+        self._prepared: tuple[Segments, ArenaView, torch.Tensor] | None = None
+        self._step = SegmentsStruct()
+        self._products = torch.empty(0)
+        self._deltas = torch.empty(0)
+        self._width = 0
+
+    def apply(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        module: int,
+        segments: Segments,
+        arena: ArenaView,
+        widths: tuple[int, ...] | None = None,
+    ) -> None:
+        for column, part in each_module(out, module, widths):
+            self._functions[part.dtype](
+                self.struct(segments, arena, part.shape[1]),
+                column,
+                part.data_ptr(),
+                part.stride(0),
+                x.data_ptr(),
+                x.stride(0),
+                x.shape[1],
+                part.shape[1],
+                torch.get_num_threads(),
+            )
+
+    def struct(self, segments: Segments, arena: ArenaView, width: int) -> SegmentsStruct:
+        """The step's segments for compiled code; valid until it is asked for another step's.
+
+        `width`: the outputs, at most, of linears that compiled code takes together because they share x.
+        """
+        if (
+            self._prepared is None
+            or self._prepared[0] is not segments
+            or self._prepared[1] is not arena
+            or self._width < width
+        ):
+            self._width = max(self._width, width)
+            self._prepare(segments, arena)
+        return self._step
+
+    def _prepare(self, segments: Segments, arena: ArenaView) -> None:
+        # Room for x A^T of any module: a segment's tokens times its adapters' largest ranks.
+        ends_E = arena.ranks[segments.slots.long()].amax(dim=1).cumsum(0)
+        ends_E = torch.cat([torch.zeros(1, dtype=torch.int64), ends_E])
+        ranks_G = ends_E[segments.entry_starts.long()].diff()
+        ends_G = (segments.token_starts.diff() * ranks_G).cumsum(0)
+        starts_G = torch.cat([torch.zeros(1, dtype=torch.int64), ends_G])
+        needed = int(starts_G[-1])
+        self._products = _at_least(self._products, needed * _MODULES_AT_ONCE)
+        self._deltas = _at_least(self._deltas, segments.num_segments * self._few_tokens * self._width)
+        self._step = SegmentsStruct(
+            segments.token_starts.data_ptr(),
+            segments.entry_starts.data_ptr(),
+            segments.slots.data_ptr(),
+            segments.weights.data_ptr(),
+            segments.num_segments,
+            arena.ranks.shape[1],
+            arena.data.data_ptr(),
+            arena.offsets.data_ptr(),
+            arena.ranks.data_ptr(),
+            self._products.data_ptr(),
+            needed,
+            starts_G.data_ptr(),
+            self._deltas.data_ptr(),
+            self._width,
+        )
+        self._prepared = (segments, arena, starts_G)  # keeps the tensors behind the pointers alive
+
+
+def _at_least(buffer: torch.Tensor, elements: int) -> torch.Tensor:
+    return buffer if buffer.numel() >= elements else torch.empty(elements)
+
+
+def cpu_kernels(dtype: torch.dtype) -> LoraKernels:
+    """The compiled kernels where they are there and know `dtype`, the reference elsewhere."""
+    lib = library()
+    if lib is None or dtype not in SUFFIXES:
+        return ReferenceKernels()
+    return CpuKernels(lib)

@@ -1,0 +1,352 @@
+"""Paged attention for CUDA, in Triton: one kernel writes K and V, one attends, one joins what was cut.
+
+The attention kernel is flash attention (Dao et al. 2022) over a paged cache (Kwon et al. 2023), the same for
+decode, prefill and batches that mix them: a program takes a tile of query tokens of one run with *all* query
+heads of one KV head, so that K and V are read once for the group. Decode is the case of small tiles. Which
+tile and which of its keys a program takes is read from a list that the host makes once a step (`prepare`),
+so that one long context among short ones keeps the whole chip busy and not one program.
+
+A tile in one item is written to the output at once. Those of a cut tile write partial sums, which are joined
+in the order of their keys: results do not change from run to run (no atomics).
+
+Grids follow from the plan alone, and items without tokens return at once. So a captured CUDA graph can replay
+with other lists: leave rows of zeros where there are fewer items or cuts, and give tokens that belong to no
+sequence a negative slot in `slot_mapping`.
+
+Shape suffixes: T tokens, M rows of a tile (tokens x heads of a group), N keys, D and E the head dimensions of
+K and V, P partial sums of a cut tile, H heads.
+"""
+
+# Triton kernels have no Python types to state, and `triton.jit` is untyped:
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from server.devices.cuda.jit import jit, power_of_2, tl, triton
+from server.devices.cuda.work_list import work_list
+from server.model.attention.interface import AttentionPlan, AttentionWork, LayerCache, LayerCacheSpec
+
+
+@jit()
+def _write(
+    key, value, k_cache, v_cache, slot_mapping,
+    key_stride_t, key_stride_h, value_stride_t, value_stride_h,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """K and V of one token, all heads, into the cache; grid (T,)."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + t)
+    if slot < 0:
+        return
+    block, n = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    h_H, d_D, e_E = (
+        tl.arange(0, BLOCK_H)[:, None],
+        tl.arange(0, BLOCK_D)[None, :],
+        tl.arange(0, BLOCK_E)[None, :],
+    )
+    mask_HD, mask_HE = (h_H < KV_HEADS) & (d_D < K_DIM), (h_H < KV_HEADS) & (e_E < V_DIM)
+    k_HD = tl.load(key + t * key_stride_t + h_H * key_stride_h + d_D, mask=mask_HD)
+    v_HE = tl.load(value + t * value_stride_t + h_H * value_stride_h + e_E, mask=mask_HE)
+    tl.store(k_cache + block * k_stride_b + h_H * k_stride_h + n * k_stride_n + d_D, k_HD, mask=mask_HD)
+    tl.store(v_cache + block * v_stride_b + h_H * v_stride_h + n * v_stride_n + e_E, v_HE, mask=mask_HE)
+
+
+@jit()
+def _rows(
+    cache, block_N, n_N, end, kv_head, stride_b, stride_h, stride_n,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """K or V of the keys n_N of one KV head; zero from `end` on."""
+    from_N = cache + block_N * stride_b + kv_head * stride_h + n_N % BLOCK_SIZE * stride_n
+    d_D = tl.arange(0, BLOCK_D)
+    return tl.load(
+        from_N[:, None] + d_D[None, :], mask=(n_N < end)[:, None] & (d_D < DIM)[None, :], other=0.0
+    )
+
+
+@jit()
+def _scores(q_MD, k_ND, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits in base 2, so that the softmax can use exp2."""
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        # tanh(y) = 1 - 2 / (exp(2y) + 1), and exp(2y) = inf gives 1
+        score_MN = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score_MN / softcap) + 1.0))
+    return score_MN * 1.4426950408889634  # log2(e)
+
+
+@jit()
+def _soften(score_MN, top_M, sum_M):
+    """Running softmax: exponentials, what the sums so far shrink by, new greatest logit, new sum."""
+    new_top_M = tl.maximum(top_M, tl.max(score_MN, axis=1))
+    base_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)  # a row that has seen no key yet
+    p_MN = tl.exp2(score_MN - base_M[:, None])
+    fade_M = tl.exp2(top_M - base_M)
+    return p_MN, fade_M, new_top_M, sum_M * fade_M + tl.sum(p_MN, axis=1)
+
+
+@jit("tile_tokens", "table_stride")
+def _attend(
+    query, k_cache, v_cache, out, parts, lse, items, block_tables, sinks,
+    scale, softcap, window, tile_tokens,
+    query_stride_t, query_stride_h, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    out_stride_t, table_stride,
+    RATIO: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One item; grid (items, kv_heads).
+
+    GROUP is RATIO (query heads of a KV head) rounded up to a power of two. An item of a cut tile gives
+    `parts` its own softmax and `lse` the logarithm (base 2) of its sum of exponentials.
+    """
+    item, kv_head = items + tl.program_id(0) * 8, tl.program_id(1)
+    tokens = tl.load(item + 2)
+    if tokens == 0:
+        return
+    s, t_first, position, part = tl.load(item), tl.load(item + 1), tl.load(item + 3), tl.load(item + 6)
+    begin, end = tl.load(item + 4), tl.load(item + 5)
+    row_M = tl.arange(0, BLOCK_T * GROUP)
+    t_M = t_first + row_M // GROUP
+    head_M = kv_head * RATIO + row_M % GROUP
+    real_M = (t_M < t_first + tokens) & (row_M % GROUP < RATIO)
+    d_D, e_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    from_M = query + t_M.to(tl.int64) * query_stride_t + head_M * query_stride_h
+    q_MD = tl.load(from_M[:, None] + d_D[None, :], mask=real_M[:, None] & (d_D < K_DIM)[None, :], other=0.0)
+
+    top_M = tl.full([BLOCK_T * GROUP], float("-inf"), dtype=tl.float32)
+    sum_M = tl.zeros([BLOCK_T * GROUP], dtype=tl.float32)
+    if SINKS and begin == 0:  # once for each tile
+        sink_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32)
+        top_M = sink_M * 1.4426950408889634  # log2(e)
+        sum_M += 1.0
+    sum_ME = tl.zeros([BLOCK_T * GROUP, BLOCK_E], dtype=tl.float32)
+    position_M = position - t_first + t_M
+    if WINDOW:
+        begin = tl.maximum(begin, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N)
+    begin = tl.multiple_of(begin, BLOCK_N)  # what the compiler does not see, and addresses are cheaper by
+    for n in range(begin, end, BLOCK_N):
+        n_N = n + tl.arange(0, BLOCK_N)
+        table_N = block_tables + s * table_stride + n_N // BLOCK_SIZE
+        block_N = tl.load(table_N, mask=n_N < end, other=0).to(tl.int64)
+        k_ND = _rows(
+            k_cache, block_N, n_N, end, kv_head,
+            k_stride_b, k_stride_h, k_stride_n, K_DIM, BLOCK_SIZE, BLOCK_D,
+        )  # fmt: skip
+        score_MN = _scores(q_MD, k_ND, scale, softcap, SOFTCAP, PRECISION)
+        seen_MN = (n_N <= position_M[:, None]) & (n_N < end)[None, :]
+        if WINDOW:
+            seen_MN &= n_N[None, :] > position_M[:, None] - window
+        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        p_MN, fade_M, top_M, sum_M = _soften(score_MN, top_M, sum_M)
+        v_NE = _rows(
+            v_cache, block_N, n_N, end, kv_head,
+            v_stride_b, v_stride_h, v_stride_n, V_DIM, BLOCK_SIZE, BLOCK_E,
+        )  # fmt: skip
+        sum_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, sum_ME * fade_M[:, None], input_precision=PRECISION)
+
+    sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # a row that sees no key of this item: lse = -inf
+    out_ME = sum_ME / sum_M[:, None]
+    mask_ME = real_M[:, None] & (e_E < V_DIM)[None, :]
+    if part < 0:
+        to_M = out + t_M.to(tl.int64) * out_stride_t + head_M * V_DIM
+        tl.store(to_M[:, None] + e_E[None, :], out_ME.to(out.dtype.element_ty), mask=mask_ME)
+        return
+    at_M = (part * tile_tokens + t_M - t_first) * (tl.num_programs(1) * RATIO) + head_M
+    tl.store(parts + (at_M * V_DIM)[:, None] + e_E[None, :], out_ME, mask=mask_ME)
+    tl.store(lse + at_M, top_M + tl.log2(sum_M), mask=real_M)
+
+
+@jit("tile_tokens")
+def _join(
+    parts, lse, out, cuts, tile_tokens,
+    V_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of one token and head, weighted by their sums of exponentials; grid (cuts, tokens, H)."""
+    cut, token, head = cuts + tl.program_id(0) * 4, tl.program_id(1), tl.program_id(2)
+    if token >= tl.load(cut + 1):
+        return
+    heads, first, count = tl.num_programs(2), tl.load(cut + 2), tl.load(cut + 3)
+    e_E = tl.arange(0, BLOCK_E)
+    top_1 = tl.full([1], float("-inf"), dtype=tl.float32)
+    sum_1 = tl.zeros([1], dtype=tl.float32)
+    sum_1E = tl.zeros([1, BLOCK_E], dtype=tl.float32)
+    for p in range(0, count, BLOCK_P):
+        p_P = p + tl.arange(0, BLOCK_P)
+        at_P = ((first + p_P) * tile_tokens + token) * heads + head
+        lse_P = tl.load(lse + at_P, mask=p_P < count, other=float("-inf"))
+        part_PE = tl.load(
+            parts + (at_P * V_DIM)[:, None] + e_E[None, :],
+            mask=(p_P < count)[:, None] & (e_E < V_DIM)[None, :],
+            other=0.0,
+        )
+        weight_1P, fade_1, top_1, sum_1 = _soften(lse_P[None, :], top_1, sum_1)
+        sum_1E = sum_1E * fade_1[:, None] + tl.sum(weight_1P[:, :, None] * part_PE[None, :, :], axis=1)
+    out_1E = (sum_1E / sum_1[:, None]).to(out.dtype.element_ty)
+    to_E = out + ((tl.load(cut) + token).to(tl.int64) * heads + head) * V_DIM + e_E
+    tl.store(to_E[None, :], out_1E, mask=(e_E < V_DIM)[None, :])
+
+
+# Bytes of a row of K or V up to which, rows of a prefill tile, keys of a step (which divide
+# `work_list.KEY_STEP`): what fits registers and shared memory.
+_SHAPES = ((256, 128, 64), (512, 64, 32), (1 << 30, 16, 32))
+_LEAST_ROWS = 16  # that a tensor core takes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a layer's tiles look."""
+
+    group: int  # query heads of a KV head, rounded up to a power of two
+    small_t: int  # query tokens of a decode tile
+    large_t: int  # and of a prefill tile
+    block_n: int  # keys of a step
+
+    @classmethod
+    @cache
+    def of(cls, layer: LayerCacheSpec, dtype: torch.dtype) -> Shape:
+        group = power_of_2(layer.num_heads // layer.num_kv_heads)
+        row = max(layer.k_head_dim, layer.v_head_dim) * dtype.itemsize
+        rows, block_n = next(shape for bound, *shape in _SHAPES if row <= bound)
+        return cls(group, max(1, _LEAST_ROWS // group), max(1, rows // group), block_n)
+
+
+class PagedTritonAttention:
+    """`AttentionBackend` on CUDA, for float32, bfloat16 and float16; any head dimensions and block size.
+
+    `layers`: what it will attend for; one list of items serves them all. `programs` is how many programs fill
+    the chip; default: two for each multiprocessor. Raises RuntimeError without Triton.
+    """
+
+    def __init__(
+        self, layers: Collection[LayerCacheSpec], dtype: torch.dtype, programs: int | None = None
+    ) -> None:
+        if triton is None:
+            raise RuntimeError(
+                "paged attention on CUDA needs Triton, which is not installed: pip install triton"
+            )
+        shapes = [Shape.of(layer, dtype) for layer in layers]
+        self._small_t = min(shape.small_t for shape in shapes)
+        self._large_t = min(shape.large_t for shape in shapes)
+        self._spare = max(1, (programs or _fill()) // min(layer.num_kv_heads for layer in layers))
+
+    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
+        """See `AttentionBackend.prepare`: with the list of items."""
+        block_t = self._small_t if plan.max_query_len <= self._small_t else self._large_t
+        work = work_list(plan.query_starts.numpy(), plan.context_lens.numpy(), block_t, self._spare)
+        return replace(plan, work=work)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`. Enqueues two or three kernels and never waits for them.
+
+        Rows of tokens that belong to no run hold anything. Raises ValueError on a layout or dtype that the
+        kernels would misread, and on a plan that was not prepared.
+        """
+        work = plan.work
+        if work is None:
+            raise ValueError("the plan has no list of items: `prepare` makes it")
+        _check(query, key, value, cache)
+        tokens, heads, _ = query.shape
+        out_THE = query.new_empty(tokens, heads, cache.v.shape[3])
+        if tokens == 0:
+            return out_THE
+        _write_cache(key, value, cache, plan)
+        # From the caching allocator, so that each captured graph owns its buffers and no stream shares them.
+        tile_tokens = min(work.block_t, plan.max_query_len)
+        parts_PTHE = out_THE.new_empty((work.parts, tile_tokens, *out_THE.shape[1:]), dtype=torch.float32)
+        lse_PTH = parts_PTHE.new_empty(parts_PTHE.shape[:3])
+        _launch_attend(
+            query, cache, plan, work, out_THE, parts_PTHE, lse_PTH, scale, sliding_window, softcap, sinks
+        )
+        if len(work.cuts):
+            _join[(len(work.cuts), tile_tokens, heads)](
+                parts_PTHE, lse_PTH, out_THE, work.cuts, tile_tokens,
+                V_DIM=cache.v.shape[3], BLOCK_P=16, BLOCK_E=_dim_block(cache.v.shape[3]),
+            )  # fmt: skip
+        return out_THE
+
+
+def _write_cache(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, plan: AttentionPlan) -> None:
+    _, kv_heads, block_size, k_dim = cache.k.shape
+    v_dim = cache.v.shape[3]
+    _write[(key.shape[0],)](
+        key, value, cache.k, cache.v, plan.slot_mapping,
+        *key.stride()[:2], *value.stride()[:2], *cache.k.stride()[:3], *cache.v.stride()[:3],
+        KV_HEADS=kv_heads, K_DIM=k_dim, V_DIM=v_dim, BLOCK_SIZE=block_size,
+        BLOCK_H=power_of_2(kv_heads), BLOCK_D=_dim_block(k_dim), BLOCK_E=_dim_block(v_dim),
+    )  # fmt: skip
+
+
+def _launch_attend(
+    query: torch.Tensor,
+    cache: LayerCache,
+    plan: AttentionPlan,
+    work: AttentionWork,
+    out_THE: torch.Tensor,
+    parts_PTHE: torch.Tensor,
+    lse_PTH: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    _, kv_heads, block_size, k_dim = cache.k.shape
+    v_dim, heads = cache.v.shape[3], query.shape[1]
+    shape = Shape.of(LayerCacheSpec(kv_heads, k_dim, v_dim, heads), query.dtype)
+    block_t = max(work.block_t, shape.small_t)
+    _attend[(len(work.items), kv_heads)](
+        query, cache.k, cache.v, out_THE, parts_PTHE, lse_PTH, work.items, plan.block_tables,
+        query if sinks is None else sinks,
+        scale, softcap or 0.0, sliding_window or 0, parts_PTHE.shape[1],
+        *query.stride()[:2], *cache.k.stride()[:3], *cache.v.stride()[:3],
+        out_THE.stride(0), plan.block_tables.stride(0),
+        RATIO=heads // kv_heads, GROUP=shape.group, K_DIM=k_dim, V_DIM=v_dim, BLOCK_SIZE=block_size,
+        WINDOW=sliding_window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        BLOCK_T=block_t, BLOCK_N=shape.block_n, BLOCK_D=_dim_block(k_dim), BLOCK_E=_dim_block(v_dim),
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",  # a float32 model stays one
+        num_warps=8 if block_t * shape.group > 64 else 4, num_stages=2,
+    )  # fmt: skip
+
+
+def _dim_block(dim: int) -> int:
+    return max(16, power_of_2(dim))
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: LayerCache) -> None:
+    tensors = (query, key, value, cache.k, cache.v)
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(
+            f"query, key, value and cache differ in dtype: {[tensor.dtype for tensor in tensors]}"
+        )
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        raise ValueError("the last dimension of query, key, value and cache must have stride 1")
+    if query.shape[1] % cache.k.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {cache.k.shape[1]} KV heads")
+
+
+@cache
+def _fill() -> int:
+    """Programs that fill the current device: two for each multiprocessor."""
+    if not torch.cuda.is_available():  # Triton's interpreter
+        return 8
+    return 2 * torch.cuda.get_device_properties().multi_processor_count

@@ -1,0 +1,94 @@
+"""One CUDA device: Triton kernels, captured graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from server.config import Settings
+from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.copies import CudaCopies
+from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
+from server.devices.cuda.layers import triton_layers
+from server.devices.cuda.lora import TritonKernels
+from server.lora.copies import Copies
+from server.lora.kernels.interface import LoraKernels
+from server.lora.linear import LoraStep
+from server.model.attention.hf import PagedStep
+from server.model.attention.interface import AttentionOptions, LayerCache
+from server.model.decoder_layers import DecoderLayers
+from server.model.device import Forward, Operators, Prepare, Sizes, StepGraphs
+from server.model.loader import LoadedModel
+from server.model.sampler import torch_argmax
+
+_USE = 0.90  # of what is free after the weights
+_ARENA = 0.20  # of what is left for KV and adapters
+_HOST = 0.10  # of the machine's free memory
+_HOST_CAP = 32 * 2**30  # all of it is page-locked at start, which takes time
+_STEP_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CudaOperators:
+    """Triton kernels between torch's matrix products."""
+
+    attention: PagedTritonAttention
+    lora: LoraKernels
+
+    def linear(self, linear: nn.Module) -> nn.Module:
+        return linear
+
+    def fuse(
+        self,
+        layers: nn.ModuleList,
+        caches: Mapping[int, LayerCache],
+        options: Mapping[int, AttentionOptions],
+        paged: PagedStep,
+        step: LoraStep,
+    ) -> DecoderLayers:
+        return triton_layers(layers, caches, options, paged)
+
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+        return torch_argmax(scores_NV)
+
+
+class CudaDevice:
+    """See `Device`."""
+
+    arena_slots = 4096  # when they grow, every graph is captured again
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    @cached_property
+    def copies(self) -> Copies:
+        return CudaCopies(self.torch_device)
+
+    def operators(self, loaded: LoadedModel) -> Operators:
+        attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
+        return CudaOperators(attention, TritonKernels())
+
+    def graphs(
+        self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int
+    ) -> StepGraphs:
+        return DecodeGraphs(
+            forward,
+            prepare,
+            cuda_capture,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=settings.block_size,
+            device=self.torch_device,
+        )
+
+    def step_tokens(self, max_num_seqs: int) -> int:
+        return _STEP_TOKENS
+
+    def sizes(self, host_free: int, activations: int, arena: int | None) -> Sizes:
+        free = int(torch.cuda.mem_get_info(self.torch_device)[0] * _USE) - activations
+        arena = arena or int(max(free, 0) * _ARENA)
+        return Sizes(free - arena, arena, min(int(host_free * _HOST), _HOST_CAP))

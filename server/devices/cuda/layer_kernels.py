@@ -1,0 +1,203 @@
+"""What a decoder layer computes between its matrix products on CUDA, in Triton: three kernels.
+
+As torch operations each of these is several launches, and its rows pass through memory in each. One program
+takes one token here, reads its row once and sums in float32; results are rounded once, where they are stored.
+
+Grids follow from shapes alone, and nothing is read back to the host: a CUDA graph can capture all of it.
+
+Shape suffixes: T tokens, N rows that are kept of them, W the width of a row, H heads, P pairs of values that
+are rotated together, C the values of a head after those, I the intermediate size.
+"""
+
+# Triton kernels have no Python types to state, and `triton.jit` is untyped:
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from server.devices.cuda.jit import jit, power_of_2, tl
+from server.model.layer_reader import Activation, Norm
+
+
+@jit()
+def _normed(x_W, weight, eps, mask_W, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one row, zero where masked."""
+    weight_W = tl.load(weight + tl.arange(0, BLOCK), mask=mask_W, other=0.0)
+    return x_W * tl.rsqrt(tl.sum(x_W * x_W, axis=0) / WIDTH + eps) * weight_W
+
+
+@jit()
+def _add_norm(
+    x, residual, out, rows, x_weight, weight, multiplier, x_eps, eps,
+    WIDTH: tl.constexpr, BEGIN: tl.constexpr, ROWS: tl.constexpr, X_NORM: tl.constexpr, NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """residual += multiplier * norm(x); out = norm(residual). Grid (T,), or (N,) over `rows`."""
+    row = tl.program_id(0).to(tl.int64)
+    token = row
+    if ROWS:
+        token = tl.load(rows + row)
+    w_W = tl.arange(0, BLOCK)
+    mask_W = w_W < WIDTH
+    sum_W = tl.load(x + token * WIDTH + w_W, mask=mask_W, other=0.0).to(tl.float32)
+    if X_NORM:
+        sum_W = _normed(sum_W, x_weight, x_eps, mask_W, WIDTH, BLOCK)
+    sum_W *= multiplier
+    if not BEGIN:
+        sum_W += tl.load(residual + token * WIDTH + w_W, mask=mask_W, other=0.0)
+    if not ROWS:  # the end: nothing is added any more, and a row may be asked for twice
+        tl.store(residual + token * WIDTH + w_W, sum_W, mask=mask_W)
+    if NORM:
+        sum_W = _normed(sum_W, weight, eps, mask_W, WIDTH, BLOCK)
+    tl.store(out + row * WIDTH + w_W, sum_W.to(out.dtype.element_ty), mask=mask_W)
+
+
+@jit()
+def _norm_rotate(
+    qkv, cos, sin, positions, weight, eps,
+    WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Norms and rotates the heads of one token in place; grid (T, 2): Q, then K.
+
+    A head is HALF values, their HALF partners and DIM - 2 * HALF values that are not rotated. Each is loaded
+    once, and what takes its place is computed from it: no thread can find it overwritten.
+    """
+    token, is_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.where(is_k == 1, K_HEADS, Q_HEADS)
+    h_H = tl.arange(0, BLOCK_H)[:, None]
+    p_P, c_C = tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_C)[None, :]
+    at_H = qkv + token * WIDTH + is_k * (Q_HEADS * DIM) + h_H * DIM
+    mask_HP = (h_H < heads) & (p_P < HALF)
+    a_HP = tl.load(at_H + p_P, mask=mask_HP, other=0.0).to(tl.float32)
+    b_HP = tl.load(at_H + HALF + p_P, mask=mask_HP, other=0.0).to(tl.float32)
+    if NORM:
+        mask_HC = (h_H < heads) & (c_C < DIM - 2 * HALF)
+        c_HC = tl.load(at_H + 2 * HALF + c_C, mask=mask_HC, other=0.0).to(tl.float32)
+        squares_H = tl.sum(a_HP * a_HP + b_HP * b_HP, axis=1) + tl.sum(c_HC * c_HC, axis=1)
+        if PER_HEAD:
+            scale_H = tl.rsqrt(squares_H / DIM + eps)[:, None]
+            weight_H = weight + is_k * DIM + h_H * 0
+        else:
+            scale_H = tl.rsqrt(tl.sum(squares_H, axis=0) / (heads * DIM) + eps)
+            weight_H = weight + is_k * (Q_HEADS * DIM) + h_H * DIM
+        a_HP *= scale_H * tl.load(weight_H + p_P, mask=mask_HP, other=0.0)
+        b_HP *= scale_H * tl.load(weight_H + HALF + p_P, mask=mask_HP, other=0.0)
+        c_HC *= scale_H * tl.load(weight_H + 2 * HALF + c_C, mask=mask_HC, other=0.0)
+        tl.store(at_H + 2 * HALF + c_C, c_HC.to(qkv.dtype.element_ty), mask=mask_HC)
+    if HALF > 0:
+        place = tl.load(positions + token) * (2 * HALF)
+        mask_P = p_P < HALF
+        cos_a_P = tl.load(cos + place + p_P, mask=mask_P, other=0.0).to(tl.float32)
+        cos_b_P = tl.load(cos + place + HALF + p_P, mask=mask_P, other=0.0).to(tl.float32)
+        sin_a_P = tl.load(sin + place + p_P, mask=mask_P, other=0.0).to(tl.float32)
+        sin_b_P = tl.load(sin + place + HALF + p_P, mask=mask_P, other=0.0).to(tl.float32)
+        rotated_HP = a_HP * cos_a_P - b_HP * sin_a_P
+        b_HP = b_HP * cos_b_P + a_HP * sin_b_P
+        tl.store(at_H + p_P, rotated_HP.to(qkv.dtype.element_ty), mask=mask_HP)
+        tl.store(at_H + HALF + p_P, b_HP.to(qkv.dtype.element_ty), mask=mask_HP)
+
+
+@jit()
+def _activate(gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """out = activation(gate) * up; grid (T, blocks of the intermediate size)."""
+    token = tl.program_id(0).to(tl.int64)
+    i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_I = i_I < WIDTH
+    at_I = gate_up + token * (2 * WIDTH) + i_I
+    gate_I = tl.load(at_I, mask=mask_I, other=0.0).to(tl.float32)
+    up_I = tl.load(at_I + WIDTH, mask=mask_I, other=0.0).to(tl.float32)
+    y_I = gate_I
+    if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+        y_I *= 1.5957691216057308 * (1.0 + 0.044715 * gate_I * gate_I)
+    out_I = gate_I / (1.0 + tl.exp(-y_I)) * up_I  # where exp is inf, 0
+    tl.store(out + token * WIDTH + i_I, out_I.to(out.dtype.element_ty), mask=mask_I)
+
+
+def add_norm(
+    x_TW: torch.Tensor,
+    residual_TW: torch.Tensor,
+    norm: Norm | None,
+    *,
+    x_norm: Norm | None = None,
+    multiplier: float = 1.0,
+    begin: bool = False,
+    rows_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual += multiplier * x_norm(x) in place -> norm(residual) [T, W], in the dtype of x.
+
+    x: [T, W] contiguous; residual: [T, W] float32 contiguous; a norm that is None is left out. `begin`: the
+    residual holds nothing yet and becomes x. `rows_N`: int64 [N], the tokens that are wanted -> [N, W]; the
+    residual is then left as it was.
+    """
+    tokens, width = x_TW.shape
+    out = x_TW.new_empty(tokens if rows_N is None else rows_N.numel(), width)
+    block = power_of_2(width)
+    _add_norm[(len(out),)](
+        x_TW, residual_TW, out, x_TW if rows_N is None else rows_N,
+        residual_TW if x_norm is None else x_norm.weight, residual_TW if norm is None else norm.weight,
+        float(multiplier), 0.0 if x_norm is None else x_norm.eps, 0.0 if norm is None else norm.eps,
+        WIDTH=width, BEGIN=begin, ROWS=rows_N is not None, X_NORM=x_norm is not None, NORM=norm is not None,
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of Q and K: of each head alone (Qwen 3), or of all heads of Q, and of K, at once (OLMo 2)."""
+
+    weight: torch.Tensor  # float32, Q's values and then K's: of one head each, or of all their heads
+    eps: float
+    per_head: bool
+
+
+def norm_rotate(
+    qkv_TW: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    norm: HeadNorm | None,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    positions_T: torch.Tensor,
+) -> None:
+    """Norms, then rotates (Su et al. 2021) Q and K in place; what has neither is left as it is.
+
+    qkv: [T, W] contiguous, of which the first `heads * dim` values are Q and the next `kv_heads * dim` K.
+    `tables`: cos and sin, each [positions, rotary_dim] contiguous, for the leading rotary_dim values of each
+    head, of which value j is rotated with value j + rotary_dim / 2. `positions_T`: int64 [T], rows of the
+    tables.
+    """
+    rotary_dim = 0 if tables is None else tables[0].shape[1]
+    if norm is None and rotary_dim == 0:
+        return
+    cos, sin = (qkv_TW, qkv_TW) if tables is None else tables
+    block_h, block_p = power_of_2(max(heads, kv_heads)), power_of_2(max(1, rotary_dim // 2))
+    _norm_rotate[(len(qkv_TW), 2)](
+        qkv_TW, cos, sin, positions_T, cos if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
+        WIDTH=qkv_TW.shape[1], Q_HEADS=heads, K_HEADS=kv_heads, DIM=dim, HALF=rotary_dim // 2,
+        NORM=norm is not None, PER_HEAD=norm is not None and norm.per_head,
+        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=power_of_2(max(1, dim - rotary_dim)),
+        num_warps=_warps(block_h * power_of_2(dim)),
+    )  # fmt: skip
+
+
+def activate(gate_up_TW: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up (Shazeer 2020): [T, 2 * I] contiguous, gate then up -> [T, I]."""
+    tokens, width = len(gate_up_TW), gate_up_TW.shape[1] // 2
+    out_TI = gate_up_TW.new_empty(tokens, width)
+    block = min(1024, power_of_2(width))
+    _activate[(tokens, -(-width // block))](
+        gate_up_TW, out_TI, WIDTH=width, GELU=activation == "gelu", BLOCK=block
+    )
+    return out_TI
+
+
+def _warps(values: int) -> int:
+    """Warps of a program that holds so many values: sixteen a thread, which is two loads of 16 bytes."""
+    return min(16, max(1, values // 512))

@@ -1,0 +1,192 @@
+"""A model's decoder layers on CUDA: a few launches a layer instead of transformers' forty.
+
+Matrix products are torch's (cuBLAS), attention and LoRA are the kernels that the modules would call too, and
+what is between them are the kernels of layer_kernels.py. Linears of one input are one product. Nothing waits
+for the device and no shape depends on what is computed, so a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.lora.linear import LoraLinear
+from server.model.attention.hf import PagedStep
+from server.model.attention.interface import AttentionOptions, LayerCache
+from server.model.decoder_layers import DecoderLayers, Tables
+from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
+
+
+class _JointLinear:
+    """Linears of one input as one matrix product, their outputs side by side, with what LoRA adds to each.
+
+    The weights are concatenated, and the Linears' own become views of that: they work as before, and memory
+    holds the weights once.
+    """
+
+    def __init__(self, linears: tuple[LoraLinear, ...]) -> None:
+        first = linears[0]
+        if [linear.module for linear in linears] != list(range(first.module, first.module + len(linears))):
+            raise NotFusable("Linears of one input are not neighbours")
+        self._add_deltas = first.add_deltas
+        self._widths = tuple(linear.out_features for linear in linears)
+        bases = [_plain(linear) for linear in linears]
+        self._weight: torch.Tensor = bases[0].weight
+        self._bias: torch.Tensor | None = bases[0].bias
+        if len(bases) == 1:
+            return  # packed by the model already
+        self._weight = torch.cat([base.weight.detach() for base in bases])
+        if any(base.bias is not None for base in bases):
+            self._bias = torch.cat(
+                [self._weight.new_zeros(base.out_features) if base.bias is None else base.bias.detach()
+                 for base in bases]
+            )  # fmt: skip
+        end = 0
+        for base in bases:
+            mine = slice(end, end := end + base.out_features)
+            base.weight = nn.Parameter(self._weight[mine], requires_grad=False)
+            if base.bias is not None:
+                base.bias = nn.Parameter(self._bias[mine], requires_grad=False)
+        if self._weight.is_cuda:
+            torch.cuda.empty_cache()  # what was freed is in pieces too small for the next layer's weights
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """[T, in_features] -> [T, the sum of the Linears' out_features]."""
+        y_TO = functional.linear(x_TI, self._weight, self._bias)
+        self._add_deltas(y_TO, x_TI, self._widths)
+        return y_TO
+
+
+def _plain(linear: LoraLinear) -> nn.Linear:
+    """Its base, if that is nothing but a matrix: a quantised one is left to its own code."""
+    if type(linear.base) is not nn.Linear:
+        raise NotFusable(f"a Linear is a {type(linear.base).__name__}")
+    return linear.base
+
+
+class _TritonLayer:
+    """One layer between two sums: `layer` says what it is."""
+
+    def __init__(self, index: int, layer: Layer, paged: PagedStep) -> None:
+        self.layer = layer
+        self._index, self._paged = index, paged
+        self._head_norm = _head_norm(layer)
+        self._qkv, self._gate_up = _JointLinear(layer.qkv), _JointLinear(layer.gate_up)
+        _, self._kv_heads, _, self._k_dim = layer.cache.k.shape
+
+    def attention(
+        self, normed_TH: torch.Tensor, tables: Tables | None, positions_T: torch.Tensor
+    ) -> torch.Tensor:
+        """The normed input -> what attention adds to the sum, before its own norm: both [T, hidden_size]."""
+        layer, kv_heads, dim = self.layer, self._kv_heads, self._k_dim
+        qkv_TW = self._qkv(normed_TH)
+        norm_rotate(qkv_TW, layer.heads, kv_heads, dim, self._head_norm, tables, positions_T)
+        q_end, k_end = layer.heads * dim, (layer.heads + kv_heads) * dim
+        attended = self._paged.attend(
+            self._index,
+            qkv_TW[:, :q_end].view(-1, layer.heads, dim),
+            qkv_TW[:, q_end:k_end].view(-1, kv_heads, dim),
+            qkv_TW[:, k_end:].view(-1, kv_heads, layer.cache.v.shape[3]),
+            layer.options,
+        )
+        projected: torch.Tensor = layer.output(attended.flatten(1))
+        return projected
+
+    def mlp(self, normed_TH: torch.Tensor) -> torch.Tensor:
+        """The normed sum -> what the MLP adds to it, before its own norm: both [T, hidden_size]."""
+        projected: torch.Tensor = self.layer.down(activate(self._gate_up(normed_TH), self.layer.activation))
+        return projected
+
+
+def _head_norm(layer: Layer) -> HeadNorm | None:
+    q, k = layer.q_norm, layer.k_norm
+    if q is None and k is None:
+        return None
+    kv_heads, dim = layer.cache.k.shape[1], layer.cache.k.shape[3]
+    if q is None or k is None or q.eps != k.eps:
+        raise NotFusable("its query and key are normed in different ways")
+    widths = q.weight.numel(), k.weight.numel()
+    if widths not in ((dim, dim), (layer.heads * dim, kv_heads * dim)):
+        raise NotFusable("its query and key are normed neither by the head nor as a whole")
+    return HeadNorm(torch.cat([q.weight, k.weight]), q.eps, per_head=widths == (dim, dim))
+
+
+class TritonLayers(DecoderLayers):
+    """`DecoderLayers` of torch's matrix products and Triton kernels.
+
+    The sum x is float32 from the first layer to the last, as in the CPU's decoder.cpp: transformers rounds it
+    to the model's type twice a layer. That costs memory traffic, 4 bytes a value instead of 2, beside
+    products that read the layer's whole weights (decode) or compute for longer than it takes (prompts).
+    """
+
+    def __init__(self, layers: Sequence[Layer], paged: PagedStep) -> None:
+        super().__init__([layer.rotary for layer in layers], layers[0].cache.k.dtype)
+        self._layers = [_TritonLayer(index, layer, paged) for index, layer in enumerate(layers)]
+        self._kept: list[Tables | None] = []
+
+    def keep_positions(self, tables: Tables) -> None:
+        self._kept = [tables if rotated else None for rotated in self._rotated]
+
+    def sample(
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor
+    ) -> torch.Tensor:
+        return self._run(hidden_TH, self._kept, positions_T, norm, rows_N)
+
+    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None]) -> torch.Tensor:
+        rows_T = torch.arange(len(hidden_TH), device=hidden_TH.device)
+        return self._run(hidden_TH.contiguous(), tables, rows_T, None, None)
+
+    def _run(
+        self,
+        hidden_TH: torch.Tensor,
+        tables: Sequence[Tables | None],
+        positions_T: torch.Tensor,
+        norm: Norm | None,
+        rows_N: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`positions_T`: each token's row of the tables; `rows_N`: the tokens that are wanted, None = all.
+
+        The rows are chosen at the end: after the last attention, LoRA would need segments of them.
+        """
+        residual_TH = torch.empty_like(hidden_TH, dtype=torch.float32)
+        first = self._layers[0].layer
+        normed_TH = add_norm(hidden_TH, residual_TH, first.attention_in, begin=True)
+        for index, run in enumerate(self._layers):
+            layer, last = run.layer, index + 1 == len(self._layers)
+            attended_TH = run.attention(normed_TH, tables[index], positions_T)
+            normed_TH = add_norm(
+                attended_TH,
+                residual_TH,
+                layer.mlp_in,
+                x_norm=layer.attention_out,
+                multiplier=layer.residual_multiplier,
+            )
+            normed_TH = add_norm(
+                run.mlp(normed_TH),
+                residual_TH,
+                norm if last else self._layers[index + 1].layer.attention_in,
+                x_norm=layer.mlp_out,
+                multiplier=layer.residual_multiplier,
+                rows_N=rows_N if last else None,
+            )
+        return normed_TH
+
+
+def triton_layers(
+    layers: nn.ModuleList,
+    caches: Mapping[int, LayerCache],
+    options: Mapping[int, AttentionOptions],
+    paged: PagedStep,
+) -> TritonLayers:
+    """`layers` as `TritonLayers`; its `slots` are for their place. Raises NotFusable.
+
+    `options` are each layer's, as a forward showed them. The modules' weights may move (`_JointLinear`), even
+    where it raises; they compute the same as before.
+    """
+    reader = LayerReader()
+    read = [reader.layer(layer, caches[i], options[i]) for i, layer in enumerate(layers)]
+    return TritonLayers(read, paged)

@@ -1,0 +1,298 @@
+"""Reads and judges a PEFT LoRA adapter: its config and its safetensors header, never a pickle, no torch.
+
+Format: PEFT's `adapter_config.json` (every field of `peft.LoraConfig`, 0.21) and safetensors
+(https://github.com/huggingface/safetensors#format). What is not supported is refused by the name of the
+field or tensor, never ignored in silence. No message holds a path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from server.config import MAX_HEADER_BYTES as MAX_HEADER_BYTES  # with `as`: lora/ has them from here
+from server.config import MAX_TENSORS as MAX_TENSORS
+from server.errors import TooLarge, UnsupportedMedia
+from server.messages import LoraTarget
+from server.peft.rules import Rules, bad, check_fields
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_PREFIX = "base_model.model."
+_CHUNK_BYTES = 1 << 18  # stays in the second-level cache
+
+# safetensors dtype -> its name in torch, bytes, and the exponent bits that are all set in NaN and Inf
+_DTYPES = {
+    "F32": ("float32", 4, 0x7F80_0000),
+    "F16": ("float16", 2, 0x7C00),
+    "BF16": ("bfloat16", 2, 0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Where one tensor lies in adapter_model.safetensors."""
+
+    name: str
+    dtype: str  # torch's name: float32, float16 or bfloat16
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file, bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The delta of one Linear: `scaling * B A`, A as [rank, in_features], B as [out_features, rank]."""
+
+    target: int  # index into the targets that the adapter was judged against
+    name: str
+    rank: int
+    scaling: float
+    a: TensorSpan
+    b: TensorSpan
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter that fits the base model."""
+
+    modules: tuple[LoraModule, ...]  # in the order of the targets
+    rank: int  # the largest
+    alpha: float  # lora_alpha of the config; alpha_pattern may say otherwise for some modules
+    target_modules: tuple[str, ...]  # last parts of the modules' names, sorted
+    parameters: int
+    weight_bytes: int  # of the tensors as they lie in the file
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file's name says that it is a pickle."""
+    return name.lower().endswith(_PICKLES)
+
+
+def holds_pickle(folder: Path) -> bool:
+    """Whether a file in `folder`, if that is there, is a pickle by its name."""
+    return folder.is_dir() and any(is_pickle(entry.name) for entry in folder.iterdir())
+
+
+def pickle_refused(param: str) -> UnsupportedMedia:
+    return UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=param)
+
+
+def judge(
+    folder: Path,
+    targets: Sequence[LoraTarget],
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    max_tensors: int = MAX_TENSORS,
+    max_rank: int | None = None,
+) -> LoraAdapter:
+    """Read `folder`'s config and tensor header, and check both against the base model's Linears.
+
+    No weight is read (see `check_finite`). Raises InvalidAdapter with the field or tensor at fault in
+    `param`, TooLarge for an oversized config, UnsupportedMedia when there are only pickles.
+    """
+    if not (folder / WEIGHTS_NAME).is_file() and holds_pickle(folder):
+        raise pickle_refused(WEIGHTS_NAME)
+    config = _read_config(folder)
+    check_fields(config)
+    tensors = _read_tensors(folder, max_header_bytes, max_tensors)
+    rules = Rules(config)
+    modules = _match(tensors, targets, rules)
+    widest = max(modules, key=lambda module: module.rank)
+    if max_rank is not None and widest.rank > max_rank:
+        raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {max_rank}")
+    spans = [span for module in modules for span in (module.a, module.b)]
+    return LoraAdapter(
+        modules=modules,
+        rank=widest.rank,
+        alpha=rules.alpha,
+        target_modules=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
+        parameters=sum(math.prod(span.shape) for span in spans),
+        weight_bytes=sum(span.nbytes for span in spans),
+    )
+
+
+def check_finite(folder: Path, adapter: LoraAdapter) -> None:
+    """Read every weight once. Raises InvalidAdapter that names the first tensor with a NaN or Inf."""
+    masks = {name: (np.dtype(f"<u{width}"), mask) for name, width, mask in _DTYPES.values()}
+    raw = bytearray(_CHUNK_BYTES)
+    scratch = np.empty(_CHUNK_BYTES, np.uint8)
+    spans = [span for module in adapter.modules for span in (module.a, module.b)]
+    with (folder / WEIGHTS_NAME).open("rb", buffering=0) as file:
+        for span in sorted(spans, key=lambda span: span.offset):
+            dtype, mask = masks[span.dtype]
+            file.seek(span.offset)
+            for start in range(0, span.nbytes, _CHUNK_BYTES):
+                nbytes = min(_CHUNK_BYTES, span.nbytes - start)
+                _read_exactly(file, memoryview(raw)[:nbytes])
+                exponents = scratch[:nbytes].view(dtype)
+                np.bitwise_and(np.frombuffer(raw, dtype, nbytes // dtype.itemsize), mask, out=exponents)
+                if exponents.max() == mask:
+                    raise bad(span.name, "holds a NaN or Inf; every weight must be finite")
+
+
+def _read_exactly(file: BinaryIO, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]  # typeshed: raw files have it
+        if not count:
+            raise bad(WEIGHTS_NAME, "ends before the last of its tensors")
+        done += count
+
+
+def _parse_json(raw: bytes, what: str) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    def no_constant(text: str) -> object:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+        if b"\\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+    except RecursionError:
+        raise bad(what, "is nested too deeply") from None
+    except ValueError as error:
+        raise bad(what, f"is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise bad(what, "must be a JSON object")
+    return value
+
+
+# config
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise bad(CONFIG_NAME, "is missing")
+    with path.open("rb") as file:
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise TooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes", param=CONFIG_NAME)
+    return _parse_json(raw, CONFIG_NAME)
+
+
+# tensors
+
+
+def _read_tensors(folder: Path, max_header_bytes: int, max_tensors: int) -> dict[str, TensorSpan]:
+    """The header of the safetensors file: 8 bytes of length (little-endian), then JSON, then the data."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise bad(WEIGHTS_NAME, "is missing")
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or header_bytes > file_bytes - 8:
+            raise bad(WEIGHTS_NAME, "is shorter than its header says")
+        if header_bytes > max_header_bytes:
+            raise bad(WEIGHTS_NAME, f"has a header larger than {max_header_bytes} bytes")
+        raw = file.read(header_bytes)
+    # Each tensor is an object of its own: count them before a large header becomes a larger tree.
+    if raw.count(b"{") > max_tensors + 2:
+        raise bad(WEIGHTS_NAME, f"holds more than {max_tensors} tensors")
+    header = _parse_json(raw, WEIGHTS_NAME)
+    header.pop("__metadata__", None)
+    if not header:
+        raise bad(WEIGHTS_NAME, "holds no tensors")
+    start = 8 + header_bytes
+    tensors = {name: _span(name, entry, start) for name, entry in header.items()}
+    end = start
+    for span in sorted(tensors.values(), key=lambda span: (span.offset, span.nbytes)):
+        if span.offset != end:
+            raise bad(span.name, "does not begin where the tensor before it ends")
+        end += span.nbytes
+    if end != file_bytes:
+        raise bad(WEIGHTS_NAME, f"has {file_bytes - start} bytes of data, its header says {end - start}")
+    return tensors
+
+
+def _span(name: str, entry: object, start: int) -> TensorSpan:
+    def whole_numbers(value: object, most: int) -> list[int]:
+        if not isinstance(value, list) or len(value) > most:
+            raise bad(name, "has a malformed header entry")
+        if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in value):
+            raise bad(name, "has a malformed header entry")
+        return value
+
+    if not isinstance(entry, dict):
+        raise bad(name, "has a malformed header entry")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise bad(name, f"has dtype {str(dtype)[:20]}, expected one of {', '.join(_DTYPES)}")
+    shape = whole_numbers(entry.get("shape"), 8)
+    offsets = whole_numbers(entry.get("data_offsets"), 2)
+    torch_name, width, _ = _DTYPES[dtype]
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * width:
+        raise bad(name, f"has data_offsets that do not fit shape {shape} of {dtype}")
+    return TensorSpan(name, torch_name, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`base_model.model.<module>.lora_A.weight` -> (module, "A")."""
+    stem = name.removesuffix(".weight").removesuffix(".default")
+    module, _, part = stem.rpartition(".")
+    if name.endswith(".weight") and name.startswith(_PREFIX) and part in ("lora_A", "lora_B"):
+        return module.removeprefix(_PREFIX), part[-1]
+    for mark, what in (
+        ("lora_magnitude_vector", "belongs to DoRA, which is not supported"),
+        ("lora_embedding_", "belongs to an embedding; only Linear layers can have an adapter"),
+        ("lora_B.bias", "is a bias, which is not supported"),
+        ("lora_B.default.bias", "is a bias, which is not supported"),
+    ):
+        if mark in name:
+            raise bad(name, what)
+    if name.startswith(_PREFIX) and name.endswith((".weight", ".bias")) and ".lora_" not in name:
+        raise bad(
+            name,
+            "is a weight of the base model, which all adapters share here. PEFT adds a copy when embeddings "
+            "or lm_head are targets or were resized; if they were not trained themselves, leave it out with "
+            "save_pretrained(..., save_embedding_layers=False)",
+        )
+    raise bad(name, f"is unexpected; tensors are named {_PREFIX}<module>.lora_A.weight or .lora_B.weight")
+
+
+def _match(
+    tensors: Mapping[str, TensorSpan], targets: Sequence[LoraTarget], rules: Rules
+) -> tuple[LoraModule, ...]:
+    halves: dict[str, dict[str, TensorSpan]] = {}
+    for name, span in tensors.items():
+        module, part = _split(name)
+        if part in halves.setdefault(module, {}):
+            raise bad(name, "is there twice, with and without `default`")
+        halves[module][part] = span
+    columns = {target.name: column for column, target in enumerate(targets)}
+    modules = []
+    for name, pair in halves.items():
+        span = next(iter(pair.values()))
+        if name not in columns:
+            raise bad(span.name, "changes a module that is not a Linear layer of the base model")
+        if len(pair) != 2:
+            raise bad(span.name, f"has no partner lora_{'B' if 'A' in pair else 'A'}.weight")
+        if not rules.targets(name):
+            raise bad(span.name, "changes a module that target_modules and exclude_modules leave out")
+        target = targets[columns[name]]
+        rank, scaling = rules.rank_and_scaling(name)
+        _check_shape(pair["A"], [rank, target.in_features], f"[rank {rank}, {target.in_features} inputs]")
+        _check_shape(pair["B"], [target.out_features, rank], f"[{target.out_features} outputs, rank {rank}]")
+        modules.append(LoraModule(columns[name], name, rank, scaling, pair["A"], pair["B"]))
+    return tuple(sorted(modules, key=lambda module: module.target))
+
+
+def _check_shape(span: TensorSpan, expected: list[int], meaning: str) -> None:
+    if list(span.shape) != expected:
+        raise bad(span.name, f"has shape {list(span.shape)}, expected {expected}: {meaning}")

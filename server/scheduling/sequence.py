@@ -1,0 +1,151 @@
+"""The engine's state of one choice of one request."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from server.messages import AdapterRef, FinishReason, Fork, Request, SamplingParams
+
+Tokens = npt.NDArray[np.int64]
+MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
+
+
+def _seed(asked: int | None) -> int:
+    return secrets.randbits(63) if asked is None else asked
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    WAITING_FOR_ADAPTER = "waiting_for_adapter"  # passed over: its adapters are on their way or lack room
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, cache position and limits of one choice. The scheduler alone changes it.
+
+    `order` is the place in the line of arrivals: of two sequences the one with the smaller order is the
+    older. `arrival` and `room_wanted_since` are seconds of the scheduler's clock.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "adapters",
+        "arrival",
+        "block_hashes",
+        "block_ids",
+        "cached_tokens",
+        "group",
+        "last_token",
+        "logits_state",
+        "max_length",
+        "mix_key",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+        "request_id",
+        "room_wanted_since",
+        "sampling",
+        "seed",
+        "state",
+        "stop_ids",
+    )
+
+    def __init__(self, request: Request, arrival: float, order: int) -> None:
+        self.request_id: str = request.request_id
+        self.sampling: SamplingParams = request.sampling
+        self.adapters: tuple[AdapterRef, ...] = request.adapters
+        self.mix_key: MixKey = tuple((ref.digest, ref.weight) for ref in request.adapters)
+        self.seed: int = _seed(request.sampling.seed)
+        self.arrival = arrival
+        self.order = order
+
+        self._buffer: Tokens = np.array(request.prompt_token_ids, dtype=np.int64)
+        self.num_prompt_tokens = self.num_tokens = len(self._buffer)
+        self.last_token: int = request.prompt_token_ids[-1] if request.prompt_token_ids else -1
+
+        self.state = State.WAITING
+        self.num_computed = 0  # tokens whose K and V are in the cache
+        self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i + 1) * block_size)
+        self.block_hashes: list[bytes] = []  # of the full blocks from the first on, as far as needed yet
+        self.cached_tokens = 0  # prompt tokens that the prefix cache gave at the first admission
+        self.logits_state: dict[str, Any] = {}  # what logits processors keep from step to step
+        self.group: PromptGroup | None = None  # of the choices that its prompt is computed for
+        self.num_preemptions = 0
+        self.room_wanted_since: float | None = None  # first passed over for want of arena room
+        self.stop_ids: frozenset[int] = frozenset(self.sampling.stop_token_ids)
+        self.max_length = self.num_prompt_tokens + self.sampling.max_tokens  # prompt and output, tokens
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.request_id!r}, {self.state.value}, {self.num_computed}/{self.num_tokens})"
+
+    def fork(self, choice: Fork, order: int) -> Sequence:
+        """Another choice of the same request, as new as this one still is."""
+        other = copy(self)
+        other.request_id, other.seed, other.order = choice.request_id, _seed(choice.seed), order
+        other._buffer = self._buffer.copy()
+        other.block_ids, other.block_hashes, other.logits_state = [], [], {}
+        return other
+
+    def limit(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
+        """Take on the model's own limits beside the request's."""
+        self.max_length = min(self.max_length, max_model_len)
+        if not self.sampling.ignore_eos:
+            self.stop_ids |= eos_token_ids
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and output, [num_tokens] int64: a view, valid until the next `append`."""
+        return self._buffer[: self.num_tokens]
+
+    @property
+    def output_tokens(self) -> Tokens:
+        """What was generated, [num_generated] int64: a view, valid until the next `append`."""
+        return self._buffer[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        if self.num_tokens == len(self._buffer):
+            grown = np.empty(2 * self.num_tokens + 16, dtype=np.int64)
+            grown[: self.num_tokens] = self._buffer
+            self._buffer = grown
+        self._buffer[self.num_tokens] = token
+        self.num_tokens += 1
+        self.last_token = token
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the newest token is the last one; None: go on."""
+        if self.last_token in self.stop_ids and self.num_generated >= self.sampling.min_tokens:
+            return "stop"
+        if self.num_tokens >= self.max_length:
+            return "length"
+        return None
+
+
+class PromptGroup:
+    """The choices of one request.
+
+    `leader`: the running sequence that computes the prompt while others wait; None when nobody does.
+    `block_ids`: of the whole prompt, computed, with a reference to each for the group; empty when there are
+    none, or when the room was needed: the next one to start is then the leader.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence]) -> None:
+        self.leader: Sequence | None = None
+        self.block_ids: list[int] = []
+        self.waiting = set(sequences)  # that have not started yet
+        for seq in self.waiting:
+            seq.group = self

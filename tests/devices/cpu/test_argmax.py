@@ -1,0 +1,50 @@
+"""The compiled argmax against torch's, for every library that this machine can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server.devices.cpu import argmax as module
+from server.devices.cpu.argmax import argmax
+from server.devices.cpu.native import libraries
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 49152), (3, 511), (16, 1537), (5, 512)])
+def test_argmax_is_that_of_torch(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for lib in [*libraries(), None]:
+        monkeypatch.setattr(module, "library", lambda lib=lib: lib)
+        assert argmax(scores) == (scores.argmax(dim=-1).tolist(), [True] * shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_equals_counts_and_rows_may_lie_apart(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.zeros(4, 2000, dtype=dtype)
+    scores[:, [700, 1300]] = 3
+    for lib in libraries():
+        monkeypatch.setattr(module, "library", lambda lib=lib: lib)
+        assert argmax(scores[::2, :1500]) == ([700, 700], [True, True])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_a_finite_maximum_is_told(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(6, 1000, generator=torch.Generator().manual_seed(2)).to(dtype)
+    scores[1, 999] = float("nan")
+    scores[2, 0] = float("inf")
+    scores[3] = float("-inf")
+    scores[4, 1:] = float("-inf")  # one value is enough
+    scores[5, 3] = float("inf")
+    scores[5, 700] = float("nan")
+    for lib in [*libraries(), None]:
+        monkeypatch.setattr(module, "library", lambda lib=lib: lib)
+        indices, finite = argmax(scores)
+        assert finite == [True, False, False, False, True, False]
+        assert indices[4] == 0

@@ -1,0 +1,56 @@
+"""What CUDA computes with, on a CPU: kernels in Triton's interpreter, captures that run their work again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from server.devices.cpu.device import CpuDevice
+from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.device import CudaOperators
+from server.devices.cuda.graphs import Capture, DecodeGraphs
+from server.devices.cuda.lora import TritonKernels
+from server.engine.engine import Engine
+from server.lora.kernels.interface import LoraKernels
+from server.model.device import Operators
+from server.model.loader import LoadedModel, load
+from server.model.memory import plan_memory
+from tests.engine.harness import settings_for
+
+
+def cuda_operators(loaded: LoadedModel, lora: LoraKernels | None = None) -> CudaOperators:
+    attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
+    return CudaOperators(attention, lora or TritonKernels(max_mix_rank=16))
+
+
+class InterpretedCuda(CpuDevice):
+    def operators(self, loaded: LoadedModel) -> Operators:
+        return cuda_operators(loaded)
+
+
+def make_interpreted(*arguments: object, **overrides: object) -> Engine:
+    """As `harness.make_engine`."""
+    settings, device = settings_for(*arguments, **overrides), InterpretedCuda()  # type: ignore[arg-type]  # the same
+    loaded = load(settings)
+    return Engine(settings, loaded, plan_memory(settings, loaded, device), device)
+
+
+def capture(engine: Engine, how: Capture, most: int) -> None:
+    """Decode steps of up to `most` sequences, with contexts of up to 64 tokens."""
+    runner = engine._runner
+    runner.capture(
+        engine._arena.view(),
+        lambda forward, prepare: DecodeGraphs(
+            forward,
+            prepare,
+            new_capture_of(how),
+            max_num_seqs=most,
+            max_model_len=64,
+            block_size=runner._block_size,
+            device=InterpretedCuda.torch_device,
+        ),
+        max_num_seqs=most,
+    )
+
+
+def new_capture_of(how: Capture) -> Callable[[], Capture]:
+    return lambda: how

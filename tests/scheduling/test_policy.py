@@ -1,0 +1,13 @@
+from server.messages import Request, SamplingParams
+from server.scheduling.policy import FirstComeFirstServed, Policy
+from server.scheduling.sequence import Sequence
+
+
+def test_first_come_first_served_keeps_the_order_of_arrival() -> None:
+    policy: Policy = FirstComeFirstServed()
+    line = [
+        Sequence(Request(f"r{i}", [1], SamplingParams(max_tokens=1)), arrival=float(i), order=i)
+        for i in range(5)
+    ]
+    assert list(policy.order(line[2:], line[:2], now=9.0)) == line[2:]
+    assert list(policy.order([], line, now=9.0)) == []
