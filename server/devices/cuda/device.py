@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,14 +15,12 @@ from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
 from server.devices.cuda.layers import triton_layers
 from server.devices.cuda.lora import TritonKernels
 from server.lora.copies import Copies
-from server.lora.kernels.interface import LoraKernels
 from server.lora.linear import LoraStep
 from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers
-from server.model.device import Forward, Operators, Prepare, Sizes, StepGraphs
+from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes, StepGraphs
 from server.model.loader import LoadedModel
-from server.model.sampler import torch_argmax
 
 _USE = 0.90  # of what is free after the weights
 _ARENA = 0.20  # of what is left for KV and adapters
@@ -32,15 +29,8 @@ _HOST_CAP = 32 * 2**30  # all of it is page-locked at start, which takes time
 _STEP_TOKENS = 8192
 
 
-@dataclass(frozen=True)
-class CudaOperators:
+class CudaOperators(PlainOperators):
     """Triton kernels between torch's matrix products."""
-
-    attention: PagedTritonAttention
-    lora: LoraKernels
-
-    def linear(self, linear: nn.Module) -> nn.Module:
-        return linear
 
     def fuse(
         self,
@@ -51,9 +41,6 @@ class CudaOperators:
         step: LoraStep,
     ) -> DecoderLayers:
         return triton_layers(layers, caches, options, paged)
-
-    def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
-        return torch_argmax(scores_NV)
 
 
 class CudaDevice:
