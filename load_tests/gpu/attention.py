@@ -18,7 +18,7 @@ import torch
 
 from load_tests.gpu.timing import copy_rate, device, median_seconds
 from server.devices.cuda.attention import PagedTritonAttention
-from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, LayerCacheSpec
 
 if TYPE_CHECKING:
     from load_tests.gpu.context import Context
@@ -88,7 +88,7 @@ def measure(contexts: Sequence[int], rate: float, cold_bytes: int = COLD_BYTES) 
 
     def work() -> None:
         for cache in caches:
-            backend.forward(query, key, value, cache, plan, scale=DIM**-0.5)
+            backend.forward(query, key, value, cache, plan, AttentionOptions(DIM**-0.5))
 
     us = 1e6 * median_seconds(work) / layers
     return Row(len(contexts), min(contexts), max(contexts), items, 1e6 * bytes_read / rate, us)

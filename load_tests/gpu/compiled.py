@@ -29,9 +29,9 @@ from triton.runtime.jit import JITFunction
 from server.devices.cuda.attention import PagedTritonAttention
 from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.devices.cuda.lora import TritonKernels
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, Modules, Part
 from server.lora.segments import Segments
-from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, LayerCacheSpec
 from server.model.layer_reader import Norm
 
 MULTIPROCESSORS = 132
@@ -79,12 +79,13 @@ def launch_lora(
     slots = len(lengths)
     arena = ArenaView(
         torch.empty(2**20, dtype=dtype),
-        torch.empty(slots, 7, 2, dtype=torch.int64),
+        torch.empty(slots, 7, len(Part), dtype=torch.int64),
         torch.empty(slots, 7, dtype=torch.int32),
     )
     x = torch.empty(sum(lengths), in_features, dtype=dtype)
-    out = torch.empty(sum(lengths), sum(widths), dtype=dtype)
-    TritonKernels(programs=4 * MULTIPROCESSORS).apply(out, x, 2, segments, arena, widths)
+    y = torch.empty(sum(lengths), sum(widths), dtype=dtype)
+    kernels = TritonKernels(programs=4 * MULTIPROCESSORS)
+    kernels.begin(x, Modules(2, widths), segments, arena).finish(y)
 
 
 def launch_attention(
@@ -114,7 +115,7 @@ def launch_attention(
         options["sinks"] = torch.empty(kv_heads * ratio, dtype=dtype)
     layer = LayerCacheSpec(kv_heads, dim, dim, kv_heads * ratio)
     backend = PagedTritonAttention([layer], dtype, 2 * MULTIPROCESSORS)
-    backend.forward(query, key, value, cache, backend.prepare(plan), scale=0.1, **options)
+    backend.forward(query, key, value, cache, backend.prepare(plan), AttentionOptions(0.1, **options))
 
 
 def launch_layer(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from load_tests.gpu.context import Context
 from load_tests.gpu.timing import copy_rate, device, median_seconds
 from server.devices.cuda.lora import TritonKernels
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, Modules
 from server.lora.segments import Segments
 
 DTYPE = torch.bfloat16 if device() == "cuda" else torch.float32
@@ -87,7 +87,8 @@ class Inputs:
         for adapter in range(case.adapters):
             self.a[adapter :: case.adapters, case.rank(adapter) :] = 0
         starts = torch.arange(self.slots, device=device())[:, None] * slot_size
-        offsets = torch.stack([starts, starts + self.rank * case.in_features], dim=2)
+        no_part = torch.zeros_like(starts)
+        offsets = torch.stack([starts, starts + self.rank * case.in_features, no_part, no_part], dim=2)
         ranks = [[case.rank(slot % case.adapters)] for slot in range(self.slots)]
         self.arena = ArenaView(self.data, offsets, torch.tensor(ranks, dtype=torch.int32, device=device()))
         self.lengths = [case.tokens // case.adapters] * case.adapters
@@ -106,7 +107,7 @@ class Inputs:
         def apply(call: int) -> None:
             step = segments[call]
             assert step is not None
-            kernels.apply(self.out, self.x, 0, step, self.arena)
+            kernels.begin(self.x, Modules(0, (self.case.out_features,)), step, self.arena).finish(self.out)
 
         return apply
 

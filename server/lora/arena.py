@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from server.lora.extents import ExtentAllocator
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, Part
 from server.lora.layout import ALIGN_BYTES, Layout
 
 _STAGING_BYTES = 8 << 20  # for moves whose source and destination overlap
@@ -17,9 +17,10 @@ _STAGING_BYTES = 8 << 20  # for moves whose source and destination overlap
 class Extent:
     """Room in the arena. Without a slot it is being written into, and is not moved."""
 
-    start: int  # bytes; a multiple of 64
+    start: int  # bytes from the end of the arena's first line; a multiple of 64
     nbytes: int
     slot: int | None = None
+    layout: Layout | None = None  # of what lies in it, with a slot
 
 
 class Arena:
@@ -43,8 +44,11 @@ class Arena:
         self._by_slot: dict[int, Extent] = {}
         self._free_slots = list(range(slots - 1, -1, -1))
         self._view = ArenaView(
-            data=torch.empty(self._extents.size // dtype.itemsize, dtype=dtype, device=device),
-            offsets=torch.zeros(slots, num_modules, 2, dtype=torch.int64, device=device),
+            # One line in front, where no part of an adapter lies: offset 0 says that there is none.
+            data=torch.empty(
+                (self._extents.size + ALIGN_BYTES) // dtype.itemsize, dtype=dtype, device=device
+            ),
+            offsets=torch.zeros(slots, num_modules, len(Part), dtype=torch.int64, device=device),
             ranks=torch.zeros(slots, num_modules, dtype=torch.int32, device=device),
         )
 
@@ -87,17 +91,17 @@ class Arena:
 
     def room(self, extent: Extent) -> torch.Tensor:
         """The extent's memory, [elements], to be written before `commit`."""
-        width = self.dtype.itemsize
-        return self._view.data[extent.start // width : (extent.start + extent.nbytes) // width]
+        first = self._element(extent.start)
+        return self._view.data[first : first + extent.nbytes // self.dtype.itemsize]
 
     def commit(self, extent: Extent, layout: Layout) -> int:
         """The image lies in the extent's room: enter it into the tables. Returns its slot."""
         if not self._free_slots:
             self._grow()
         slot = extent.slot = self._free_slots.pop()
-        self._by_slot[slot] = extent
-        self._view.offsets[slot].copy_(layout.offsets + extent.start // self.dtype.itemsize)
+        self._by_slot[slot], extent.layout = extent, layout
         self._view.ranks[slot].copy_(layout.ranks)
+        self._enter_offsets(slot, layout, extent.start)
         return slot
 
     def release(self, slot: int) -> None:
@@ -105,7 +109,7 @@ class Arena:
         extent = self._by_slot.pop(slot)
         self._view.ranks[slot].zero_()
         self._free_slots.append(slot)
-        extent.slot = None
+        extent.slot = extent.layout = None
         self.abandon(extent)
 
     def abandon(self, extent: Extent) -> None:
@@ -119,14 +123,23 @@ class Arena:
         Extents being written into stay, so the room may still be in several pieces.
         """
         fixed = {start for start, extent in self._by_start.items() if extent.slot is None}
-        width = self.dtype.itemsize
         moves = self._extents.compact(fixed)
         for start, to, nbytes in moves:
             extent = self._by_start[to] = self._by_start.pop(start)
             extent.start = to
-            self._move(start // width, to // width, nbytes // width)
-            self._view.offsets[extent.slot] -= (start - to) // width
+            self._move(self._element(start), self._element(to), nbytes // self.dtype.itemsize)
+            assert extent.slot is not None
+            assert extent.layout is not None
+            self._enter_offsets(extent.slot, extent.layout, to)
         return len(moves)
+
+    def _element(self, start: int) -> int:
+        """Where in the buffer an extent begins that starts at `start` bytes."""
+        return (ALIGN_BYTES + start) // self.dtype.itemsize
+
+    def _enter_offsets(self, slot: int, layout: Layout, start: int) -> None:
+        offsets = torch.where(layout.offsets < 0, 0, layout.offsets + self._element(start))
+        self._view.offsets[slot].copy_(offsets)
 
     def _move(self, start: int, to: int, count: int) -> None:
         """Copy `count` elements towards the front. Overlapping ones go through a small copy, front first."""

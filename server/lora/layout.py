@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from server.lora.kernels.interface import Part
 from server.messages import LoraTarget
 from server.peft.format import LoraAdapter, LoraModule, TensorSpan
 
@@ -41,7 +42,8 @@ class Layout:
 
     dtype: torch.dtype  # of the base model, and so of the image
     elements: int  # of the image, whole cache lines
-    offsets: torch.Tensor  # [targets, 2] int64, elements from the start of the image to A and to B
+    # [targets, parts] int64, elements from the start of the image to each part; -1: there is none
+    offsets: torch.Tensor
     ranks: torch.Tensor  # [targets] int32, 0 where the adapter leaves the module alone
     file_bytes: int  # of the whole weights file
     _targets: Sequence[LoraTarget]  # that it was judged against, shared by all layouts
@@ -50,12 +52,13 @@ class Layout:
     @classmethod
     def of(cls, adapter: LoraAdapter, targets: Sequence[LoraTarget], dtype: torch.dtype) -> Layout:
         """For an adapter that was judged against `targets`, on a base model of `dtype`."""
-        offsets, ranks = np.zeros((len(targets), 2), np.int64), np.zeros(len(targets), np.int32)
+        offsets = np.full((len(targets), len(Part)), -1, np.int64)
+        ranks = np.zeros(len(targets), np.int32)
         rows, end, file_bytes = [], 0, 0
         for module in adapter.modules:
             a, b = module.a, module.b
             b_start = end + _whole_lines(module.rank * targets[module.target].in_features, dtype)
-            offsets[module.target] = end, b_start
+            offsets[module.target, [Part.A, Part.B]] = end, b_start
             ranks[module.target] = module.rank
             end = b_start + _whole_lines(module.rank * targets[module.target].out_features, dtype)
             file_bytes = max(file_bytes, a.offset + a.nbytes, b.offset + b.nbytes)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from server.errors import InvalidAdapter
+from server.lora.kernels.interface import Part
 from server.lora.layout import Layout
 from server.peft.format import WEIGHTS_NAME, LoraModule, TensorSpan
 
@@ -31,7 +32,7 @@ def pack(folder: Path, layout: Layout, image_E: torch.Tensor) -> None:
         if nbytes != layout.file_bytes:
             raise _changed(f"has {nbytes} bytes, it had {layout.file_bytes} when it was judged")
         for module in modules:
-            a_start, b_start = layout.offsets[module.target].tolist()
+            a_start, b_start = layout.offsets[module.target, [Part.A, Part.B]].tolist()
             a = image_E[a_start : a_start + module.a.shape[0] * module.a.shape[1]]
             b_RO = image_E[b_start : b_start + module.b.shape[0] * module.b.shape[1]].view(module.rank, -1)
             image_E[end:a_start].zero_()

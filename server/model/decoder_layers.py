@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from server.model.attention.hf import PagedStep
 from server.model.layer_reader import Norm
+from server.model.step import Step
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [rows, rotary_dim], in the model's dtype
 
 
 class DecoderLayers(ABC):
-    """All decoder layers of one model over its KV cache; the step is that of its attention and LoRA layers.
+    """All decoder layers of one model over its KV cache.
 
     Used in one of two ways. `slots` stand where transformers' layers stood: what is around the layers stays
     transformers' own, and each layer gets the step's rotary tables (Gemma 2 and 3, Granite). Or `sample`
@@ -47,15 +49,15 @@ class DecoderLayers(ABC):
             self._tables = cos, sin
         self._of_layers[layer] = self._tables
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         """hidden: [1, T, hidden_size], the embedded tokens -> the same after the last layer."""
-        out_TH = self._all(hidden[0], self._of_layers)
+        out_TH = self._all(hidden[0], self._of_layers, step)
         self._embeddings = self._tables = None
         self._of_layers = [None] * len(self._rotated)
         return out_TH[None]
 
     @abstractmethod
-    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None]) -> torch.Tensor:
+    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None], step: Step) -> torch.Tensor:
         """The embedded tokens -> the same after the last layer.
 
         `tables`: each layer's, a row for each token; None where it does not rotate.
@@ -67,7 +69,7 @@ class DecoderLayers(ABC):
 
     @abstractmethod
     def sample(
-        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor, step: Step
     ) -> torch.Tensor:
         """The embedded tokens (lost after) -> those in `rows_N` after the last layer and `norm`: [N, H]."""
 
@@ -82,8 +84,9 @@ class LayerSlot:
         self,
         hidden_states: torch.Tensor,
         *_: Any,
+        attention_step: PagedStep,
         position_embeddings: Tables | None = None,
         **__: Any,
     ) -> torch.Tensor:
         self._layers.take_positions(self._index, position_embeddings)
-        return self._layers.forward(hidden_states) if self._last else hidden_states
+        return self._layers.forward(hidden_states, attention_step.step) if self._last else hidden_states

@@ -15,8 +15,6 @@ from torch import nn
 from server.config import Settings
 from server.lora.copies import Copies
 from server.lora.kernels.interface import ArenaView, LoraKernels
-from server.lora.linear import LoraStep
-from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionBackend, AttentionOptions, AttentionPlan, LayerCache
 from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
@@ -43,8 +41,6 @@ class Operators(Protocol):
         layers: nn.ModuleList,
         caches: Mapping[int, LayerCache],
         options: Mapping[int, AttentionOptions],
-        paged: PagedStep,
-        step: LoraStep,
     ) -> DecoderLayers:
         """All decoder layers as fused code, whose `slots` are for their place. Raises NotFusable.
 
@@ -72,8 +68,6 @@ class PlainOperators:
         layers: nn.ModuleList,
         caches: Mapping[int, LayerCache],
         options: Mapping[int, AttentionOptions],
-        paged: PagedStep,
-        step: LoraStep,
     ) -> DecoderLayers:
         raise NotFusable("no compiled kernels")
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from server.model.decoder_layers import DecoderLayers
 from server.model.layer_reader import LayerReader, NotFusable
+from server.model.step import Step
 
 
 class FlatModel:
@@ -38,8 +39,11 @@ class FlatModel:
         )
         fused.keep_positions((cos, sin))
 
-    def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, rows_N: torch.Tensor, step: Step
+    ) -> torch.Tensor:
         """Token ids and positions [T], rows whose logits are wanted [N] -> logits [N, V]."""
         hidden_TH = self._embed(ids_T)
-        logits: torch.Tensor = self._head(self._fused.sample(hidden_TH, positions_T, self._norm, rows_N))
+        sampled_NH = self._fused.sample(hidden_TH, positions_T, self._norm, rows_N, step)
+        logits: torch.Tensor = self._head(sampled_NH)
         return logits

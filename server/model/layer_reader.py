@@ -76,8 +76,8 @@ class LayerReader:
         output, down = self._linears(attn, "o_proj"), self._linears(mlp, "down_proj")
         if not (qkv and gate_up and output and down):
             raise NotFusable("its projections are not those of Llama")
-        if options["sinks"] is not None:
-            self._read.add(id(options["sinks"]))
+        if options.sinks is not None:
+            self._read.add(id(options.sinks))
         result = Layer(
             *norms,
             q_norm=self.norm(attn, "q_norm"),

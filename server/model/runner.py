@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.lora.kernels.interface import ArenaView
-from server.lora.linear import LoraStep, wrap_linears
+from server.lora.linear import CurrentLora, LoraStep, wrap_linears
 from server.messages import Logprobs, LoraTarget
 from server.model.attention.hf import PagedStep
 from server.model.attention.interface import LayerCache
@@ -26,6 +26,7 @@ from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
 from server.model.proof import LENGTHS, PagedProbe, relative_error
 from server.model.sampler import Sampled, Sampler
+from server.model.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,10 @@ class Runner:
         block_size: int,
     ) -> None:
         self._model = loaded.model
-        self._lora = LoraStep(operators.lora)
+        self._lora = CurrentLora()
         self.max_mix_rank = operators.lora.max_mix_rank
-        layers = wrap_linears(loaded.model, self._lora, loaded.model.get_output_embeddings())
+        head = loaded.model.get_output_embeddings()
+        layers = wrap_linears(loaded.model, operators.lora, self._lora, head)
         for _, layer in layers:
             layer.base = operators.linear(layer.base)
         self.targets = [LoraTarget(name, layer.in_features, layer.out_features) for name, layer in layers]
@@ -89,7 +91,7 @@ class Runner:
             )
         self._device, self._proof = loaded.device, loaded.proof
         self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
-        self._attention = PagedStep(operators.attention, caches)
+        self._attention = operators.attention
         self._sampler = Sampler(operators.argmax)
         self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
@@ -103,8 +105,7 @@ class Runner:
         if not isinstance(layers, nn.ModuleList):
             return False
         try:
-            options = loaded.attention_options
-            fused = operators.fuse(layers, self._caches, options, self._attention, self._lora)
+            fused = operators.fuse(layers, self._caches, loaded.attention_options)
         except NotFusable as reason:
             log.info("the decoder layers run as torch modules: %s", reason)
             return False
@@ -202,13 +203,14 @@ class Runner:
 
     def _forward(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
         """`logits` of a batch on the device."""
-        self._attention.plan = batch.attention
-        self._lora.arena = arena
-        self._lora.segments = batch.segments
-        self._lora.samples = batch.sample_segments if self._head_is_target else None
+        lora = None
+        if arena is not None and batch.segments is not None:
+            lora = LoraStep(arena, batch.segments, batch.sample_segments if self._head_is_target else None)
+        step, self._lora.step = Step(batch.attention, lora), lora
+        tokens = batch.token_ids, batch.positions, batch.sample_rows
         if self._flat is not None:
-            return self._flat(batch.token_ids, batch.positions, batch.sample_rows)
-        return forward(self._model, batch.token_ids, batch.positions, batch.sample_rows, self._attention)
+            return self._flat(*tokens, step)
+        return forward(self._model, *tokens, PagedStep(self._attention, self._caches, step))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 from tests.gpu.errors import assert_near, poison_free_memory
+from tests.lora.apply import apply
 
 Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
 
@@ -34,10 +35,10 @@ def make_arena(
     offsets = []
     for rank in ranks:
         b_at = at + -(-rank * in_features // 64) * 64 + 64
-        offsets.append([[at, b_at]])
+        offsets.append([[at, b_at, 0, 0]])
         at = b_at + -(-rank * out_features // 64) * 64 + 64
     data = torch.full((at,), torch.nan, device="cuda", dtype=dtype)
-    for [[a_at, b_at]], rank in zip(offsets, ranks, strict=True):
+    for [[a_at, b_at, *_]], rank in zip(offsets, ranks, strict=True):
         data[a_at : a_at + rank * in_features].normal_(std=in_features**-0.5)
         data[b_at : b_at + rank * out_features].normal_(std=max(rank, 1) ** -0.5)
     return ArenaView(
@@ -51,7 +52,7 @@ def reference(
     start: torch.Tensor, x: torch.Tensor, segments: Segments, arena: ArenaView, module: int = 0
 ) -> torch.Tensor:
     out = start.double()
-    ReferenceKernels(torch.float64).apply(out, x.double(), module, segments, arena)
+    apply(ReferenceKernels(torch.float64), out, x.double(), module, segments, arena)
     return out
 
 
@@ -70,7 +71,7 @@ def test_llama_projections(layout: str, in_features: int, out_features: int, dty
     for _ in range(2):
         out = start.clone()
         poison_free_memory()
-        TritonKernels().apply(out, x, 0, segments, arena)
+        apply(TritonKernels(), out, x, 0, segments, arena)
         results.append(out)
     assert_near(results[0], expected, dtype)
     assert torch.equal(results[0][segments.num_tokens :], start[segments.num_tokens :])
@@ -86,7 +87,7 @@ def test_odd_sizes_and_strides(layout: str) -> None:
     x = torch.randn(segments.num_tokens, 340, device="cuda")[:, 3:336]
     start = torch.randn(segments.num_tokens, 80, device="cuda")[:, 1:78]
     out = start.clone()
-    TritonKernels().apply(out, x, 0, segments, arena)
+    apply(TritonKernels(), out, x, 0, segments, arena)
     assert_near(out, reference(start, x, segments, arena), torch.float32)
 
 
@@ -101,7 +102,7 @@ def test_arena_past_two_to_the_31_elements() -> None:
         x = torch.randn(segments.num_tokens, 1024, device="cuda").bfloat16()
         start = torch.randn_like(x)
         out = start.clone()
-        TritonKernels().apply(out, x, 0, segments, arena)
+        apply(TritonKernels(), out, x, 0, segments, arena)
         assert_near(out, reference(start, x, segments, arena), torch.bfloat16)
 
 
@@ -118,11 +119,11 @@ def test_captured_graph_replays_other_contents(longest: int) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        kernels.apply(out, x, 0, bounds, arena)
+        apply(kernels, out, x, 0, bounds, arena)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.apply(out, x, 0, bounds, arena)
+        apply(kernels, out, x, 0, bounds, arena)
 
     for live_count in (count, 9, 1):
         live = Segments.build(
@@ -150,10 +151,10 @@ def test_adapter_replaced_under_a_captured_graph() -> None:
     assert segments is not None
     x, out = torch.randn(1, 1024, device="cuda").bfloat16(), torch.zeros(1, 1024, device="cuda").bfloat16()
     kernels = TritonKernels()
-    kernels.apply(out, x, 0, segments, arena)
+    apply(kernels, out, x, 0, segments, arena)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.apply(out, x, 0, segments, arena)
+        apply(kernels, out, x, 0, segments, arena)
     arena.offsets[0].copy_(arena.offsets[1])
     arena.ranks[0] = 64
     out.zero_()

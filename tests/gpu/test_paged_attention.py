@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from server.devices.cuda.attention import PagedTritonAttention
-from server.model.attention.interface import AttentionPlan, AttentionWork, LayerCache, LayerCacheSpec
+from server.model.attention.interface import (
+    AttentionOptions,
+    AttentionPlan,
+    AttentionWork,
+    LayerCache,
+    LayerCacheSpec,
+)
 from tests.gpu.errors import assert_near, poison_free_memory
 
 
@@ -82,7 +88,8 @@ class Step:
         plan = backend.prepare(self.plan).to(self.query.device)
         poison_free_memory()
         scale = self.query.shape[2] ** -0.5
-        return backend.forward(self.query, self.key, self.value, self.cache, plan, scale=scale, **options)
+        asked = AttentionOptions(scale, **options)
+        return backend.forward(self.query, self.key, self.value, self.cache, plan, asked)
 
     def reference(
         self,
@@ -204,10 +211,10 @@ def test_captured_graph_replays_other_contents(runs: str) -> None:
     copied(work, into=room)
     plan = dataclasses.replace(host.to(torch.device("cuda")), work=room)
     arguments = (step.query, step.key, step.value, step.cache, plan)
-    backend.forward(*arguments, scale=0.1)
+    backend.forward(*arguments, AttentionOptions(0.1))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend.forward(*arguments, scale=0.1)
+        out = backend.forward(*arguments, AttentionOptions(0.1))
 
     live = host.num_seqs - 1
     starts = host.query_starts[: live + 1]

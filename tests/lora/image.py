@@ -26,9 +26,10 @@ class Image:
     def lies_in(self, arena: Arena, slot: int) -> bool:
         """Whether that row of the arena's tables leads to exactly this."""
         view = arena.view()
-        start = int((view.offsets[slot] - self.layout.offsets)[0, 0])
+        there = self.layout.offsets >= 0
+        start = int((view.offsets[slot] - self.layout.offsets)[there][0])
         return (
-            torch.equal(view.offsets[slot], self.layout.offsets + start)
+            torch.equal(view.offsets[slot], torch.where(there, self.layout.offsets + start, 0))
             and torch.equal(view.ranks[slot], self.layout.ranks)
             and torch.equal(view.data[start : start + self.data.numel()], self.data)
         )

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.lora.arena import Arena
+from server.lora.kernels.interface import Part
 from server.lora.layout import Layout
 from tests.lora.image import Image
 
@@ -15,7 +16,7 @@ def image(seed: int, lines: int, dtype: torch.dtype = torch.float32) -> Image:
     """Random content of `lines` cache lines; the offsets point somewhere inside."""
     random = torch.Generator().manual_seed(seed)
     data = torch.randn(lines * 64 // dtype.itemsize, generator=random).to(dtype)
-    offsets = torch.randint(0, data.numel(), (MODULES, 2), generator=random)
+    offsets = torch.randint(-1, data.numel(), (MODULES, len(Part)), generator=random)  # -1: no such part
     ranks = torch.randint(0, 9, (MODULES,), generator=random).int()
     return Image(Layout(dtype, data.numel(), offsets, ranks, 0, (), np.empty(0)), data)
 

@@ -7,9 +7,10 @@ import torch
 
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
 from server.devices.cpu.native import libraries, library
-from server.lora.kernels.interface import ArenaView, LoraKernels
+from server.lora.kernels.interface import ArenaView, LoraKernels, Part
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
+from tests.lora.apply import apply
 
 Mix = tuple[tuple[tuple[int, float], ...], int]
 
@@ -17,15 +18,23 @@ Mix = tuple[tuple[tuple[int, float], ...], int]
 def random_arena(
     ranks_SM: list[list[int]], shapes: list[tuple[int, int]], dtype: torch.dtype, seed: int
 ) -> ArenaView:
-    """An arena filled with random adapters; `shapes` are (in, out) of each module."""
+    """An arena filled with random adapters; `shapes` are (in, out) of each module.
+
+    Every third adapter of a module has a gain, every other one a bias.
+    """
     generator = torch.Generator().manual_seed(seed)
-    offsets = torch.zeros(len(ranks_SM), len(shapes), 2, dtype=torch.int64)
-    end, align = 0, 64 // dtype.itemsize
+    align = 64 // dtype.itemsize
+    offsets, end = torch.zeros(len(ranks_SM), len(shapes), len(Part), dtype=torch.int64), align
     for s, ranks in enumerate(ranks_SM):
-        for m, (rank, shape) in enumerate(zip(ranks, shapes, strict=True)):
-            for which, width in enumerate(shape):
-                offsets[s, m, which] = end
-                end += -(-rank * width // align) * align
+        for m, (rank, (n_in, n_out)) in enumerate(zip(ranks, shapes, strict=True)):
+            sizes = {Part.A: rank * n_in, Part.B: rank * n_out}
+            if (s + m) % 3 == 0:
+                sizes[Part.GAIN] = n_out
+            if (s + m) % 2 == 0:
+                sizes[Part.BIAS] = n_out
+            for part, size in sizes.items():
+                offsets[s, m, part] = end
+                end += -(-size // align) * align
     data = torch.randn(end, generator=generator).mul_(0.3).to(dtype)
     return ArenaView(data, offsets, torch.tensor(ranks_SM, dtype=torch.int32))
 
@@ -52,9 +61,9 @@ def check(kernels: LoraKernels, dtype: torch.dtype, seed: int, longest: int, tai
         x = torch.randn(segments.num_tokens + tail, n_in, generator=generator).to(dtype)
         out = torch.randn(segments.num_tokens + tail, n_out, generator=generator).to(dtype)
         expected = out.double()
-        ReferenceKernels(torch.float64).apply(expected, x, module, segments, arena)
+        apply(ReferenceKernels(torch.float64), expected, x, module, segments, arena)
         got = out.clone()
-        kernels.apply(got, x, module, segments, arena)
+        apply(kernels, got, x, module, segments, arena)
         assert torch.equal(got[segments.num_tokens :], out[segments.num_tokens :])
         error = (got.double() - expected).norm() / expected.norm()
         assert error < (1e-6 if dtype == torch.float32 else 6e-3)
@@ -78,8 +87,8 @@ def test_cpu_kernels_take_modules_side_by_side() -> None:
     expected = torch.randn(segments.num_tokens, sum(widths), generator=generator)
     out = expected.clone()
     for module, part in enumerate(expected.split(widths, dim=1)):
-        ReferenceKernels().apply(part, x, module, segments, arena)
-    cpu_kernels(torch.float32).apply(out, x, 0, segments, arena, widths)
+        apply(ReferenceKernels(), part, x, module, segments, arena)
+    apply(cpu_kernels(torch.float32), out, x, 0, segments, arena, widths)
     torch.testing.assert_close(out, expected)
 
 
@@ -99,8 +108,8 @@ def test_rows_may_be_strided() -> None:
     assert segments is not None
     x, out = torch.randn(5, 40)[:, :32], torch.zeros(5, 100)
     expected = torch.zeros(5, 64)
-    ReferenceKernels().apply(expected, x, 0, segments, arena)
-    cpu_kernels(torch.float32).apply(out[:, :64], x, 0, segments, arena)
+    apply(ReferenceKernels(), expected, x, 0, segments, arena)
+    apply(cpu_kernels(torch.float32), out[:, :64], x, 0, segments, arena)
     torch.testing.assert_close(out[:, :64], expected)
     assert (out[:, 64:] == 0).all()
 

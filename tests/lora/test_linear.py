@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, Begun, Modules, Part
 from server.lora.kernels.reference import ReferenceKernels
-from server.lora.linear import LoraLinear, LoraStep, wrap_linears
+from server.lora.linear import CurrentLora, LoraLinear, LoraStep, wrap_linears
 from server.lora.segments import Segments
 
 
@@ -18,17 +18,9 @@ class SpyKernels(ReferenceKernels):
         super().__init__()
         self.modules: list[int] = []
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        module: int,
-        segments: Segments,
-        arena: ArenaView,
-        widths: tuple[int, ...] | None = None,
-    ) -> None:
-        self.modules.append(module)
-        super().apply(out, x, module, segments, arena, widths)
+    def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
+        self.modules.append(modules.first)
+        return super().begin(x_TI, modules, segments, arena)
 
 
 class Tiny(nn.Module):
@@ -47,10 +39,10 @@ class Tiny(nn.Module):
 
 def rank_one_arena(modules: list[tuple[int, int]]) -> ArenaView:
     """One adapter of rank 1 on every module, all ones."""
-    offsets = torch.zeros(1, len(modules), 2, dtype=torch.int64)
-    end = 0
+    offsets = torch.zeros(1, len(modules), len(Part), dtype=torch.int64)
+    end = 16
     for m, (n_in, n_out) in enumerate(modules):
-        offsets[0, m] = torch.tensor([end, end + 16])
+        offsets[0, m, : Part.GAIN] = torch.tensor([end, end + 16])
         end += 32
         assert max(n_in, n_out) <= 16
     return ArenaView(torch.ones(end), offsets, torch.ones(1, len(modules), dtype=torch.int32))
@@ -62,19 +54,20 @@ def test_a_base_only_step_runs_no_kernel_and_a_tied_head_leaves_the_embedding_al
     model = Tiny()
     plain = copy.deepcopy(model)
     kernels = SpyKernels()
-    step = LoraStep(kernels)
-    layers = wrap_linears(model, step, model.head)
+    current = CurrentLora()
+    layers = wrap_linears(model, kernels, current, model.head)
     assert [(name, layer.module, layer.is_output_head) for name, layer in layers] == [
         ("inner", 0, False),
         ("head", 1, True),
     ]
     ids, rows = torch.tensor([[1, 2, 3]]), torch.tensor([0, 2])
-    step.arena = rank_one_arena([(8, 8), (8, 11)])
     assert torch.equal(model(ids, rows), plain(ids, rows))
     assert kernels.modules == []
 
-    step.segments = Segments.build([(((0, 1.0),), 2)])  # the first two tokens
-    step.samples = Segments.build([(((0, 1.0),), 1)])  # of which the first is sampled
+    tokens = Segments.build([(((0, 1.0),), 2)])  # the first two tokens
+    samples = Segments.build([(((0, 1.0),), 1)])  # of which the first is sampled
+    assert tokens is not None
+    current.step = LoraStep(rank_one_arena([(8, 8), (8, 11)]), tokens, samples)
     got = model(ids, rows)
     assert kernels.modules == [0, 1]
     x = plain.embed(ids)
@@ -89,6 +82,6 @@ def test_a_base_only_step_runs_no_kernel_and_a_tied_head_leaves_the_embedding_al
 
 def test_the_base_weight_is_visible() -> None:
     linear = nn.Linear(3, 4)
-    layer = LoraLinear(linear, 0, LoraStep(ReferenceKernels()), is_output_head=False)
+    layer = LoraLinear(linear, 0, ReferenceKernels(), CurrentLora(), is_output_head=False)
     assert layer.weight is linear.weight
     assert (layer.in_features, layer.out_features) == (3, 4)

@@ -6,6 +6,7 @@ import torch
 
 from server.errors import InvalidAdapter
 from server.lora.arena import Arena
+from server.lora.kernels.interface import Part
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.layout import Layout, RecentLayouts
 from server.lora.pack import pack
@@ -13,6 +14,7 @@ from server.lora.segments import Segments
 from server.messages import LoraTarget
 from server.peft.format import judge
 from tests.lora.adapter_folder import TARGETS, weights, write
+from tests.lora.apply import apply
 from tests.lora.image import packed
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,7 +37,7 @@ def test_every_tensor_lies_where_the_offsets_say(tmp_path, dtype, base):
     image = packed(tmp_path, dtype=base)
     assert image.layout.ranks.tolist() == [0, 3, 3, 3, 3, 3]
     for module, target in list(enumerate(TARGETS))[1:]:
-        a_start, b_start = image.layout.offsets[module].tolist()
+        a_start, b_start = image.layout.offsets[module, : Part.GAIN].tolist()
         assert a_start * base.itemsize % 64 == b_start * base.itemsize % 64 == 0
         a = stored(tensors[f"base_model.model.{target.name}.lora_A.weight"], dtype)
         b = stored(tensors[f"base_model.model.{target.name}.lora_B.weight"], dtype)
@@ -51,7 +53,7 @@ def test_tensors_larger_than_one_torch_operation(tmp_path):
     for base in (torch.float32, torch.bfloat16):
         image = packed(tmp_path, [target], base)
         a, b = (torch.from_numpy(tensor) for tensor in tensors.values())
-        a_start, b_start = image.layout.offsets[0].tolist()
+        a_start, b_start = image.layout.offsets[0, : Part.GAIN].tolist()
         assert torch.equal(image.data[a_start : a_start + a.numel()], a.flatten().to(base))
         expected = (b * 1.5).T.flatten().to(base)
         assert torch.equal(image.data[b_start : b_start + b.numel()], expected)
@@ -165,6 +167,6 @@ def test_deltas_in_the_arena_are_those_of_peft(tmp_path, fields):
         with torch.no_grad():
             plain = linears[target.name](x)
             out = plain.clone()
-            ReferenceKernels().apply(out, x, module, segments, arena.view())
+            apply(ReferenceKernels(), out, x, module, segments, arena.view())
             torch.testing.assert_close(out, layer(x))
         assert torch.equal(out, plain) == (module not in touched)

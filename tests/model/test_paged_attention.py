@@ -7,7 +7,7 @@ import torch
 
 from server.devices.cpu.attention import PagedCpuAttention, paged_cpu_attention
 from server.devices.cpu.native import libraries, library
-from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionBackend, AttentionOptions, AttentionPlan, LayerCache
 from server.model.attention.paged_reference import PagedReferenceAttention
 
 
@@ -68,14 +68,14 @@ def check(
     )
     k_cache, v_cache = (random(blocks, heads[1], block_size, d).to(dtype) for d in dims)
     sink = random(heads[0]) if sinks else None
-    options = {"scale": 0.21, "sliding_window": window, "softcap": softcap}
+    options = AttentionOptions(0.21, window, softcap, sink)
 
     wide = LayerCache(k_cache.double(), v_cache.double())
     expected = PagedReferenceAttention(torch.float64).forward(
-        query.double(), key.double(), value.double(), wide, plan, sinks=sink, **options
+        query.double(), key.double(), value.double(), wide, plan, options
     )
     cache = LayerCache(k_cache.clone(), v_cache.clone())
-    got = backend.forward(query, key, value, cache, plan, sinks=sink, **options)
+    got = backend.forward(query, key, value, cache, plan, options)
     assert got.shape == (tokens, heads[0], dims[1])
     assert got.is_contiguous()
     torch.testing.assert_close(cache.k, wide.k.to(dtype), rtol=0, atol=0)

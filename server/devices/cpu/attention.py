@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, library
-from server.model.attention.interface import AttentionBackend, AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionBackend, AttentionOptions, AttentionPlan, LayerCache
 from server.model.attention.paged_reference import PagedReferenceAttention
 
 
@@ -68,15 +68,11 @@ class PagedCpuAttention:
         value: torch.Tensor,
         cache: LayerCache,
         plan: AttentionPlan,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         query, key, value = _rows(query), _rows(key), _rows(value)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-        sinks = None if sinks is None else sinks.float().contiguous()
+        sinks = None if options.sinks is None else options.sinks.float().contiguous()
         call = AttentionStruct(
             query.data_ptr(),
             key.data_ptr(),
@@ -91,9 +87,9 @@ class PagedCpuAttention:
             key.shape[1],
             key.shape[2],
             value.shape[2],
-            sliding_window or 0,
-            scale,
-            softcap or 0.0,
+            options.sliding_window or 0,
+            options.scale,
+            options.softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
         )
         self._functions[query.dtype](self.struct(plan, cache.k.shape[2]), call, torch.get_num_threads())

@@ -15,8 +15,6 @@ from server.devices.cpu.layers import fuse_layers
 from server.devices.cpu.linear import packed
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
 from server.lora.copies import Copies, HostCopies
-from server.lora.linear import LoraStep
-from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes
@@ -43,10 +41,8 @@ class CpuOperators:
         layers: nn.ModuleList,
         caches: Mapping[int, LayerCache],
         options: Mapping[int, AttentionOptions],
-        paged: PagedStep,
-        step: LoraStep,
     ) -> DecoderLayers:
-        return fuse_layers(layers, caches, options, paged, self.attention, step, self.lora)
+        return fuse_layers(layers, caches, options, self.attention, self.lora)
 
     def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
         return argmax(scores_NV)

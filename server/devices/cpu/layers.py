@@ -17,11 +17,11 @@ from server.devices.cpu.attention import AttentionStruct, PagedCpuAttention, Pla
 from server.devices.cpu.linear import LinearStruct, PackedLinear
 from server.devices.cpu.lora import CpuKernels, SegmentsStruct
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
-from server.lora.linear import LoraLinear, LoraStep
-from server.model.attention.hf import PagedStep
+from server.lora.linear import LoraLinear
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers, Tables
 from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
+from server.model.step import Step
 
 
 class NormStruct(Mirror):
@@ -111,9 +111,7 @@ class FusedLayers(DecoderLayers):
         self,
         layers: list[Layer],
         widths: _Widths,
-        paged: PagedStep,
         attention: PagedCpuAttention,
-        lora: LoraStep,
         kernels: CpuKernels,
         lib: ctypes.CDLL,
     ) -> None:
@@ -122,8 +120,7 @@ class FusedLayers(DecoderLayers):
         self._keep_alive: list[torch.Tensor] = []
         self._layers = (LayerStruct * len(layers))(*(_struct(layer, self._keep_alive) for layer in layers))
         self._widths = widths
-        self._paged, self._attention = paged, attention
-        self._lora, self._kernels = lora, kernels
+        self._attention, self._kernels = attention, kernels
         self._block_size = layers[0].cache.k.shape[2]
         self._function = lib[f"chorus_decoder_{SUFFIXES[dtype]}"]
         self._function.restype = None
@@ -136,21 +133,22 @@ class FusedLayers(DecoderLayers):
     def keep_positions(self, tables: Tables) -> None:
         self._kept = _Pointers([tables if rotated else None for rotated in self._rotated])
 
-    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None]) -> torch.Tensor:
+    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None], step: Step) -> torch.Tensor:
         out_TH = hidden_TH.contiguous().clone()
-        self._call(out_TH, _Pointers(tables), None, NormStruct(), None, None)
+        self._call(step, out_TH, _Pointers(tables), None, NormStruct(), None, None)
         return out_TH
 
     def sample(
-        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor, step: Step
     ) -> torch.Tensor:
         assert self._kept is not None
         sampled_NH = hidden_TH.new_empty(rows_N.numel(), self._widths.hidden)
-        self._call(hidden_TH, self._kept, positions_T, _norm_struct(norm), rows_N, sampled_NH)
+        self._call(step, hidden_TH, self._kept, positions_T, _norm_struct(norm), rows_N, sampled_NH)
         return sampled_NH
 
     def _call(
         self,
+        step: Step,
         hidden: torch.Tensor,
         tables: _Pointers,
         positions: torch.Tensor | None,
@@ -158,21 +156,20 @@ class FusedLayers(DecoderLayers):
         rows: torch.Tensor | None,
         sampled: torch.Tensor | None,
     ) -> None:
-        plan, segments, arena = self._paged.plan, self._lora.segments, self._lora.arena
-        assert plan is not None
+        lora = step.lora
         if tables is not self._tables_in_use:
             self._tables_in_use = tables
             for layer, rotary_dim in zip(self._layers, tables.rotary_dims, strict=True):
                 layer.rotary_dim = rotary_dim
         self._reserve(hidden.numel() // self._widths.hidden)
-        step = _Decoder(
+        decoder = _Decoder(
             self._layers,
             len(self._layers),
             self._widths.hidden,
-            ctypes.pointer(self._attention.struct(plan, self._block_size)),
+            ctypes.pointer(self._attention.struct(step.attention, self._block_size)),
             None
-            if segments is None or arena is None
-            else ctypes.pointer(self._kernels.struct(segments, arena, self._widths.side_by_side)),
+            if lora is None
+            else ctypes.pointer(self._kernels.struct(lora.tokens, lora.arena, self._widths.side_by_side)),
             tables.cos,
             tables.sin,
             None if positions is None else positions.data_ptr(),
@@ -183,7 +180,7 @@ class FusedLayers(DecoderLayers):
             hidden.data_ptr(),
             *(buffer.data_ptr() for buffer in self._buffers.values()),
         )
-        self._function(step, torch.get_num_threads())
+        self._function(decoder, torch.get_num_threads())
 
     def _reserve(self, rows: int) -> None:
         if rows <= self._rows:
@@ -204,9 +201,7 @@ def fuse_layers(
     layers: nn.ModuleList,
     caches: Mapping[int, LayerCache],
     options: Mapping[int, AttentionOptions],
-    paged: PagedStep,
     attention: PagedCpuAttention,
-    lora: LoraStep,
     kernels: CpuKernels,
 ) -> FusedLayers:
     """`layers` as compiled code; its `slots` are for their place. Raises NotFusable.
@@ -225,7 +220,7 @@ def fuse_layers(
     panel = constant(lib, "panel")
     if any(len(layer.gate_up) == 1 and layer.down.in_features % panel for layer in read):
         raise NotFusable("gate and up are packed in one, and are not whole panels each")
-    return FusedLayers(read, widths.pop(), paged, attention, lora, kernels, lib)
+    return FusedLayers(read, widths.pop(), attention, kernels, lib)
 
 
 def _widths(layer: Layer) -> _Widths:
@@ -274,7 +269,7 @@ def _linear_struct(linear: LoraLinear, keep_alive: list[torch.Tensor]) -> Linear
 def _attention_struct(layer: Layer, keep_alive: list[torch.Tensor]) -> AttentionStruct:
     cache, options = layer.cache, layer.options
     keep_alive += (cache.k, cache.v)
-    sinks = options["sinks"]
+    sinks = options.sinks
     if sinks is not None:
         sinks = sinks.float().contiguous()
         keep_alive.append(sinks)
@@ -285,8 +280,8 @@ def _attention_struct(layer: Layer, keep_alive: list[torch.Tensor]) -> Attention
         kv_heads=cache.k.shape[1],
         k_dim=cache.k.shape[3],
         v_dim=cache.v.shape[3],
-        window=options["sliding_window"] or 0,
-        scale=options["scale"],
-        softcap=options["softcap"] or 0.0,
+        window=options.sliding_window or 0,
+        scale=options.scale,
+        softcap=options.softcap or 0.0,
         sinks=None if sinks is None else sinks.data_ptr(),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
-from server.lora.kernels.interface import ArenaView, LoraKernels, each_module
+from server.lora.kernels.interface import ArenaView, Begun, LoraKernels, Modules, Part
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 
@@ -33,6 +34,7 @@ class SegmentsStruct(Mirror):
         ("product_starts", ctypes.c_void_p),
         ("deltas", ctypes.c_void_p),
         ("delta_stride", ctypes.c_int64),
+        ("more", ctypes.c_int64),
     )
 
 
@@ -54,6 +56,8 @@ class CpuKernels:
                 *matrix,
                 *[ctypes.c_int64] * 3,
             ]
+        if (parts := constant(lib, "lora_parts")) != len(Part):
+            raise RuntimeError(f"the compiled CPU kernels know {parts} parts of an adapter, not {len(Part)}")
         self._few_tokens = constant(lib, "few_tokens")
         self._prepared: tuple[Segments, ArenaView, torch.Tensor] | None = None
         self._step = SegmentsStruct()
@@ -61,27 +65,22 @@ class CpuKernels:
         self._deltas = torch.empty(0)
         self._width = 0
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        module: int,
-        segments: Segments,
-        arena: ArenaView,
-        widths: tuple[int, ...] | None = None,
-    ) -> None:
-        for column, part in each_module(out, module, widths):
-            self._functions[part.dtype](
-                self.struct(segments, arena, part.shape[1]),
-                column,
-                part.data_ptr(),
-                part.stride(0),
-                x.data_ptr(),
-                x.stride(0),
-                x.shape[1],
-                part.shape[1],
-                torch.get_num_threads(),
-            )
+    def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
+        return _Begun(self, x_TI, modules, segments, arena)
+
+    def finish(self, y_TO: torch.Tensor, x_TI: torch.Tensor, module: int, step: SegmentsStruct) -> None:
+        """Both products of one module, added to the base's output."""
+        self._functions[y_TO.dtype](
+            step,
+            module,
+            y_TO.data_ptr(),
+            y_TO.stride(0),
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            x_TI.shape[1],
+            y_TO.shape[1],
+            torch.get_num_threads(),
+        )
 
     def struct(self, segments: Segments, arena: ArenaView, width: int) -> SegmentsStruct:
         """The step's segments for compiled code; valid until it is asked for another step's.
@@ -123,8 +122,25 @@ class CpuKernels:
             starts_G.data_ptr(),
             self._deltas.data_ptr(),
             self._width,
+            bool(arena.offsets[:, :, Part.GAIN :][segments.slots.long()].any()),
         )
         self._prepared = (segments, arena, starts_G)  # keeps the tensors behind the pointers alive
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """All cores work on the base's product at the time, so nothing is computed before it is there."""
+
+    kernels: CpuKernels
+    x: torch.Tensor  # [T, in_features]
+    modules: Modules
+    segments: Segments
+    arena: ArenaView
+
+    def finish(self, y_TO: torch.Tensor) -> None:
+        for module, out_TO in self.modules.each(y_TO):
+            step = self.kernels.struct(self.segments, self.arena, out_TO.shape[1])
+            self.kernels.finish(out_TO, self.x, module, step)
 
 
 def _at_least(buffer: torch.Tensor, elements: int) -> torch.Tensor:

@@ -30,7 +30,13 @@ import torch
 
 from server.devices.cuda.jit import jit, power_of_2, tl, triton
 from server.devices.cuda.work_list import work_list
-from server.model.attention.interface import AttentionPlan, AttentionWork, LayerCache, LayerCacheSpec
+from server.model.attention.interface import (
+    AttentionOptions,
+    AttentionPlan,
+    AttentionWork,
+    LayerCache,
+    LayerCacheSpec,
+)
 
 
 @jit()
@@ -251,11 +257,7 @@ class PagedTritonAttention:
         value: torch.Tensor,
         cache: LayerCache,
         plan: AttentionPlan,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`. Enqueues two or three kernels and never waits for them.
 
@@ -275,9 +277,7 @@ class PagedTritonAttention:
         tile_tokens = min(work.block_t, plan.max_query_len)
         parts_PTHE = out_THE.new_empty((work.parts, tile_tokens, *out_THE.shape[1:]), dtype=torch.float32)
         lse_PTH = parts_PTHE.new_empty(parts_PTHE.shape[:3])
-        _launch_attend(
-            query, cache, plan, work, out_THE, parts_PTHE, lse_PTH, scale, sliding_window, softcap, sinks
-        )
+        _launch_attend(query, cache, plan, work, options, out_THE, parts_PTHE, lse_PTH)
         if len(work.cuts):
             _join[(len(work.cuts), tile_tokens, heads)](
                 parts_PTHE, lse_PTH, out_THE, work.cuts, tile_tokens,
@@ -302,13 +302,10 @@ def _launch_attend(
     cache: LayerCache,
     plan: AttentionPlan,
     work: AttentionWork,
+    options: AttentionOptions,
     out_THE: torch.Tensor,
     parts_PTHE: torch.Tensor,
     lse_PTH: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
 ) -> None:
     _, kv_heads, block_size, k_dim = cache.k.shape
     v_dim, heads = cache.v.shape[3], query.shape[1]
@@ -316,12 +313,13 @@ def _launch_attend(
     block_t = max(work.block_t, shape.small_t)
     _attend[(len(work.items), kv_heads)](
         query, cache.k, cache.v, out_THE, parts_PTHE, lse_PTH, work.items, plan.block_tables,
-        query if sinks is None else sinks,
-        scale, softcap or 0.0, sliding_window or 0, parts_PTHE.shape[1],
+        query if options.sinks is None else options.sinks,
+        options.scale, options.softcap or 0.0, options.sliding_window or 0, parts_PTHE.shape[1],
         *query.stride()[:2], *cache.k.stride()[:3], *cache.v.stride()[:3],
         out_THE.stride(0), plan.block_tables.stride(0),
         RATIO=heads // kv_heads, GROUP=shape.group, K_DIM=k_dim, V_DIM=v_dim, BLOCK_SIZE=block_size,
-        WINDOW=sliding_window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        WINDOW=options.sliding_window is not None, SOFTCAP=options.softcap is not None,
+        SINKS=options.sinks is not None,
         BLOCK_T=block_t, BLOCK_N=shape.block_n, BLOCK_D=_dim_block(k_dim), BLOCK_E=_dim_block(v_dim),
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",  # a float32 model stays one
         num_warps=8 if block_t * shape.group > 64 else 4, num_stages=2,

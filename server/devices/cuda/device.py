@@ -15,8 +15,6 @@ from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
 from server.devices.cuda.layers import triton_layers
 from server.devices.cuda.lora import TritonKernels
 from server.lora.copies import Copies
-from server.lora.linear import LoraStep
-from server.model.attention.hf import PagedStep
 from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes, StepGraphs
@@ -37,10 +35,8 @@ class CudaOperators(PlainOperators):
         layers: nn.ModuleList,
         caches: Mapping[int, LayerCache],
         options: Mapping[int, AttentionOptions],
-        paged: PagedStep,
-        step: LoraStep,
     ) -> DecoderLayers:
-        return triton_layers(layers, caches, options, paged)
+        return triton_layers(layers, caches, options, self.attention)
 
 
 class CudaDevice:

@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError:  # a CPU install: whoever launches a kernel says so
     triton = tl = None
 
-__all__ = ["jit", "power_of_2", "power_of_2_below", "tile_of", "tl", "triton"]
+__all__ = ["constexpr", "jit", "power_of_2", "power_of_2_below", "tile_of", "tl", "triton"]
 
 
 def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
@@ -25,6 +25,11 @@ def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
     if triton is None:
         return lambda function: function
     return triton.jit(do_not_specialize=counts)  # type: ignore[no-any-return]  # triton is untyped
+
+
+def constexpr(value: int) -> Any:
+    """A number of the module that kernels read as a constant."""
+    return value if tl is None else tl.constexpr(int(value))
 
 
 @jit()

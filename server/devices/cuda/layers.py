@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.lora.linear import LoraLinear
-from server.model.attention.hf import PagedStep
-from server.model.attention.interface import AttentionOptions, LayerCache
+from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers, Tables
 from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
+from server.model.step import Step
 
 
 class _JointLinear:
@@ -32,7 +32,7 @@ class _JointLinear:
         first = linears[0]
         if [linear.module for linear in linears] != list(range(first.module, first.module + len(linears))):
             raise NotFusable("Linears of one input are not neighbours")
-        self._add_deltas = first.add_deltas
+        self._begin_lora = first.begin
         self._widths = tuple(linear.out_features for linear in linears)
         bases = [_plain(linear) for linear in linears]
         self._weight: torch.Tensor = bases[0].weight
@@ -54,10 +54,12 @@ class _JointLinear:
         if self._weight.is_cuda:
             torch.cuda.empty_cache()  # what was freed is in pieces too small for the next layer's weights
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TI: torch.Tensor, step: Step) -> torch.Tensor:
         """[T, in_features] -> [T, the sum of the Linears' out_features]."""
+        begun = self._begin_lora(x_TI, step.lora, self._widths)
         y_TO = functional.linear(x_TI, self._weight, self._bias)
-        self._add_deltas(y_TO, x_TI, self._widths)
+        if begun is not None:
+            begun.finish(y_TO)
         return y_TO
 
 
@@ -71,35 +73,35 @@ def _plain(linear: LoraLinear) -> nn.Linear:
 class _TritonLayer:
     """One layer between two sums: `layer` says what it is."""
 
-    def __init__(self, index: int, layer: Layer, paged: PagedStep) -> None:
+    def __init__(self, layer: Layer, backend: AttentionBackend) -> None:
         self.layer = layer
-        self._index, self._paged = index, paged
+        self._backend = backend
         self._head_norm = _head_norm(layer)
         self._qkv, self._gate_up = _JointLinear(layer.qkv), _JointLinear(layer.gate_up)
         _, self._kv_heads, _, self._k_dim = layer.cache.k.shape
 
     def attention(
-        self, normed_TH: torch.Tensor, tables: Tables | None, positions_T: torch.Tensor
+        self, normed_TH: torch.Tensor, tables: Tables | None, positions_T: torch.Tensor, step: Step
     ) -> torch.Tensor:
         """The normed input -> what attention adds to the sum, before its own norm: both [T, hidden_size]."""
         layer, kv_heads, dim = self.layer, self._kv_heads, self._k_dim
-        qkv_TW = self._qkv(normed_TH)
+        qkv_TW = self._qkv(normed_TH, step)
         norm_rotate(qkv_TW, layer.heads, kv_heads, dim, self._head_norm, tables, positions_T)
         q_end, k_end = layer.heads * dim, (layer.heads + kv_heads) * dim
-        attended = self._paged.attend(
-            self._index,
+        attended = self._backend.forward(
             qkv_TW[:, :q_end].view(-1, layer.heads, dim),
             qkv_TW[:, q_end:k_end].view(-1, kv_heads, dim),
             qkv_TW[:, k_end:].view(-1, kv_heads, layer.cache.v.shape[3]),
+            layer.cache,
+            step.attention,
             layer.options,
         )
-        projected: torch.Tensor = layer.output(attended.flatten(1))
-        return projected
+        return layer.output.adapted(attended.flatten(1), step.lora)
 
-    def mlp(self, normed_TH: torch.Tensor) -> torch.Tensor:
+    def mlp(self, normed_TH: torch.Tensor, step: Step) -> torch.Tensor:
         """The normed sum -> what the MLP adds to it, before its own norm: both [T, hidden_size]."""
-        projected: torch.Tensor = self.layer.down(activate(self._gate_up(normed_TH), self.layer.activation))
-        return projected
+        activated_TI = activate(self._gate_up(normed_TH, step), self.layer.activation)
+        return self.layer.down.adapted(activated_TI, step.lora)
 
 
 def _head_norm(layer: Layer) -> HeadNorm | None:
@@ -123,22 +125,22 @@ class TritonLayers(DecoderLayers):
     products that read the layer's whole weights (decode) or compute for longer than it takes (prompts).
     """
 
-    def __init__(self, layers: Sequence[Layer], paged: PagedStep) -> None:
+    def __init__(self, layers: Sequence[Layer], backend: AttentionBackend) -> None:
         super().__init__([layer.rotary for layer in layers], layers[0].cache.k.dtype)
-        self._layers = [_TritonLayer(index, layer, paged) for index, layer in enumerate(layers)]
+        self._layers = [_TritonLayer(layer, backend) for layer in layers]
         self._kept: list[Tables | None] = []
 
     def keep_positions(self, tables: Tables) -> None:
         self._kept = [tables if rotated else None for rotated in self._rotated]
 
     def sample(
-        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor
+        self, hidden_TH: torch.Tensor, positions_T: torch.Tensor, norm: Norm, rows_N: torch.Tensor, step: Step
     ) -> torch.Tensor:
-        return self._run(hidden_TH, self._kept, positions_T, norm, rows_N)
+        return self._run(hidden_TH, self._kept, positions_T, norm, rows_N, step)
 
-    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None]) -> torch.Tensor:
+    def _all(self, hidden_TH: torch.Tensor, tables: Sequence[Tables | None], step: Step) -> torch.Tensor:
         rows_T = torch.arange(len(hidden_TH), device=hidden_TH.device)
-        return self._run(hidden_TH.contiguous(), tables, rows_T, None, None)
+        return self._run(hidden_TH.contiguous(), tables, rows_T, None, None, step)
 
     def _run(
         self,
@@ -147,6 +149,7 @@ class TritonLayers(DecoderLayers):
         positions_T: torch.Tensor,
         norm: Norm | None,
         rows_N: torch.Tensor | None,
+        step: Step,
     ) -> torch.Tensor:
         """`positions_T`: each token's row of the tables; `rows_N`: the tokens that are wanted, None = all.
 
@@ -157,7 +160,7 @@ class TritonLayers(DecoderLayers):
         normed_TH = add_norm(hidden_TH, residual_TH, first.attention_in, begin=True)
         for index, run in enumerate(self._layers):
             layer, last = run.layer, index + 1 == len(self._layers)
-            attended_TH = run.attention(normed_TH, tables[index], positions_T)
+            attended_TH = run.attention(normed_TH, tables[index], positions_T, step)
             normed_TH = add_norm(
                 attended_TH,
                 residual_TH,
@@ -166,7 +169,7 @@ class TritonLayers(DecoderLayers):
                 multiplier=layer.residual_multiplier,
             )
             normed_TH = add_norm(
-                run.mlp(normed_TH),
+                run.mlp(normed_TH, step),
                 residual_TH,
                 norm if last else self._layers[index + 1].layer.attention_in,
                 x_norm=layer.mlp_out,
@@ -180,7 +183,7 @@ def triton_layers(
     layers: nn.ModuleList,
     caches: Mapping[int, LayerCache],
     options: Mapping[int, AttentionOptions],
-    paged: PagedStep,
+    backend: AttentionBackend,
 ) -> TritonLayers:
     """`layers` as `TritonLayers`; its `slots` are for their place. Raises NotFusable.
 
@@ -189,4 +192,4 @@ def triton_layers(
     """
     reader = LayerReader()
     read = [reader.layer(layer, caches[i], options[i]) for i, layer in enumerate(layers)]
-    return TritonLayers(read, paged)
+    return TritonLayers(read, backend)

@@ -1,4 +1,4 @@
-"""The LoRA kernels for CUDA, in Triton: shrink (x A^T) and expand (y += h B) over the segments of a step.
+"""LoRA on CUDA: shrink (x A^T), then expand (y with h B, gain and bias) over the segments of a step.
 
 After Punica's SGMV (Chen et al. 2023) and S-LoRA's kernels for unequal ranks (Sheng et al. 2023). What is
 particular here:
@@ -6,9 +6,9 @@ particular here:
 - Ranks are read on the device and every loop runs to the adapter's own rank: nothing is padded.
 - The adapters of a token's mix share one row of the intermediate h, side by side: an entry of a segment
   owns the columns that follow those of the entries before it. Expand adds a whole mix in one pass over
-  `out`, with no race and one rounding.
+  the output, with no race and one rounding.
 - Modules that read the same x (Q, K and V; gate and up) are one launch: each has its own columns of h and of
-  `out`, and is another program of the grid.
+  the output, and is another program of the grid.
 - Shrink is split over `in_features` until the launch fills the chip. Each split stores its partial sum and
   expand adds them in a fixed order, so results do not change from run to run (no atomics).
 - Grids follow from what the host knows (`num_tokens`, `max_tokens`, `num_segments`, shapes), and programs
@@ -22,9 +22,6 @@ that share an adapter read it once.
 Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, G segments, M modules.
 """
 
-# Triton kernels have no Python types to state, and `triton.jit` is untyped:
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,211 +29,15 @@ from functools import cache
 
 import torch
 
-from server.devices.cuda.jit import jit, power_of_2, power_of_2_below, tile_of, tl, triton
-from server.lora.kernels.interface import ArenaView
+from server.devices.cuda.jit import power_of_2, power_of_2_below, triton
+from server.devices.cuda.lora_kernels import expand_rows, expand_tiles, shrink_rows, shrink_tiles
+from server.lora.kernels.interface import ArenaView, Begun, Modules
 from server.lora.segments import Segments
 
 
-@jit()
-def _entry(slots, weights, offsets, ranks, e, module, n_modules):
-    """Entry e of the step: offsets of A and B in the arena, rank, weight."""
-    slot = tl.load(slots + e).to(tl.int64)
-    where = slot * n_modules + module
-    # 64 bytes of alignment (ArenaView) are 16 elements at least: loads of 16 bytes a thread
-    a_offset = tl.multiple_of(tl.load(offsets + 2 * where), 16)
-    b_offset = tl.multiple_of(tl.load(offsets + 2 * where + 1), 16)
-    return a_offset, b_offset, tl.load(ranks + where), tl.load(weights + e)
-
-
-@jit()
-def _outputs(block, width_0, width_1, width_2, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of modules side by side: which one a block of outputs is of, how many outputs it has, which of them is
-    the block's first, and how many outputs come before its own.
-    """
-    blocks_0 = tl.cdiv(width_0, BLOCK_O)
-    blocks_1 = blocks_0 + tl.cdiv(width_1, BLOCK_O)
-    m, width, before, first = 0, width_0, 0, block
-    if block >= blocks_1:
-        m, width, before, first = 2, width_2, width_0 + width_1, block - blocks_1
-    elif block >= blocks_0:
-        m, width, before, first = 1, width_1, width_0, block - blocks_0
-    if ALIGNED:  # which the compiler no longer sees, and needs for loads of 16 bytes
-        width, before = tl.multiple_of(width, 16), tl.multiple_of(before, 16)
-    return m, width, first * BLOCK_O, before
-
-
-@jit("module")
-def _shrink_rows(
-    x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
-    RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """h[s, t, m, columns] = weight * x_t A^T over split s of K; grid (segments, splits, M * rank blocks)."""
-    g = tl.program_id(0)
-    split = tl.program_id(1)
-    m = tl.program_id(2) // RANK_BLOCKS
-    module += m
-    h += m * h_width
-    token = tl.load(token_starts + g).to(tl.int64)
-    if token >= tl.load(token_starts + g + 1):
-        return
-    k_first = split * split_size
-    k_last = tl.minimum(k_first + split_size, in_features)
-    column = 0
-    for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
-        a_offset, _, rank, weight = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(tl.program_id(2) % RANK_BLOCKS * BLOCK_R, rank, RANK_BLOCKS * BLOCK_R):
-            r_R = r_first + tl.arange(0, BLOCK_R)
-            a_R = data + a_offset + r_R * in_features
-            sum_RK = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-            for k in range(k_first, k_last, BLOCK_K):
-                k_K = k + tl.arange(0, BLOCK_K)
-                a_RK = tl.load(
-                    a_R[:, None] + k_K[None, :],
-                    mask=(r_R < rank)[:, None] & (k_K < k_last)[None, :],
-                    other=0.0,
-                )
-                x_K = tl.load(x + token * x_stride + k_K, mask=k_K < k_last, other=0.0)
-                sum_RK += a_RK.to(tl.float32) * x_K.to(tl.float32)[None, :]
-            to_R = h + split * h_stride_s + token * h_stride_t + column + r_R
-            tl.store(to_R, weight * tl.sum(sum_RK, axis=1), mask=(r_R < rank) & (column + r_R < h_width))
-        column += rank
-
-
-@jit("module")
-def _expand_rows(
-    out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """out_t += sum over entries and splits of h[s, t, m] B; grid (segments, blocks of all outputs)."""
-    g = tl.program_id(0)
-    token = tl.load(token_starts + g).to(tl.int64)
-    if token >= tl.load(token_starts + g + 1):
-        return
-    m, out_features, o_first, before = _outputs(tl.program_id(1), width_0, width_1, width_2, BLOCK_O, ALIGNED)
-    module += m
-    h += m * h_width
-    out += before
-    o_O = o_first + tl.arange(0, BLOCK_O)
-    from_S = h + tl.arange(0, SPLITS) * h_stride_s + token * h_stride_t
-    sum_RO = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
-    column = 0
-    for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
-        _, b_offset, rank, _ = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(0, rank, BLOCK_R):
-            r_R = r_first + tl.arange(0, BLOCK_R)
-            b_RO = tl.load(
-                data + b_offset + (r_R * out_features)[:, None] + o_O[None, :],
-                mask=(r_R < rank)[:, None] & (o_O < out_features)[None, :],
-                other=0.0,
-            )
-            held_R = (r_R < rank) & (column + r_R < h_width)
-            h_SR = tl.load(from_S[:, None] + column + r_R[None, :], mask=held_R[None, :], other=0.0)
-            sum_RO += tl.sum(h_SR, axis=0)[:, None] * b_RO.to(tl.float32)
-        column += rank
-    if column > 0:
-        y_O = tl.sum(sum_RO, axis=0)
-        if column > h_width:  # wider than h: no answer rather than a wrong one
-            y_O += float("nan")
-        to_O = out + token * out_stride + o_O
-        y_O += tl.load(to_O, mask=o_O < out_features, other=0.0).to(tl.float32)
-        tl.store(to_O, y_O.to(out.dtype.element_ty), mask=o_O < out_features)
-
-
-@jit("module", "n_segments")
-def _shrink_tiles(
-    x, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, n_segments, in_features, x_stride, h_stride_s, h_stride_t, h_width, split_size,
-    RANK_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `_shrink_rows`, for BLOCK_T tokens of one segment; grid (tiles, splits, M * rank blocks)."""
-    split = tl.program_id(1)
-    m = tl.program_id(2) // RANK_BLOCKS
-    module += m
-    h += m * h_width
-    g, t_first, t_last = tile_of(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
-    if t_first >= t_last:
-        return
-    t_T = t_first.to(tl.int64) + tl.arange(0, BLOCK_T)
-    x_T = x + t_T * x_stride
-    k_first = split * split_size
-    k_last = tl.minimum(k_first + split_size, in_features)
-    column = 0
-    for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
-        a_offset, _, rank, weight = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(tl.program_id(2) % RANK_BLOCKS * BLOCK_R, rank, RANK_BLOCKS * BLOCK_R):
-            r_R = r_first + tl.arange(0, BLOCK_R)
-            a_R = data + a_offset + r_R * in_features
-            sum_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-            for k in range(k_first, k_last, BLOCK_K):
-                k_K = k + tl.arange(0, BLOCK_K)
-                in_split_K = (k_K < k_last)[None, :]
-                x_TK = tl.load(
-                    x_T[:, None] + k_K[None, :], mask=(t_T < t_last)[:, None] & in_split_K, other=0.0
-                )
-                a_RK = tl.load(
-                    a_R[:, None] + k_K[None, :], mask=(r_R < rank)[:, None] & in_split_K, other=0.0
-                )
-                sum_TR = tl.dot(x_TK, tl.trans(a_RK), sum_TR, input_precision=PRECISION)
-            to_TR = h + split * h_stride_s + (t_T * h_stride_t)[:, None] + column + r_R[None, :]
-            held_R = (r_R < rank) & (column + r_R < h_width)
-            tl.store(to_TR, weight * sum_TR, mask=(t_T < t_last)[:, None] & held_R[None, :])
-        column += rank
-
-
-@jit("module", "n_segments")
-def _expand_tiles(
-    out, h, data, offsets, ranks, token_starts, entry_starts, slots, weights,
-    module, n_modules, n_segments, width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_G: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `_expand_rows`, for BLOCK_T tokens of one segment; grid (tiles, blocks of all outputs).
-
-    h stays float32: B is widened, and at PRECISION tf32 a bfloat16 B loses nothing.
-    """
-    g, t_first, t_last = tile_of(token_starts, n_segments, tl.program_id(0), BLOCK_T, BLOCK_G)
-    if t_first >= t_last:
-        return
-    m, out_features, o_first, before = _outputs(tl.program_id(1), width_0, width_1, width_2, BLOCK_O, ALIGNED)
-    module += m
-    h += m * h_width
-    out += before
-    t_T = t_first.to(tl.int64) + tl.arange(0, BLOCK_T)
-    o_O = o_first + tl.arange(0, BLOCK_O)
-    in_out_O = (o_O < out_features)[None, :]
-    sum_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-    column = 0
-    for e in range(tl.load(entry_starts + g), tl.load(entry_starts + g + 1)):
-        _, b_offset, rank, _ = _entry(slots, weights, offsets, ranks, e, module, n_modules)
-        for r_first in range(0, rank, BLOCK_R):
-            r_R = r_first + tl.arange(0, BLOCK_R)
-            b_RO = tl.load(
-                data + b_offset + (r_R * out_features)[:, None] + o_O[None, :],
-                mask=(r_R < rank)[:, None] & in_out_O,
-                other=0.0,
-            )
-            held_TR = (t_T < t_last)[:, None] & ((r_R < rank) & (column + r_R < h_width))[None, :]
-            from_TR = h + (t_T * h_stride_t)[:, None] + column + r_R[None, :]
-            h_TR = tl.load(from_TR, mask=held_TR, other=0.0)
-            for split in range(1, SPLITS):
-                h_TR += tl.load(from_TR + split * h_stride_s, mask=held_TR, other=0.0)
-            sum_TO = tl.dot(h_TR, b_RO.to(tl.float32), sum_TO, input_precision=PRECISION)
-        column += rank
-    if column > 0:
-        if column > h_width:  # wider than h: no answer rather than a wrong one
-            sum_TO += float("nan")
-        to_TO = out + (t_T * out_stride)[:, None] + o_O[None, :]
-        mask_TO = (t_T < t_last)[:, None] & in_out_O
-        sum_TO += tl.load(to_TO, mask=mask_TO, other=0.0).to(tl.float32)
-        tl.store(to_TO, sum_TO.to(out.dtype.element_ty), mask=mask_TO)
-
-
 @dataclass(frozen=True)
-class Launch:
-    """Block shapes and grid of one `apply`: a table and a few rules, from host-known bounds alone."""
+class Tiling:
+    """Block shapes and grids of one `begin`: a table and a few rules, from host-known bounds alone."""
 
     block_t: int  # tokens of a tile; 1: the rows path
     block_g: int  # 0: each segment is one tile; else a power of two over the number of segments
@@ -263,7 +64,7 @@ class Launch:
         element_size: int,
         programs: int,
         modules: int = 1,
-    ) -> Launch:
+    ) -> Tiling:
         """`programs`: how many shrink needs to fill the chip; `out_features`: those of the widest module."""
         if segments.max_tokens == 1:
             block_t, block_k, block_o = 1, 256, 256
@@ -291,9 +92,9 @@ class TritonKernels:
     """`LoraKernels` on CUDA, for float32, bfloat16 and float16.
 
     `max_mix_rank` is the width of h: the ranks of a mix's adapters on one module may sum up to it (h takes
-    4 * tokens * splits * modules * max_mix_rank bytes while `apply` runs; only live columns are touched). A
-    wider mix gives NaN. `programs` is how many programs fill the chip; default: four for each multiprocessor.
-    Raises RuntimeError without Triton.
+    4 * tokens * splits * modules * max_mix_rank bytes from `begin` to `finish`; only live columns are
+    touched). A wider mix gives NaN. `programs` is how many programs fill the chip; default: four for each
+    multiprocessor. Raises RuntimeError without Triton.
     """
 
     def __init__(self, max_mix_rank: int = 512, programs: int | None = None) -> None:
@@ -302,121 +103,131 @@ class TritonKernels:
         self.max_mix_rank = max_mix_rank
         self._programs = programs
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        module: int,
-        segments: Segments,
-        arena: ArenaView,
-        widths: tuple[int, ...] | None = None,
-    ) -> None:
-        """See `LoraKernels.apply`. Enqueues two kernels on the current stream and never waits for them.
+    def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
+        """See `LoraKernels.begin`. Enqueues shrink on the current stream, `finish` expand; neither waits.
 
-        Raises ValueError on a layout or dtype that the kernels would misread.
+        Both raise ValueError on a layout or dtype that the kernels would misread.
         """
-        if segments.num_tokens == 0 or segments.num_entries == 0:
-            return
-        widths = widths or (out.shape[1],)
-        _check(out, x, segments, arena, widths)
-        programs = self._programs or _fill(x.device)
-        launch = Launch.choose(
-            segments, x.shape[1], max(widths), x.element_size(), programs, modules=len(widths)
+        _check(x_TI, modules, segments, arena)
+        tiling = Tiling.choose(
+            segments,
+            x_TI.shape[1],
+            max(modules.widths),
+            x_TI.element_size(),
+            self._programs or _fill(x_TI.device),
+            modules=len(modules.widths),
         )
         # From the caching allocator, so that each captured graph owns its buffer and no stream shares one.
         h_STMR = torch.empty(
-            (launch.splits, segments.num_tokens, len(widths), self.max_mix_rank),
+            (tiling.splits, segments.num_tokens, len(modules.widths), self.max_mix_rank),
             dtype=torch.float32,
-            device=x.device,
+            device=x_TI.device,
         )
-        if launch.block_t == 1:
-            _apply_rows(out, x, h_STMR, module, segments, arena, widths, launch)
+        begun = _Begun(h_STMR, modules, segments, arena, tiling)
+        begun.shrink(x_TI)
+        return begun
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """See `Begun`; h is on its way."""
+
+    h: torch.Tensor  # [splits, T, modules, max_mix_rank] float32
+    modules: Modules
+    segments: Segments
+    arena: ArenaView
+    tiling: Tiling
+
+    def shrink(self, x: torch.Tensor) -> None:
+        tiling, widths = self.tiling, self.modules.widths
+        if not self._any:
+            return
+        grid = (tiling.tiles, tiling.splits, len(widths) * tiling.rank_blocks)
+        sizes = x.shape[1], x.stride(0), *self._h_strides, tiling.split_size
+        if tiling.block_t == 1:
+            shrink_rows[grid](
+                x, self.h, *self._tables, *self._columns, *sizes,
+                RANK_BLOCKS=tiling.rank_blocks, BLOCK_R=16, BLOCK_K=tiling.block_k,
+            )  # fmt: skip
         else:
-            _apply_tiles(out, x, h_STMR, module, segments, arena, widths, launch)
+            shrink_tiles[grid](
+                x, self.h, *self._tables, *self._columns, self.segments.num_segments, *sizes,
+                RANK_BLOCKS=tiling.rank_blocks, BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_K=tiling.block_k,
+                BLOCK_G=tiling.block_g, PRECISION=self._precision, num_stages=3, num_warps=tiling.num_warps,
+            )  # fmt: skip
+
+    def finish(self, y_TO: torch.Tensor) -> None:
+        tiling, widths = self.tiling, self.modules.widths
+        if not self._any:
+            return
+        _check_output(y_TO, self.modules, self.segments)
+        grid = (tiling.tiles, tiling.output_blocks(widths))
+        sizes = *(*widths, 0, 0)[:3], y_TO.stride(0), *self._h_strides
+        aligned = all(width % 16 == 0 for width in widths)
+        if tiling.block_t == 1:
+            expand_rows[grid](
+                y_TO, self.h, *self._tables, *self._columns, *sizes,
+                SPLITS=tiling.splits, BLOCK_R=16, BLOCK_O=tiling.block_o, ALIGNED=aligned,
+            )  # fmt: skip
+        else:
+            expand_tiles[grid](
+                y_TO, self.h, *self._tables, *self._columns, self.segments.num_segments, *sizes,
+                SPLITS=tiling.splits, BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_O=tiling.block_o,
+                BLOCK_G=tiling.block_g, ALIGNED=aligned, PRECISION=self._precision,
+                num_stages=2, num_warps=tiling.num_warps,
+            )  # fmt: skip
+
+    @property
+    def _any(self) -> bool:
+        return self.segments.num_tokens > 0 and self.segments.num_entries > 0
+
+    @property
+    def _tables(self) -> tuple[torch.Tensor, ...]:
+        """The arguments that every kernel takes in the same order, from `data` to `weights`."""
+        segments, arena = self.segments, self.arena
+        return (
+            arena.data, arena.offsets, arena.ranks,
+            segments.token_starts, segments.entry_starts, segments.slots, segments.weights,
+        )  # fmt: skip
+
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Of the arena's tables: the first module's, and how many there are."""
+        return self.modules.first, self.arena.ranks.shape[1]
+
+    @property
+    def _h_strides(self) -> tuple[int, int, int]:
+        """From split to split and from token to token, and the width of a module."""
+        return self.h.stride(0), self.h.stride(1), self.h.shape[3]
+
+    @property
+    def _precision(self) -> str:
+        """A float32 model keeps float32 (three tf32 products); else tf32 holds the operands' 8 or 11 bits."""
+        return "tf32x3" if self.arena.data.dtype == torch.float32 else "tf32"
 
 
-def _apply_rows(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    h_STMR: torch.Tensor,
-    module: int,
-    segments: Segments,
-    arena: ArenaView,
-    widths: tuple[int, ...],
-    launch: Launch,
-) -> None:
-    tables = _tables(segments, arena)
-    n_modules, h_strides = arena.ranks.shape[1], (*h_STMR.stride()[:2], h_STMR.shape[3])
-    _shrink_rows[(launch.tiles, launch.splits, len(widths) * launch.rank_blocks)](
-        x, h_STMR, *tables,
-        module, n_modules, x.shape[1], x.stride(0), *h_strides, launch.split_size,
-        RANK_BLOCKS=launch.rank_blocks, BLOCK_R=16, BLOCK_K=launch.block_k,
-    )  # fmt: skip
-    _expand_rows[(launch.tiles, launch.output_blocks(widths))](
-        out, h_STMR, *tables,
-        module, n_modules, *_three(widths), out.stride(0), *h_strides,
-        SPLITS=launch.splits, BLOCK_R=16, BLOCK_O=launch.block_o, ALIGNED=_aligned(widths),
-    )  # fmt: skip
-
-
-def _apply_tiles(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    h_STMR: torch.Tensor,
-    module: int,
-    segments: Segments,
-    arena: ArenaView,
-    widths: tuple[int, ...],
-    launch: Launch,
-) -> None:
-    tables = _tables(segments, arena)
-    n_modules, h_strides = arena.ranks.shape[1], (*h_STMR.stride()[:2], h_STMR.shape[3])
-    # a float32 model keeps float32 (three tf32 products); else operands have 8 or 11 bits and tf32 holds them
-    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    _shrink_tiles[(launch.tiles, launch.splits, len(widths) * launch.rank_blocks)](
-        x, h_STMR, *tables,
-        module, n_modules, segments.num_segments, x.shape[1], x.stride(0), *h_strides, launch.split_size,
-        RANK_BLOCKS=launch.rank_blocks, BLOCK_T=launch.block_t, BLOCK_R=32, BLOCK_K=launch.block_k,
-        BLOCK_G=launch.block_g, PRECISION=precision, num_stages=3, num_warps=launch.num_warps,
-    )  # fmt: skip
-    _expand_tiles[(launch.tiles, launch.output_blocks(widths))](
-        out, h_STMR, *tables,
-        module, n_modules, segments.num_segments, *_three(widths), out.stride(0), *h_strides,
-        SPLITS=launch.splits, BLOCK_T=launch.block_t, BLOCK_R=32, BLOCK_O=launch.block_o,
-        BLOCK_G=launch.block_g, ALIGNED=_aligned(widths), PRECISION=precision,
-        num_stages=2, num_warps=launch.num_warps,
-    )  # fmt: skip
-
-
-def _tables(segments: Segments, arena: ArenaView) -> tuple[torch.Tensor, ...]:
-    """The arguments that every kernel takes in the same order, from `data` to `weights`."""
-    return (
-        arena.data, arena.offsets, arena.ranks,
-        segments.token_starts, segments.entry_starts, segments.slots, segments.weights,
-    )  # fmt: skip
-
-
-def _three(widths: tuple[int, ...]) -> tuple[int, ...]:
-    return (*widths, 0, 0)[:3]
-
-
-def _aligned(widths: tuple[int, ...]) -> bool:
-    return all(width % 16 == 0 for width in widths)
-
-
-def _check(
-    out: torch.Tensor, x: torch.Tensor, segments: Segments, arena: ArenaView, widths: tuple[int, ...]
-) -> None:
-    if len(widths) > 3 or sum(widths) != out.shape[1]:
-        raise ValueError(f"out has {out.shape[1]} columns for at most three modules of {widths}")
+def _check(x: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> None:
+    if not 1 <= len(modules.widths) <= 3:
+        raise ValueError(f"{len(modules.widths)} modules at once, where three are the most")
+    if modules.first + len(modules.widths) > arena.ranks.shape[1]:
+        raise ValueError(f"the arena's tables have {arena.ranks.shape[1]} columns: none for the last module")
     if x.dtype != arena.data.dtype:
         raise ValueError(f"x is {x.dtype} but the arena holds {arena.data.dtype}")
-    if x.stride(-1) != 1 or out.stride(-1) != 1:
-        raise ValueError("the last dimension of x and out must have stride 1")
-    if min(x.shape[0], out.shape[0]) < segments.num_tokens:
-        raise ValueError(f"segments cover {segments.num_tokens} rows; x {x.shape[0]}, out {out.shape[0]}")
+    if x.stride(-1) != 1:
+        raise ValueError("the last dimension of x must have stride 1")
+    if x.shape[0] < segments.num_tokens:
+        raise ValueError(f"segments cover {segments.num_tokens} rows, x has {x.shape[0]}")
     if not (arena.offsets.is_contiguous() and arena.ranks.is_contiguous()):
         raise ValueError("the arena's tables must be contiguous")
+
+
+def _check_output(y: torch.Tensor, modules: Modules, segments: Segments) -> None:
+    if sum(modules.widths) != y.shape[1]:
+        raise ValueError(f"y has {y.shape[1]} columns for modules of {modules.widths}")
+    if y.stride(-1) != 1:
+        raise ValueError("the last dimension of y must have stride 1")
+    if y.shape[0] < segments.num_tokens:
+        raise ValueError(f"segments cover {segments.num_tokens} rows, y has {y.shape[0]}")
 
 
 @cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from server.lora.kernels.interface import ArenaView, each_module
+from server.lora.kernels.interface import ArenaView, Begun, Modules, Part
 from server.lora.segments import Segments
 
 
@@ -16,32 +18,49 @@ class ReferenceKernels:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
-    def apply(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        module: int,
-        segments: Segments,
-        arena: ArenaView,
-        widths: tuple[int, ...] | None = None,
-    ) -> None:
-        for column, part in each_module(out, module, widths):
-            self._apply(part, x, column, segments, arena)
+    def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
+        return _Begun(x_TI, modules, segments, arena, self.dtype)
 
-    def _apply(
-        self, out: torch.Tensor, x: torch.Tensor, module: int, segments: Segments, arena: ArenaView
-    ) -> None:
-        token_starts, entry_starts = segments.token_starts.tolist(), segments.entry_starts.tolist()
-        slots, weights = segments.slots.tolist(), segments.weights.tolist()
-        for g in range(segments.num_segments):
+
+@dataclass(frozen=True)
+class _Begun:
+    """Nothing is computed before Wx is there."""
+
+    x: torch.Tensor  # [T, in_features]
+    modules: Modules
+    segments: Segments
+    arena: ArenaView
+    dtype: torch.dtype
+
+    def finish(self, y_TO: torch.Tensor) -> None:
+        for module, out_TO in self.modules.each(y_TO):
+            self._finish(module, out_TO)
+
+    def _finish(self, module: int, y_TO: torch.Tensor) -> None:
+        token_starts, entry_starts = self.segments.token_starts.tolist(), self.segments.entry_starts.tolist()
+        slots, weights = self.segments.slots.tolist(), self.segments.weights.tolist()
+        for g in range(self.segments.num_segments):
             tokens = slice(token_starts[g], token_starts[g + 1])
-            delta = torch.zeros_like(out[tokens], dtype=self.dtype)
+            base_TO = y_TO[tokens].to(self.dtype)
+            sum_TO = base_TO.clone()
             for e in range(entry_starts[g], entry_starts[g + 1]):
-                rank = int(arena.ranks[slots[e], module])
-                if rank == 0:
-                    continue
-                a_offset, b_offset = arena.offsets[slots[e], module].tolist()
-                a_RI = arena.data[a_offset : a_offset + rank * x.shape[1]].view(rank, -1).to(self.dtype)
-                b_RO = arena.data[b_offset : b_offset + rank * out.shape[1]].view(rank, -1).to(self.dtype)
-                delta += weights[e] * ((x[tokens].to(self.dtype) @ a_RI.T) @ b_RO)
-            out[tokens] = (out[tokens].to(self.dtype) + delta).to(out.dtype)
+                sum_TO += weights[e] * self._entry(self.x[tokens], base_TO, slots[e], module)
+            y_TO[tokens] = sum_TO.to(y_TO.dtype)
+
+    def _entry(self, x_TI: torch.Tensor, base_TO: torch.Tensor, slot: int, module: int) -> torch.Tensor:
+        """What one adapter adds to the base's output, at weight 1."""
+        rank, starts = int(self.arena.ranks[slot, module]), self.arena.offsets[slot, module].tolist()
+        width = base_TO.shape[1]
+        added_TO = torch.zeros_like(base_TO)
+        if rank:
+            a_RI = self._part(starts[Part.A], rank * x_TI.shape[1]).view(rank, -1)
+            b_RO = self._part(starts[Part.B], rank * width).view(rank, -1)
+            added_TO += (x_TI.to(self.dtype) @ a_RI.T) @ b_RO
+        if starts[Part.GAIN]:
+            added_TO += self._part(starts[Part.GAIN], width) * base_TO
+        if starts[Part.BIAS]:
+            added_TO += self._part(starts[Part.BIAS], width)
+        return added_TO
+
+    def _part(self, start: int, elements: int) -> torch.Tensor:
+        return self.arena.data[start : start + elements].to(self.dtype)

@@ -7,6 +7,7 @@ attends for one step and that transformers hands down to every attention layer a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from server.model.attention.interface import (
     LayerCacheSpec,
 )
 from server.model.attention.paged_reference import PagedReferenceAttention
+from server.model.step import Step
 
 # transformers looks for "flash", "sdpa", "flex", "paged|" and "/" in the name; this one has none of them.
 NAME = "chorus"
@@ -49,22 +51,18 @@ class AttentionStep(Protocol):
     ) -> torch.Tensor:
         """query [T, heads, k_dim], key [T, kv_heads, k_dim], value [T, kv_heads, v_dim] -> [T, heads, v_dim].
 
-        `options` are the keyword arguments of `AttentionBackend.forward`.
+        See `AttentionBackend.forward`.
         """
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class PagedStep:
-    """The serving path: every layer's own paged cache, one plan for the step."""
+    """The serving path: every layer's own paged cache. What stands in a layer's place finds `step` here."""
 
-    def __init__(self, backend: AttentionBackend, caches: Mapping[int, LayerCache]) -> None:
-        self._backend = backend
-        self._caches = caches
-        self.plan: AttentionPlan | None = None
-
-    def prepare(self, plan: AttentionPlan) -> AttentionPlan:
-        """See `AttentionBackend.prepare`."""
-        return self._backend.prepare(plan)
+    backend: AttentionBackend
+    caches: Mapping[int, LayerCache]
+    step: Step
 
     def attend(
         self,
@@ -74,8 +72,8 @@ class PagedStep:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        assert self.plan is not None
-        return self._backend.forward(query, key, value, self._caches[layer], self.plan, **options)
+        plan = self.step.attention
+        return self.backend.forward(query, key, value, self.caches[layer], plan, options)
 
 
 class ProbeStep:
@@ -115,7 +113,7 @@ class ProbeStep:
             key.new_zeros(len(self._lengths), key.shape[1], longest, key.shape[2]),
             value.new_zeros(len(self._lengths), value.shape[1], longest, value.shape[2]),
         )
-        return PagedReferenceAttention().forward(query, key, value, cache, plan, **options)
+        return PagedReferenceAttention().forward(query, key, value, cache, plan, options)
 
 
 def _attention(
@@ -146,12 +144,8 @@ def _attention(
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise UnsupportedModel("the model's attention layers have no layer_idx")
-    options = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-        "sinks": s_aux,
-    }
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     out = attention_step.attend(
         layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), options
     )

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-AttentionOptions = dict[str, Any]  # the keyword arguments of `AttentionBackend.forward`
+
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """What one layer asks of its attention beside causality and grouped heads."""
+
+    scale: float  # of the scores
+    sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` tokens before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap) (Gemma 2)
+    # [heads], a logit for each head that takes part in the softmax and adds no value (gpt-oss)
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,19 +110,11 @@ class AttentionBackend(Protocol):
         value: torch.Tensor,
         cache: LayerCache,
         plan: AttentionPlan,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         """Causal attention, grouped-query heads, softmax in float32.
 
         query: [T, heads, k_head_dim], key: [T, kv_heads, k_head_dim], value: [T, kv_heads, v_head_dim]
         (any strides with the last dimension contiguous); returns [T, heads, v_head_dim] contiguous.
-
-        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        sinks: [heads], a logit for each head that takes part in the softmax and adds no value (gpt-oss).
         """
         ...

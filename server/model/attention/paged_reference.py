@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from server.model.attention.interface import AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache
 
 
 class PagedReferenceAttention:
@@ -24,11 +24,7 @@ class PagedReferenceAttention:
         value: torch.Tensor,
         cache: LayerCache,
         plan: AttentionPlan,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        options: AttentionOptions,
     ) -> torch.Tensor:
         block_size, kv_heads = cache.k.shape[2], cache.k.shape[1]
         blocks, offsets = plan.slot_mapping // block_size, plan.slot_mapping % block_size
@@ -46,17 +42,17 @@ class PagedReferenceAttention:
             )
             group = query.shape[1] // kv_heads
             k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-            scores_HQK = query[tokens].transpose(0, 1).to(self.dtype) @ k.transpose(1, 2) * scale
-            if softcap is not None:
-                scores_HQK = softcap * torch.tanh(scores_HQK / softcap)
+            scores_HQK = query[tokens].transpose(0, 1).to(self.dtype) @ k.transpose(1, 2) * options.scale
+            if options.softcap is not None:
+                scores_HQK = options.softcap * torch.tanh(scores_HQK / options.softcap)
             position_Q = torch.arange(length - (tokens.stop - tokens.start), length, device=query.device)
             distance_QK = position_Q[:, None] - torch.arange(length, device=query.device)
             hidden = distance_QK < 0
-            if sliding_window is not None:
-                hidden |= distance_QK >= sliding_window
+            if options.sliding_window is not None:
+                hidden |= distance_QK >= options.sliding_window
             scores_HQK = scores_HQK.masked_fill(hidden, float("-inf"))
-            if sinks is not None:
-                sink_HQ1 = sinks.to(self.dtype)[:, None, None].expand(-1, scores_HQK.shape[1], 1)
+            if options.sinks is not None:
+                sink_HQ1 = options.sinks.to(self.dtype)[:, None, None].expand(-1, scores_HQK.shape[1], 1)
                 scores_HQK = torch.cat([scores_HQK, sink_HQ1], dim=-1)
             weights_HQK = scores_HQK.softmax(-1)[..., :length]
             out[tokens] = (weights_HQK @ v).transpose(0, 1).to(out.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from server.model.attention.interface import AttentionPlan, LayerCache, LayerCacheSpec
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, LayerCacheSpec
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -133,9 +133,8 @@ def check(step: Step, programs: int = 8, **options: object) -> None:
     expected = reference(step, scale=0.3, sinks=sinks, **options)  # type: ignore[arg-type]  # options vary
     backend = step.backend(programs)
     plan = backend.prepare(step.plan)
-    out = backend.forward(
-        step.query, step.key, step.value, step.cache, plan, scale=0.3, sinks=sinks, **options
-    )  # type: ignore[arg-type]  # options vary
+    asked = AttentionOptions(0.3, sinks=sinks, **options)  # type: ignore[arg-type]  # options vary
+    out = backend.forward(step.query, step.key, step.value, step.cache, plan, asked)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     assert out.is_contiguous()
 
@@ -216,7 +215,7 @@ def test_layers_of_different_shapes_share_one_list() -> None:
     backend = PagedTritonAttention(specs, torch.float32, programs=8)
     for step in (wide, narrow):
         plan = backend.prepare(step.plan)
-        out = backend.forward(step.query, step.key, step.value, step.cache, plan, scale=0.3)
+        out = backend.forward(step.query, step.key, step.value, step.cache, plan, AttentionOptions(0.3))
         torch.testing.assert_close(out.double(), reference(step, scale=0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -253,7 +252,7 @@ def test_replay_with_fewer_sequences_than_the_bounds(runs: list[tuple[int, int]]
     )
     query, key, value = (longer(tensor) for tensor in (step.query, step.key, step.value))
     blocks_before = step.cache.k.isnan().sum() - step.key.numel()
-    out = step.backend().forward(query, key, value, step.cache, plan, scale=0.3)
+    out = step.backend().forward(query, key, value, step.cache, plan, AttentionOptions(0.3))
     torch.testing.assert_close(out[:live].double(), expected, rtol=1e-4, atol=1e-5)
     assert step.cache.k.isnan().sum() == blocks_before
 
@@ -263,7 +262,7 @@ def test_no_tokens() -> None:
     backend, empty = step.backend(), (tensor[:0] for tensor in (step.query, step.key, step.value))
     none = torch.zeros(1, dtype=torch.int32)
     plan = backend.prepare(replace(step.plan, query_starts=none, context_lens=none[:0]))
-    assert backend.forward(*empty, step.cache, plan, scale=1.0).shape == (0, 4, 16)
+    assert backend.forward(*empty, step.cache, plan, AttentionOptions(1.0)).shape == (0, 4, 16)
 
 
 def test_what_the_kernels_would_misread_is_refused() -> None:
@@ -271,13 +270,15 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
     backend = step.backend()
     plan = backend.prepare(step.plan)
     with pytest.raises(ValueError, match="dtype"):
-        backend.forward(step.query.half(), step.key, step.value, step.cache, plan, scale=1.0)
+        backend.forward(step.query.half(), step.key, step.value, step.cache, plan, AttentionOptions(1.0))
     with pytest.raises(ValueError, match="divide"):
-        backend.forward(step.query[:, :3], step.key, step.value, step.cache, plan, scale=1.0)
+        backend.forward(step.query[:, :3], step.key, step.value, step.cache, plan, AttentionOptions(1.0))
     with pytest.raises(ValueError, match="stride"):
-        backend.forward(step.query.transpose(1, 2), step.key, step.value, step.cache, plan, scale=1.0)
+        backend.forward(
+            step.query.transpose(1, 2), step.key, step.value, step.cache, plan, AttentionOptions(1.0)
+        )
     with pytest.raises(ValueError, match="prepare"):
-        backend.forward(step.query, step.key, step.value, step.cache, step.plan, scale=1.0)
+        backend.forward(step.query, step.key, step.value, step.cache, step.plan, AttentionOptions(1.0))
 
 
 @pytest.mark.parametrize(

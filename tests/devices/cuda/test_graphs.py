@@ -248,7 +248,7 @@ def test_few_kinds_for_each_size(size: int) -> None:
 @pytest.mark.parametrize("sequences", [16, 64, 256])
 def test_an_adapter_that_all_share_keeps_the_kernels_busy(sequences: int) -> None:
     """Of the programs that shrink launches, at least half have a segment to work on."""
-    launch_of = pytest.importorskip("server.devices.cuda.lora").Launch.choose
+    launch_of = pytest.importorskip("server.devices.cuda.lora").Tiling.choose
     forward = Recorder()
     graphs = DecodeGraphs(
         forward,

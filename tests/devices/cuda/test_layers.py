@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from server.lora.kernels.reference import ReferenceKernels
-from server.lora.linear import LoraLinear, LoraStep
+from server.lora.linear import CurrentLora, LoraLinear
 from server.model.layer_reader import NotFusable
 from server.model.loader import load, probe
 from server.model.runner import Runner
+from server.model.step import Step
 from tests.devices.cuda.interpreted import cuda_operators, make_interpreted
 from tests.engine.harness import settings_for
 from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
@@ -24,6 +25,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these layers", allow_module_level=True)
 
+from server.devices.cuda.graphs import _NO_SEQUENCES  # noqa: E402  (after the skip)
 from server.devices.cuda.layers import _JointLinear  # noqa: E402  (the same)
 
 # With each: whether transformers' forward around the layers is left out too.
@@ -73,10 +75,11 @@ def test_mixed_batches_equal_transformers_and_peft(
 
 def linears(*out_features: int, bias: tuple[bool, ...] = ()) -> tuple[LoraLinear, ...]:
     torch.manual_seed(0)
-    step = LoraStep(ReferenceKernels())
     biases = bias or (False,) * len(out_features)
     return tuple(
-        LoraLinear(nn.Linear(6, out, bias=with_bias), i, step, is_output_head=False)
+        LoraLinear(
+            nn.Linear(6, out, bias=with_bias), i, ReferenceKernels(), CurrentLora(), is_output_head=False
+        )
         for i, (out, with_bias) in enumerate(zip(out_features, biases, strict=True))
     )
 
@@ -87,8 +90,8 @@ def test_joined_linears_share_one_memory(bias: tuple[bool, ...]) -> None:
     parts = linears(5, 1, 3, bias=bias)
     x = torch.randn(4, 6)
     want = [part(x) for part in parts]
-    joint = _JointLinear(parts)
-    torch.testing.assert_close(joint(x), torch.cat(want, dim=1))
+    joint, step = _JointLinear(parts), Step(_NO_SEQUENCES.attention, None)
+    torch.testing.assert_close(joint(x, step), torch.cat(want, dim=1))
     storages = set()
     for part, before in zip(parts, want, strict=True):
         assert torch.equal(part(x), before)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from server.lora.kernels.interface import ArenaView
+from server.lora.kernels.interface import ArenaView, Part
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 
@@ -20,32 +20,35 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
-from server.devices.cuda.lora import Launch, TritonKernels  # noqa: E402  (after the skip)
+from server.devices.cuda.lora import Tiling, TritonKernels  # noqa: E402  (after the skip)
+from tests.lora.apply import apply  # noqa: E402
 
 Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
 ALIGNMENT = 16  # elements of float32 in 64 bytes
 
 
 def make_arena(ranks: list[list[int]], in_features: int, *out_features: int, seed: int = 0) -> ArenaView:
-    """Random A and B for `ranks[slot][module]`, gaps filled with NaN so that a wrong address shows.
+    """Random parts for `ranks[slot][module]`, gaps filled with NaN so that a wrong address shows.
 
-    `out_features`: of each module, or of all.
+    `out_features`: of each module, or of all. Every third has a gain, every other one a bias.
     """
     generator = torch.Generator().manual_seed(seed)
-    pieces, offsets, at = [torch.full((ALIGNMENT,), torch.nan)], [], ALIGNMENT
-    for slot_ranks in ranks:
-        row = []
-        for module, rank in enumerate(slot_ranks):
-            pair = []
-            for width in (in_features, out_features[module % len(out_features)]):
-                pair.append(at)
-                size = rank * width
+    pieces, at = [torch.full((ALIGNMENT,), torch.nan)], ALIGNMENT
+    offsets = torch.zeros(len(ranks), len(ranks[0]), len(Part), dtype=torch.int64)
+    for slot, of_slot in enumerate(ranks):
+        for module, rank in enumerate(of_slot):
+            width = out_features[module % len(out_features)]
+            sizes = {Part.A: rank * in_features, Part.B: rank * width}
+            if (slot + module) % 3 == 0:
+                sizes[Part.GAIN] = width
+            if (slot + module) % 2 == 0:
+                sizes[Part.BIAS] = width
+            for part, size in sizes.items():
+                offsets[slot, module, part] = at
                 padding = -size % ALIGNMENT + ALIGNMENT
                 pieces += [torch.randn(size, generator=generator), torch.full((padding,), torch.nan)]
                 at += size + padding
-            row.append(pair)
-        offsets.append(row)
-    return ArenaView(torch.cat(pieces), torch.tensor(offsets), torch.tensor(ranks, dtype=torch.int32))
+    return ArenaView(torch.cat(pieces), offsets, torch.tensor(ranks, dtype=torch.int32))
 
 
 def check(
@@ -68,8 +71,8 @@ def check(
     for module in range(len(ranks[0])):
         expected, out = start.double(), start.clone()
         wide = ArenaView(arena.data.double(), arena.offsets, arena.ranks)
-        ReferenceKernels(torch.float64).apply(expected, x.double(), module, segments, wide)
-        kernels.apply(out, x, module, segments, arena)
+        apply(ReferenceKernels(torch.float64), expected, x.double(), module, segments, wide)
+        apply(kernels, out, x, module, segments, arena)
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(out[segments.num_tokens :], start[segments.num_tokens :])
 
@@ -135,11 +138,11 @@ def test_modules_side_by_side(widths: tuple[int, ...], lengths: tuple[int, ...])
     start = torch.randn(segments.num_tokens + 2, sum(widths) + 5)[:, : sum(widths)]  # rows with a stride
     expected, out = start.clone(), start.clone()
     for module, part in enumerate(expected.split(widths, dim=1), start=1):
-        ReferenceKernels().apply(part, x, module, segments, arena)
-    TritonKernels(max_mix_rank=48, programs=20).apply(out, x, 1, segments, arena, widths)
+        apply(ReferenceKernels(), part, x, module, segments, arena)
+    apply(TritonKernels(max_mix_rank=48, programs=20), out, x, 1, segments, arena, widths)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     reference = start.clone()
-    ReferenceKernels().apply(reference, x, 1, segments, arena, widths)
+    apply(ReferenceKernels(), reference, x, 1, segments, arena, widths)
     assert torch.equal(reference, expected)
 
 
@@ -165,8 +168,8 @@ def test_replay_with_fewer_segments_than_the_bounds(longest: int) -> None:
     )
     x, start = torch.randn(live.num_tokens + 6, 32), torch.randn(live.num_tokens + 6, 32)
     expected, out = start.clone(), start.clone()
-    ReferenceKernels().apply(expected, x, 0, live, arena)
-    TritonKernels().apply(out, x, 0, captured, arena)
+    apply(ReferenceKernels(), expected, x, 0, live, arena)
+    apply(TritonKernels(), out, x, 0, captured, arena)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(out[live.num_tokens :], start[live.num_tokens :])
 
@@ -179,8 +182,8 @@ def test_a_mix_wider_than_the_intermediate_gives_nan(longest: int) -> None:
     assert segments is not None
     x, start = torch.randn(longest + 1, 32), torch.randn(longest + 1, 32)
     expected, out = start.clone(), start.clone()
-    ReferenceKernels().apply(expected, x, 0, segments, arena)
-    TritonKernels(max_mix_rank=20).apply(out, x, 0, segments, arena)
+    apply(ReferenceKernels(), expected, x, 0, segments, arena)
+    apply(TritonKernels(max_mix_rank=20), out, x, 0, segments, arena)
     torch.testing.assert_close(out[:longest], expected[:longest], rtol=1e-4, atol=1e-4)
     assert out[longest].isnan().all()
 
@@ -190,12 +193,12 @@ def test_no_tokens_is_no_work() -> None:
     segments = Segments.build([(((0, 1.0),), 0)])
     assert segments is not None
     out = torch.empty(0, 16)
-    TritonKernels().apply(out, torch.empty(0, 16), 0, segments, arena)
+    apply(TritonKernels(), out, torch.empty(0, 16), 0, segments, arena)
     nothing = Segments.build([((), 2)])
     assert nothing is not None
     out = torch.randn(2, 16)
     before = out.clone()
-    TritonKernels().apply(out, torch.randn(2, 16), 0, nothing, arena)
+    apply(TritonKernels(), out, torch.randn(2, 16), 0, nothing, arena)
     assert torch.equal(out, before)
 
 
@@ -205,14 +208,14 @@ def test_layouts_the_kernels_would_misread_are_refused() -> None:
     assert segments is not None
     x, out = torch.randn(2, 16), torch.randn(2, 16)
     with pytest.raises(ValueError, match="float64"):
-        TritonKernels().apply(out, x.double(), 0, segments, arena)
+        apply(TritonKernels(), out, x.double(), 0, segments, arena)
     with pytest.raises(ValueError, match="stride"):
-        TritonKernels().apply(out, torch.randn(16, 2).T, 0, segments, arena)
+        apply(TritonKernels(), out, torch.randn(16, 2).T, 0, segments, arena)
     with pytest.raises(ValueError, match="rows"):
-        TritonKernels().apply(out, x[:1], 0, segments, arena)
-    for widths in ((8, 4), (4, 4, 4, 4)):
-        with pytest.raises(ValueError, match="three modules"):
-            TritonKernels().apply(out, x, 0, segments, arena, widths)
+        apply(TritonKernels(), out, x[:1], 0, segments, arena)
+    for widths, reason in (((4, 4, 4, 4), "three are the most"), ((8, 8), "column"), ((8,), "columns")):
+        with pytest.raises(ValueError, match=reason):
+            apply(TritonKernels(), out, x, 0, segments, arena, widths)
 
 
 @pytest.mark.parametrize("tokens", [[1] * 64, [1, 3], [8000] + [1] * 63, [17] * 5, [8192]])
@@ -220,11 +223,11 @@ def test_layouts_the_kernels_would_misread_are_refused() -> None:
 def test_grid_is_bounded_by_real_tokens(tokens: list[int], in_features: int) -> None:
     segments = Segments.build([(((0, 1.0),), count) for count in tokens])
     assert segments is not None
-    launch = Launch.choose(segments, in_features, 4096, element_size=2, programs=528)
-    assert launch.tiles <= sum(tokens) // launch.block_t + len(tokens)
-    assert launch.tiles >= sum(-(-count // launch.block_t) for count in tokens)
-    assert launch.splits * launch.split_size >= in_features
-    assert launch.splits & (launch.splits - 1) == 0
+    tiling = Tiling.choose(segments, in_features, 4096, element_size=2, programs=528)
+    assert tiling.tiles <= sum(tokens) // tiling.block_t + len(tokens)
+    assert tiling.tiles >= sum(-(-count // tiling.block_t) for count in tokens)
+    assert tiling.splits * tiling.split_size >= in_features
+    assert tiling.splits & (tiling.splits - 1) == 0
 
 
 def test_import_is_safe_without_triton() -> None:

@@ -80,7 +80,15 @@ class PanelProducts {
         const float* start = l.bias ? l.bias + column : nullptr;
         int64_t ldstart = 0;
         alignas(64) float starts[kRowBlock * kPanel];
-        if (delta && first_token < delta->tokens()) {
+        const bool adapted = delta && first_token < delta->tokens();
+        if (adapted && delta->gains()) {  // which is of the whole product: what is added comes after
+            multiply(weights, first_token, rows, columns, start, 0, starts, kPanel, next, large);
+            delta->gain(first_token, rows, column, columns, starts, kPanel);
+            delta->add(first_token, rows, column, columns, starts, kPanel);
+            for (int i = 0; i < rows; i++) convert(starts + i * kPanel, columns, to + i * ld);
+            return;
+        }
+        if (adapted) {
             for (int i = 0; i < rows; i++)
                 if (start)
                     std::copy_n(start, columns, starts + i * kPanel);
@@ -90,6 +98,19 @@ class PanelProducts {
             start = starts;
             ldstart = kPanel;
         }
+        multiply(weights, first_token, rows, columns, start, ldstart, to, ld, next, large);
+    }
+
+    // Asks memory for what `delta` adds to a panel.
+    [[gnu::always_inline]] void ask(const LoraDelta<T>* delta, int64_t p, int64_t block) const {
+        if (delta) delta->ask(first(block), rows(block), p * kPanel);
+    }
+
+  private:
+    // to[rows, columns] = x from `first_token` on times a panel + start
+    template <typename Y>
+    void multiply(const T* weights, int64_t first_token, int rows, int columns, const float* start, int64_t ldstart,
+                  Y* to, int64_t ld, const T* next, bool large) {
         const int parts = (rows + most_ - 1) / most_;    // of nearly equal size
         const int asking = parts > 1 && !large ? 2 : 1;  // over so many of them, memory is asked for what is `next`
         for (int part = 0; part < parts; part++) {
@@ -111,12 +132,6 @@ class PanelProducts {
         }
     }
 
-    // Asks memory for what `delta` adds to a panel.
-    [[gnu::always_inline]] void ask(const LoraDelta<T>* delta, int64_t p, int64_t block) const {
-        if (delta) delta->ask(first(block), rows(block), p * kPanel);
-    }
-
-  private:
     const T* const x_;
     const int64_t ldx_, tokens_, in_, blocks_;
     int most_ = kPanelRows;  // rows that a panel is read for at once

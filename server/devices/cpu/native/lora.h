@@ -1,9 +1,9 @@
-// Segmented LoRA on the CPU: for every segment, y += sum over entries of weight * (x A^T) B.
+// Segmented LoRA on the CPU: for every segment, y = y + sum over entries of weight * (y * gain + (x A^T) B + bias).
 // Chen et al. 2023 (Punica, SGMV) without padding: ranks are exact.
 //
 // In two parts, with a barrier between them. The first, `lora_begin`, is for all linears of the same x: it multiplies
 // by A, and for segments of few tokens by B too. The second, `LoraDelta::add`, is asked for by whoever computes a tile
-// of y.
+// of y; where there are gains, after `LoraDelta::gain` of the base's whole output.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -19,19 +19,23 @@ struct ChorusSegments {  // one step, all modules
     int64_t num_segments;
     int64_t modules;         // columns of the arena's tables
     const void* arena;       // elements of the call's type
-    const int64_t* offsets;  // [slots, modules, 2]
+    const int64_t* offsets;  // [slots, modules, kParts]
     const int32_t* ranks;    // [slots, modules]
     float* products;         // weight * x A^T for each linear of an x, `product_stride` floats each
     int64_t product_stride;
     const int64_t* product_starts;  // [segments]: where in it the segment's [tokens, sum of its ranks] lie
     float* deltas;  // [segments, kFewTokens, delta_stride]: what segments of `few` tokens add to the linears of an x
     int64_t delta_stride;
+    int64_t more;  // whether any adapter of the step has a gain or a bias on any module
 };
 
 namespace chorus {
 
+enum Part { kA, kB, kGain, kBias, kParts };  // what an adapter has of a module, see lora/kernels/interface.py
+
 constexpr int kLoraTokens = 96;   // tokens of one task at most
 constexpr int kLoraRanks = 16;    // rows of A in one task
+constexpr int kLoraColumns = 256; // of y in one task at most
 constexpr int kFewTokens = 4;     // of a segment that one thread takes whole
 constexpr int kPanelTokens = 24;  // from here on, turning B into panels saves more than it costs
 
@@ -48,7 +52,8 @@ class LoraDelta {
     // The linear is the `index`-th of those that share x; `column` outputs of them come before its own.
     LoraDelta(const ChorusSegments& s, int64_t module, int64_t in, int64_t out, int64_t index, int64_t column)
         : s_(s), module_(module), in_(in), out_(out), products_(s.products + index * s.product_stride),
-          deltas_(s.deltas + column), any_(adapted()) {}
+          deltas_(s.deltas + column), gains_(s.more && has(kGain)), biases_(s.more && has(kBias)),
+          any_(gains_ || biases_ || adapted()) {}
 
     // Whether any adapter of the step changes the module.
     bool any() const { return any_; }
@@ -74,7 +79,7 @@ class LoraDelta {
         const int64_t i = tokens_of(g) * row / tiles_down(g), tokens = tokens_of(g) * (row + 1) / tiles_down(g) - i;
         const int ranks = int(std::min<int64_t>(rank(e) - j, kLoraRanks));
         float h[kLoraTokens * kLoraRanks];
-        dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, 0) + j * in_, in_, ranks, int(in_), h,
+        dots(x + (s_.token_starts[g] + i) * ldx, ldx, int(tokens), weight(e, kA) + j * in_, in_, ranks, int(in_), h,
              ranks);
         scale(h, tokens * ranks, s_.weights[e]);
         const int64_t stride = rank_sum(g);
@@ -88,13 +93,30 @@ class LoraDelta {
         }
     }
     // What `begin` reads first; null where the segment has no adapter.
-    const T* first_weight(int64_t g) const { return first(g) == end(g) ? nullptr : weight(first(g), 0); }
+    const T* first_weight(int64_t g) const { return first(g) == end(g) ? nullptr : weight(first(g), kA); }
+
+    // Whether `gain` does anything to y.
+    bool gains() const { return gains_; }
+
+    // Before the second part: y *= 1 + gain, of the same tokens and outputs. At most kLoraColumns columns.
+    void gain(int64_t token, int64_t rows, int64_t column, int64_t columns, float* to, int64_t ld) const {
+        float sum[kLoraColumns];
+        each_segment(token, rows, [&](int64_t g, int64_t i, int64_t tokens) {
+            if (!sum_of(kGain, g, column, columns, sum)) return;
+            for (float* y = to + (s_.token_starts[g] + i - token) * ld; tokens-- > 0; y += ld)
+                for (int64_t j = 0; j < columns; j++) y[j] += sum[j] * y[j];
+        });
+    }
 
     // The second part: to[rows, columns] += those of the tokens from `token` and the outputs from `column`.
+    // At most kLoraColumns columns.
     template <typename Y>
     void add(int64_t token, int64_t rows, int64_t column, int64_t columns, Y* to, int64_t ld) const {
+        float sum[kLoraColumns];
         each_segment(token, rows, [&](int64_t g, int64_t i, int64_t tokens) {
             Y* y = to + (s_.token_starts[g] + i - token) * ld;
+            if (biases_ && sum_of(kBias, g, column, columns, sum))
+                for (int64_t t = 0; t < tokens; t++) add_into(sum, int(columns), y + t * ld);
             if (few(s_, g)) {
                 for (int64_t t = 0; t < tokens; t++) add_into(delta(g, i + t) + column, int(columns), y + t * ld);
                 return;
@@ -103,14 +125,14 @@ class LoraDelta {
             const int64_t ranks = rank_sum(g);
             const float* h = product<float>(g) + i * ranks;
             for (int e = first(g); e < end(g); h += rank(e++))
-                axpys(h, ranks, int(tokens), weight(e, 1) + column, out_, rank(e), int(columns), y, ld);
+                axpys(h, ranks, int(tokens), weight(e, kB) + column, out_, rank(e), int(columns), y, ld);
         });
     }
     // Asks memory for what `add` with the same arguments will read, where columns are as few as a panel's.
     [[gnu::always_inline]] void ask(int64_t token, int64_t rows, int64_t column) const {
         each_segment(token, rows, [&](int64_t g, int64_t, int64_t) __attribute__((always_inline)) {
             for (int e = few(s_, g) ? end(g) : first(g); e < end(g); e++)
-                for (int64_t j = 0; j < rank(e); j++) __builtin_prefetch(weight(e, 1) + j * out_ + column);
+                for (int64_t j = 0; j < rank(e); j++) __builtin_prefetch(weight(e, kB) + j * out_ + column);
         });
     }
 
@@ -129,8 +151,26 @@ class LoraDelta {
             if (rank(e) > 0) return true;
         return false;
     }
-    const T* weight(int entry, int which) const {
-        return static_cast<const T*>(s_.arena) + s_.offsets[(s_.slots[entry] * s_.modules + module_) * 2 + which];
+    int64_t offset(int entry, Part part) const {  // 0 = there is no such part
+        return s_.offsets[(s_.slots[entry] * s_.modules + module_) * kParts + part];
+    }
+    const T* weight(int entry, Part part) const { return static_cast<const T*>(s_.arena) + offset(entry, part); }
+    bool has(Part part) const {
+        for (int e = 0; e < s_.entry_starts[s_.num_segments]; e++)
+            if (offset(e, part)) return true;
+        return false;
+    }
+    // sum[columns] = weight * part over a segment's entries; false = none of them has it.
+    bool sum_of(Part part, int64_t g, int64_t column, int64_t columns, float* sum) const {
+        float row[kLoraColumns];
+        bool any = false;
+        for (int e = first(g); e < end(g); e++) {
+            if (!offset(e, part)) continue;
+            convert(weight(e, part) + column, columns, row);
+            for (int64_t j = 0; j < columns; j++) sum[j] = (any ? sum[j] : 0.0f) + s_.weights[e] * row[j];
+            any = true;
+        }
+        return any;
     }
     bool by_panels(int64_t g) const { return tokens_of(g) >= kPanelTokens; }
     int64_t tiles_across(int e) const { return (rank(e) + kLoraRanks - 1) / kLoraRanks; }
@@ -167,7 +207,7 @@ class LoraDelta {
         for (int64_t t = 0; t < tokens; t++) std::fill_n(delta(g, t), out_, 0.0f);
         for (int e = first(g); e < end(g); e++) {
             const int r = rank(e);
-            const T *a = weight(e, 0), *b = weight(e, 1), *after = e + 1 < end(g) ? weight(e + 1, 0) : next;
+            const T *a = weight(e, kA), *b = weight(e, kB), *after = e + 1 < end(g) ? weight(e + 1, kA) : next;
             if (int64_t(h.size()) < tokens * r) h.resize(size_t(tokens * r));
             for (int j = 0; j < r; j += 4)
                 for (int64_t t = 0; t < tokens; t++)
@@ -191,7 +231,7 @@ class LoraDelta {
         if (ranks == 0) return;
         rows.clear();
         for (int e = first(g); e < end(g); e++)
-            for (int64_t j = 0; j < rank(e); j++) rows.push_back(weight(e, 1) + j * out_ + column);
+            for (int64_t j = 0; j < rank(e); j++) rows.push_back(weight(e, kB) + j * out_ + column);
         panels.resize((columns + kPanel - 1) / kPanel * panel_size<T>(ranks));
         panels_of_columns(rows.data(), int(ranks), columns, panels.data());
         const T* h = product<T>(g) + i * ranks;
@@ -207,7 +247,7 @@ class LoraDelta {
     const ChorusSegments& s_;
     const int64_t module_, in_, out_;
     float *const products_, *const deltas_;
-    const bool any_;
+    const bool gains_, biases_, any_;
 };
 
 // The first part of `count` linears that share x.
