@@ -12,7 +12,7 @@ from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 from tests.gpu.errors import assert_near, poison_free_memory
-from tests.lora.apply import apply
+from tests.lora.kernels import apply
 
 Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
 

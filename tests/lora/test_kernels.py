@@ -7,36 +7,12 @@ import torch
 
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
 from server.devices.cpu.native import libraries, library
-from server.lora.kernels.interface import ArenaView, LoraKernels, Part
+from server.lora.kernels.interface import LoraKernels
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
-from tests.lora.apply import apply
+from tests.lora.kernels import apply, random_arena
 
 Mix = tuple[tuple[tuple[int, float], ...], int]
-
-
-def random_arena(
-    ranks_SM: list[list[int]], shapes: list[tuple[int, int]], dtype: torch.dtype, seed: int
-) -> ArenaView:
-    """An arena filled with random adapters; `shapes` are (in, out) of each module.
-
-    Every third adapter of a module has a gain, every other one a bias.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    align = 64 // dtype.itemsize
-    offsets, end = torch.zeros(len(ranks_SM), len(shapes), len(Part), dtype=torch.int64), align
-    for s, ranks in enumerate(ranks_SM):
-        for m, (rank, (n_in, n_out)) in enumerate(zip(ranks, shapes, strict=True)):
-            sizes = {Part.A: rank * n_in, Part.B: rank * n_out}
-            if (s + m) % 3 == 0:
-                sizes[Part.GAIN] = n_out
-            if (s + m) % 2 == 0:
-                sizes[Part.BIAS] = n_out
-            for part, size in sizes.items():
-                offsets[s, m, part] = end
-                end += -(-size // align) * align
-    data = torch.randn(end, generator=generator).mul_(0.3).to(dtype)
-    return ArenaView(data, offsets, torch.tensor(ranks_SM, dtype=torch.int32))
 
 
 def random_mixes(generator: torch.Generator, slots: int, segments: int, longest: int) -> list[Mix]:

@@ -14,8 +14,8 @@ from server.lora.segments import Segments
 from server.messages import LoraTarget
 from server.peft.format import judge
 from tests.lora.adapter_folder import TARGETS, weights, write
-from tests.lora.apply import apply
 from tests.lora.image import packed
+from tests.lora.kernels import apply
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -16,9 +16,15 @@ from transformers import PreTrainedModel
 
 from server.devices.cpu.device import CpuDevice
 from server.devices.cpu.native import library
+from server.lora.kernels.reference import ReferenceKernels
+from server.lora.segments import Segments
+from server.model.attention.paged_reference import PagedReferenceAttention
+from server.model.device import PlainOperators
 from server.model.loader import load, probe
+from server.model.proof import PagedProbe, relative_error
 from server.model.runner import Runner
 from tests.engine.harness import settings_for
+from tests.lora.kernels import random_arena
 from tests.model.tiny_models import ARCHITECTURES, build
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels on this machine")
@@ -69,6 +75,32 @@ def test_a_mixture_of_experts_is_left_to_torch(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level("INFO"):
         assert not runner(build("gpt_oss", tmp_path / "model")).fused
     assert "not those of Llama" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])  # phi3 has gate and up in one linear
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_part_of_an_adapter_reaches_fused_layers(architecture: str, dtype: str, tmp_path: Path) -> None:
+    folder = build(architecture, tmp_path / "model")
+    fused, loaded = runner(folder, dtype=dtype), load(settings_for(folder, dtype="float32"))
+    usual = Runner(
+        loaded, PlainOperators(PagedReferenceAttention(), ReferenceKernels()), num_blocks=8, block_size=8
+    )
+    assert fused.fused
+    assert not usual.fused
+    shapes = [(target.in_features, target.out_features) for target in usual.targets]
+    ranks = [[(3 * slot + module) % 7 for module in range(len(shapes))] for slot in range(3)]
+    batch, _ = PagedProbe(loaded.proof, num_blocks=8, block_size=8).prompts()  # logits of every other token
+    mixes = [((0, 1.0),), ((1, 0.5), (2, 1.0))]
+    batch = replace(
+        batch,
+        segments=Segments.build(list(zip(mixes, (5, 10), strict=True))),
+        sample_segments=Segments.build(list(zip(mixes, (3, 5), strict=True))),
+    )
+    arena = random_arena(ranks, shapes, getattr(torch, dtype), seed=1)
+    arena.data.mul_(0.3)
+    exact = usual.logits(batch, replace(arena, data=arena.data.float()))
+    error = relative_error(fused.logits(batch, arena), exact)
+    assert error < (1e-5 if dtype == "float32" else 0.05)
 
 
 def _first(model: PreTrainedModel) -> nn.Module:

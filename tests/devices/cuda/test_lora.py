@@ -21,7 +21,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
 from server.devices.cuda.lora import Tiling, TritonKernels  # noqa: E402  (after the skip)
-from tests.lora.apply import apply  # noqa: E402
+from tests.lora.kernels import apply  # noqa: E402
 
 Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
 ALIGNMENT = 16  # elements of float32 in 64 bytes
