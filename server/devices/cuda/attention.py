@@ -98,6 +98,35 @@ def _soften(score_MN, top_M, sum_M):
     return p_MN, fade_M, new_top_M, sum_M * fade_M + tl.sum(p_MN, axis=1)
 
 
+@jit()
+def _first_key(begin, position, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of an item's steps: within the window of the item's first token."""
+    if WINDOW:
+        begin = tl.maximum(begin, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N)
+    return tl.multiple_of(begin, BLOCK_N)  # what the compiler does not see, and addresses are cheaper by
+
+
+@jit()
+def _seen(n_N, position_M, end, window, WINDOW: tl.constexpr):
+    """Which keys each row sees."""
+    seen_MN = (n_N <= position_M[:, None]) & (n_N < end)[None, :]
+    if WINDOW:
+        seen_MN &= n_N[None, :] > position_M[:, None] - window
+    return seen_MN
+
+
+@jit()
+def _sinks(sinks, head_M, real_M, begin, SINKS: tl.constexpr, ROWS: tl.constexpr):
+    """Where a softmax starts: its largest score (base 2), and its sum. A sink counts once for each tile."""
+    top_M = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    sum_M = tl.zeros([ROWS], dtype=tl.float32)
+    if SINKS and begin == 0:
+        sink_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32)
+        top_M = sink_M * 1.4426950408889634  # log2(e)
+        sum_M += 1.0
+    return top_M, sum_M
+
+
 @jit("tile_tokens", "table_stride")
 def _attend(
     query, k_cache, v_cache, out, parts, lse, items, block_tables, sinks,
@@ -128,18 +157,10 @@ def _attend(
     from_M = query + t_M.to(tl.int64) * query_stride_t + head_M * query_stride_h
     q_MD = tl.load(from_M[:, None] + d_D[None, :], mask=real_M[:, None] & (d_D < K_DIM)[None, :], other=0.0)
 
-    top_M = tl.full([BLOCK_T * GROUP], float("-inf"), dtype=tl.float32)
-    sum_M = tl.zeros([BLOCK_T * GROUP], dtype=tl.float32)
-    if SINKS and begin == 0:  # once for each tile
-        sink_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32)
-        top_M = sink_M * 1.4426950408889634  # log2(e)
-        sum_M += 1.0
+    top_M, sum_M = _sinks(sinks, head_M, real_M, begin, SINKS, BLOCK_T * GROUP)
     sum_ME = tl.zeros([BLOCK_T * GROUP, BLOCK_E], dtype=tl.float32)
     position_M = position - t_first + t_M
-    if WINDOW:
-        begin = tl.maximum(begin, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N)
-    begin = tl.multiple_of(begin, BLOCK_N)  # what the compiler does not see, and addresses are cheaper by
-    for n in range(begin, end, BLOCK_N):
+    for n in range(_first_key(begin, position, window, WINDOW, BLOCK_N), end, BLOCK_N):
         n_N = n + tl.arange(0, BLOCK_N)
         table_N = block_tables + s * table_stride + n_N // BLOCK_SIZE
         block_N = tl.load(table_N, mask=n_N < end, other=0).to(tl.int64)
@@ -148,10 +169,7 @@ def _attend(
             k_stride_b, k_stride_h, k_stride_n, K_DIM, BLOCK_SIZE, BLOCK_D,
         )  # fmt: skip
         score_MN = _scores(q_MD, k_ND, scale, softcap, SOFTCAP, PRECISION)
-        seen_MN = (n_N <= position_M[:, None]) & (n_N < end)[None, :]
-        if WINDOW:
-            seen_MN &= n_N[None, :] > position_M[:, None] - window
-        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        score_MN = tl.where(_seen(n_N, position_M, end, window, WINDOW), score_MN, float("-inf"))
         p_MN, fade_M, top_M, sum_M = _soften(score_MN, top_M, sum_M)
         v_NE = _rows(
             v_cache, block_N, n_N, end, kv_head,
