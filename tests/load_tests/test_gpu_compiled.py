@@ -86,7 +86,7 @@ def compiled(cache: Path) -> dict[str, list[dict[str, Any]]]:
 def test_every_kernel_fits_the_chip(compiled: dict[str, list[dict[str, Any]]]) -> None:
     kernels = [kernel for case in compiled.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} == {
-        "_shrink_rows", "_expand_rows", "_shrink_tiles", "_expand_tiles", "_write", "_attend", "_join",
+        "shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles", "_write", "_attend", "_join",
         "_add_norm", "_norm_rotate", "_activate"
     }  # fmt: skip
     for kernel in kernels:
@@ -100,11 +100,11 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
         case: {kernel["kernel"]: kernel["instructions"] for kernel in kernels}
         for case, kernels in compiled.items()
     }
-    assert by_case["lora tiles bf16"]["_shrink_tiles"]["HGMMA"] > 0
-    assert by_case["lora tiles bf16"]["_expand_tiles"]["HGMMA"] > 0
+    assert by_case["lora tiles bf16"]["shrink_tiles"]["HGMMA"] > 0
+    assert by_case["lora tiles bf16"]["expand_tiles"]["HGMMA"] > 0
     assert by_case["mixed bf16"]["_attend"]["HGMMA"] > 0
     assert by_case["decode bf16, split"]["_attend"]["HMMA"] > 0
-    for name in ("_shrink_rows", "_expand_rows"):
+    for name in ("shrink_rows", "expand_rows"):
         assert by_case["lora rows bf16"][name]["LD.128"] > 0
     for name in ("_add_norm", "_norm_rotate", "_activate"):
         assert by_case["layer bf16"][name]["LD.128"] > 0
