@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,8 +13,19 @@ from rich.progress import track
 
 from load_tests import benchmarks
 from load_tests.adapters import write_adapters
-from load_tests.options import DTypeOption, counts, parsed, token_range
-from load_tests.trace import Lengths, TraceSpec, adapter_names, generate, read_trace, write_trace
+from load_tests.options import DTypeOption, counts, judged, parsed, token_range
+from load_tests.trace import (
+    Lengths,
+    TraceRequest,
+    TraceSpec,
+    adapter_names,
+    generate,
+    read_trace,
+    write_trace,
+)
+
+if TYPE_CHECKING:
+    from load_tests.runner import RunResult
 
 # `run`, `report` and those of benchmarks.py import aiohttp, matplotlib and torch themselves: `trace` and
 # `adapters` work without the load-tests extra.
@@ -67,10 +79,8 @@ def trace(
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds and options give equal traces.")] = 0,
 ) -> None:
     """Write a trace: which adapter is asked what, when, for how many tokens."""
-    names = adapter_names(adapters)
-    if adapters_dir is not None:
-        names = tuple(sorted(path.parent.name for path in adapters_dir.glob("*/adapter_config.json")))
-    try:
+    names = adapter_names(adapters) if adapters_dir is None else _names_in(adapters_dir)
+    with judged():
         spec = TraceSpec(
             requests=requests,
             adapters=names,
@@ -84,9 +94,11 @@ def trace(
             prompts=tuple(line for line in prompts.read_text().splitlines() if line) if prompts else (),
             seed=seed,
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     write_trace(out, generate(spec))
+
+
+def _names_in(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.parent.name for path in folder.glob("*/adapter_config.json")))
 
 
 @app.command()
@@ -139,8 +151,7 @@ def run(
     ] = True,
     usage: Annotated[bool, typer.Option(help="Ask for a usage chunk.")] = True,
     check: Annotated[
-        bool,
-        typer.Option("--check", help="Then ask every request again, alone, and count answers that differ."),
+        bool, typer.Option("--check", help="Then ask each request again, alone, and count other answers.")
     ] = False,
     record: Annotated[
         Path | None, typer.Option(help="Write the answers here for --expect; runs one request at a time.")
@@ -161,33 +172,44 @@ def run(
     from load_tests.client import Target
 
     requests = parsed(read_trace, trace)
-    if record is not None:
-        if concurrency not in (None, 1) or check or expect:
-            raise typer.BadParameter("--record runs one request at a time and checks nothing")
-        concurrency = 1
-    if concurrency is None and not any(request.arrival_s for request in requests[1:]):
-        raise typer.BadParameter("this trace has no arrival times; give --concurrency")
+    checks = check or expect is not None
+    concurrency = _workers(requests, concurrency, records=record is not None, checks=checks)
     target = Target(url, base_model, ignore_eos, return_token_ids, usage, timeout, api_key)
     console = Console(stderr=True)
-    result = asyncio.run(
-        runner.run_load(
-            requests,
-            target,
-            label=label or out.stem,
-            concurrency=concurrency,
-            check=check,
-            expected=parsed(runner.read_answers, expect) if expect else None,
-            console=console,
-        )
+    load = runner.run_load(
+        requests,
+        target,
+        label=label or out.stem,
+        concurrency=concurrency,
+        check=check,
+        expected=parsed(runner.read_answers, expect) if expect else None,
+        console=console,
     )
+    result = asyncio.run(load)
     runner.write_result(out, result)
     if record is not None:
         runner.write_answers(record, runner.answers_of(requests, result.records))
     console.print(reports.rich_table([reports.summarise(result)]))
+    raise typer.Exit(_status(result, judged=checks or record is not None))
+
+
+def _workers(
+    requests: Sequence[TraceRequest], concurrency: int | None, *, records: bool, checks: bool
+) -> int | None:
+    """How many send requests; None: they come by their arrival times. Raises BadParameter."""
+    if records and (concurrency not in (None, 1) or checks):
+        raise typer.BadParameter("--record runs one request at a time and checks nothing")
+    if records:
+        return 1
+    if concurrency is None and not any(request.arrival_s for request in requests[1:]):
+        raise typer.BadParameter("this trace has no arrival times; give --concurrency")
+    return concurrency
+
+
+def _status(result: RunResult, *, judged: bool) -> int:
     if result.interrupted:
-        raise typer.Exit(130)
-    if (check or expect or record) and not result.flawless:
-        raise typer.Exit(1)
+        return 130
+    return 1 if judged and not result.flawless else 0
 
 
 @app.command()

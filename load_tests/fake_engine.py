@@ -103,7 +103,7 @@ def engine_info() -> EngineInfo:
     """Of an engine that has no model and sets no limit."""
     return EngineInfo(
         pid=os.getpid(), model_type="none", device="none", dtype="float32", vocab_size=10**6,
-        max_model_len=10**6, max_num_seqs=10**6, eos_token_ids=(), parameters=0, weights_bytes=0,
+        max_model_len=10**6, parameters=0, weights_bytes=0,
         block_size=16, kv_blocks=10**9, kv_bytes=0, arena_bytes=0, lora_targets=[], load_seconds=0.0,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import TypeVar
 
@@ -20,12 +21,19 @@ class DTypeOption(StrEnum):
     FLOAT16 = "float16"
 
 
-def parsed(parse: Callable[[S], T], source: S) -> T:
-    """`parse(source)`, with a ValueError shown as a wrong option."""
+@contextmanager
+def judged() -> Iterator[None]:
+    """Around what reads options: a ValueError is shown as a wrong one."""
     try:
-        return parse(source)
+        yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def parsed(parse: Callable[[S], T], source: S) -> T:
+    """`parse(source)`, with a ValueError shown as a wrong option."""
+    with judged():
+        return parse(source)
 
 
 def token_range(text: str) -> tuple[int, int]:

@@ -23,9 +23,9 @@ _FILE_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
 app = typer.Typer(no_args_is_help=True, help="See and change the adapters of a running server.")
 
-Server = Annotated[str, typer.Option("--server", help="Address of the server.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
-Name = Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)]
+ServerOption = Annotated[str, typer.Option("--server", help="Address of the server.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)]
 
 _LOCAL = "http://127.0.0.1:8000"
 _TIMEOUT = httpx.Timeout(30.0, read=600.0)  # a large upload is judged before it is answered
@@ -34,7 +34,7 @@ _err = Console(stderr=True)
 
 
 @app.command("list")
-def list_adapters(server: Server = _LOCAL, as_json: AsJson = False) -> None:
+def list_adapters(server: ServerOption = _LOCAL, as_json: JsonOption = False) -> None:
     """List every adapter."""
     answer = _call(server, "GET", "/v1/adapters")
     if as_json:
@@ -53,7 +53,7 @@ def list_adapters(server: Server = _LOCAL, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(name: Name, server: Server = _LOCAL, as_json: AsJson = False) -> None:
+def show(name: NameArgument, server: ServerOption = _LOCAL, as_json: JsonOption = False) -> None:
     """Show one adapter and its versions."""
     adapter = _call(server, "GET", _path(name))
     if as_json:
@@ -83,15 +83,15 @@ def show(name: Name, server: Server = _LOCAL, as_json: AsJson = False) -> None:
 
 @app.command()
 def upload(
-    name: Name,
+    name: NameArgument,
     path: Annotated[
         Path, typer.Argument(help="Folder in PEFT layout, or a .zip, .tar or .tar.gz of one.", exists=True)
     ],
     replace: Annotated[
         bool, typer.Option("--replace", help="Make it a new version if the name exists.")
     ] = False,
-    server: Server = _LOCAL,
-    as_json: AsJson = False,
+    server: ServerOption = _LOCAL,
+    as_json: JsonOption = False,
 ) -> None:
     """Upload an adapter."""
     files = [path / file for file in _FILE_NAMES] if path.is_dir() else [path]
@@ -112,7 +112,7 @@ def upload(
 
 
 @app.command()
-def delete(name: Name, server: Server = _LOCAL, as_json: AsJson = False) -> None:
+def delete(name: NameArgument, server: ServerOption = _LOCAL, as_json: JsonOption = False) -> None:
     """Delete an adapter; running requests finish first."""
     answer = _call(server, "DELETE", _path(name))
     if as_json:

@@ -1,4 +1,4 @@
-"""The frozen base model as the HTTP face sees it: a folder, a config, a name, a fingerprint. No weights."""
+"""The frozen base model as the HTTP face sees it: a folder, a name, a fingerprint. No weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from server.config import Settings, user_data_dir
 from server.errors import ChorusError
 
 _WEIGHTS = "*.safetensors"
 _FILES = ("*.json", "*.jinja")
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 class StartError(ChorusError):
@@ -28,9 +26,7 @@ class BaseModel:
     name: str  # what clients put in `model`
     folder: Path
     tokenizer_folder: Path
-    config: dict[str, Any]  # config.json
     fingerprint: str  # hex sha256; equal for equal weights files, without reading the weights
-    context_length: int | None  # tokens, as the config says
 
     @classmethod
     def resolve(cls, settings: Settings) -> BaseModel:
@@ -45,14 +41,12 @@ class BaseModel:
             name = settings.served_model_name or folder.name
         else:
             folder = _fetch(settings)
-        config = _read_config(folder)
+        _check_config(folder)
         return cls(
             name=name,
             folder=folder,
             tokenizer_folder=_tokenizer_folder(settings, folder),
-            config=config,
             fingerprint=_fingerprint(folder, settings),
-            context_length=_context_length(config),
         )
 
 
@@ -80,7 +74,7 @@ def _fetch(settings: Settings) -> Path:
     return Path(str(fetched))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise StartError(f"--model {folder}: the folder has no config.json")
@@ -90,7 +84,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StartError(f"--model {folder}: config.json is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise StartError(f"--model {folder}: config.json is not a JSON object")
-    return config
 
 
 def _tokenizer_folder(settings: Settings, folder: Path) -> Path:
@@ -100,14 +93,6 @@ def _tokenizer_folder(settings: Settings, folder: Path) -> Path:
     if not tokenizer_folder.is_dir():
         raise StartError(f"--tokenizer {settings.tokenizer}: there is no such folder")
     return tokenizer_folder.resolve()
-
-
-def _context_length(config: dict[str, Any]) -> int | None:
-    for section in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(section.get(key), int):
-                return int(section[key])
-    return None
 
 
 def _fingerprint(folder: Path, settings: Settings) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +17,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-# Of an adapter, unless the settings say otherwise.
-MAX_HEADER_BYTES = 16 * 2**20  # of its safetensors file
-MAX_TENSORS = 20_000
 
 
 def parse_bytes(value: object) -> object:
@@ -40,6 +37,17 @@ def _not_empty(value: object) -> object:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Folder = Annotated[Path, BeforeValidator(_not_empty)]  # Path("") is the working directory
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large an adapter may be. Its numbers stand in the settings alone."""
+
+    max_upload_bytes: int
+    max_unpacked_bytes: int  # of what comes out of an archive
+    max_header_bytes: int  # of the safetensors file
+    max_tensors: int
+    max_rank: int | None = None  # where the engine has one; the settings know none
 
 
 class Settings(BaseSettings):
@@ -76,14 +84,14 @@ class Settings(BaseSettings):
         None, description="Registry and uploaded adapters. Default: the user's data folder, by base model."
     )
     allowed_lora_roots: tuple[Folder, ...] = Field(
-        (), description="Folders that `lora_path` may point into, besides --adapters."
+        (), description="Folders that clients may register adapters from, besides --adapters."
     )
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
     max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
     max_header_bytes: Bytes = Field(
-        MAX_HEADER_BYTES, gt=0, description="Largest safetensors header of an adapter, bytes."
+        16 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
     )
-    max_adapter_tensors: int = Field(MAX_TENSORS, gt=0, description="Most tensors in one adapter.")
+    max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
 
     # engine
     max_model_len: int | None = Field(
@@ -121,6 +129,21 @@ class Settings(BaseSettings):
         60.0, gt=0, description="A step that takes longer makes the server not ready, seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
+
+    @property
+    def limits(self) -> Limits:
+        """Of every adapter, wherever it comes from."""
+        return Limits(
+            max_upload_bytes=self.max_upload_bytes,
+            max_unpacked_bytes=self.max_unpacked_bytes,
+            max_header_bytes=self.max_header_bytes,
+            max_tensors=self.max_adapter_tensors,
+        )
+
+    @property
+    def lora_roots(self) -> tuple[Path, ...]:
+        """The folders that adapters may be read from when a client names a path."""
+        return (*self.allowed_lora_roots, *([self.adapters] if self.adapters else []))
 
     @field_validator("*", mode="before")
     @classmethod

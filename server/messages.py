@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Residency = Literal["disk", "host", "arena"]
+Location = Literal["disk", "host", "arena"]  # where the weights of an adapter version are
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -172,7 +172,7 @@ class AdapterResult(msgspec.Struct, frozen=True, tag="adapter"):
     """Answer to LoadAdapter or UnloadAdapter."""
 
     call_id: int
-    residency: Residency
+    residency: Location
     milliseconds: float = 0.0
     error: ErrorCode | None = None
     message: str = ""
@@ -195,8 +195,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     vocab_size: int
     max_model_len: int  # tokens, prompt and output together
-    max_num_seqs: int
-    eos_token_ids: tuple[int, ...]
     parameters: int
     weights_bytes: int
     block_size: int  # tokens

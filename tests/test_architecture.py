@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ WORDS = {"messages", "errors", "config", "log"}  # single files that cross rooms
 TOPS = {"cli", "__main__", "adapters_cli"}  # what starts the rest
 HTTP = {"fastapi", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "triton"}
+SIZED = ("server", "load_tests")
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
 
 
@@ -184,6 +186,43 @@ def test_the_environment_is_read_in_one_place() -> None:
 
     readers = [name for name, path in modules().items() if reads_environment(path.read_text("utf-8"))]
     assert readers == ["server.config"]
+
+
+def test_sizes() -> None:
+    """Files up to 400 lines, functions up to 60, with docstrings; half of all functions up to 7."""
+    sources = {path: path.read_text("utf-8") for room in SIZED for path in (ROOT / room).rglob("*.py")}
+    assert not [str(path) for path, source in sources.items() if len(source.splitlines()) > 400]
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{path}:{node.lineno} {node.name}")
+        for path, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    ]
+    assert not [where for lines, where in functions if lines > 60]
+    assert statistics.median(lines for lines, _ in functions) <= 7
+
+
+def test_one_word_is_one_type() -> None:
+    """No two modules define a public class or type of the same name; type variables aside."""
+    places: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if (name := type_name(node)) is not None:
+                places.setdefault(name, []).append(module)
+    assert not {name: each for name, each in places.items() if len(each) > 1}
+
+
+def type_name(node: ast.stmt) -> str | None:
+    """The name of a public class, or of a type alias."""
+    if isinstance(node, ast.ClassDef):
+        name = node.name
+    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        name = node.targets[0].id
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar":
+            return None
+    else:
+        return None
+    return name if name[0].isupper() and name != name.upper() else None
 
 
 def test_no_vague_names() -> None:

@@ -15,7 +15,7 @@ from server.config import Settings
 
 def folder(root: Path, **config: object) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    (root / "config.json").write_text(json.dumps({"max_position_embeddings": 64} | config))
+    (root / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     save_file({"w": np.zeros(4, np.float32)}, root / "model.safetensors")
     return root
 
@@ -24,12 +24,10 @@ def resolve(path: Path, **fields: object) -> BaseModel:
     return BaseModel.resolve(Settings(model=str(path), **fields))  # type: ignore[arg-type]  # fields of any type
 
 
-def test_name_and_context(tmp_path: Path) -> None:
+def test_name_and_folder(tmp_path: Path) -> None:
     model = resolve(folder(tmp_path / "tiny"))
-    assert (model.name, model.context_length, model.folder) == ("tiny", 64, tmp_path / "tiny")
+    assert (model.name, model.folder) == ("tiny", tmp_path / "tiny")
     assert resolve(tmp_path / "tiny", served_model_name="base").name == "base"
-    nested = folder(tmp_path / "n", max_position_embeddings=None, text_config={"max_position_embeddings": 9})
-    assert resolve(nested).context_length == 9
 
 
 def test_fingerprint(tmp_path: Path) -> None:

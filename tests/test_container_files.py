@@ -44,7 +44,7 @@ def _metric_names() -> set[str]:
     """Every name that `/metrics` shows, as Prometheus stores it."""
     info = EngineInfo(
         pid=1, model_type="llama", device="cpu", dtype="float32", vocab_size=8, max_model_len=8,
-        max_num_seqs=1, eos_token_ids=(), parameters=1, weights_bytes=1, block_size=16, kv_blocks=1,
+        parameters=1, weights_bytes=1, block_size=16, kv_blocks=1,
         kv_bytes=1, arena_bytes=1, lora_targets=[], load_seconds=0.0,
     )  # fmt: skip
     engine: Any = SimpleNamespace(state="ready", restarts=0, info=info, stats=_stats())

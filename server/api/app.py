@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -21,6 +22,7 @@ from server.border.client import EngineClient, EngineStartFailed
 from server.config import Settings
 from server.registry.registry import Registry
 from server.registry.sources.folders import register_tree
+from server.registry.sources.table import Sources
 from server.registry.store import ContentStore, DataDirInUseError
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate
@@ -47,7 +49,7 @@ def create_app(
     tokenizer, template = _load_text(settings, base)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of)
-    face = Face(settings, base, engine, tokenizer, template, metrics, names=names)
+    face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
     engine.on_ready = face.restore_pins
 
     @asynccontextmanager
@@ -121,14 +123,8 @@ def _open_registry(face: Face, store: ContentStore) -> Registry:
     if info is None:
         store.close()
         raise EngineStartFailed("the engine ended before it was ready")
-    registry = Registry.open(
-        store,
-        info.lora_targets,
-        info.parameters,
-        face.settings,
-        face.base.name,
-        max_rank=info.max_mix_rank,
-    )
+    limits = dataclasses.replace(face.settings.limits, max_rank=info.max_mix_rank)
+    registry = Registry.open(store, info.lora_targets, info.parameters, limits, face.base.name)
     try:
         register_tree(registry, face.settings.adapters)
     except BaseException:

@@ -17,6 +17,7 @@ from server.config import Settings
 from server.errors import InvalidRequest, Unavailable
 from server.messages import AdapterRef, EngineInfo
 from server.registry.registry import Registry
+from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class Face:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     metrics: Metrics
+    sources: Sources
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)

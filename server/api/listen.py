@@ -63,9 +63,9 @@ def serve(settings: Settings, new_engine: Callable[[Settings], EngineClient]) ->
     """Runs until a signal; returns the exit code. `new_engine` gets the settings with what was found of the
     model filled in. Raises StartError."""
     base = BaseModel.resolve(settings)
-    found = {"model": str(base.folder), "served_model_name": base.name}
-    found |= {"tokenizer": str(base.tokenizer_folder)}
-    settings = settings.model_copy(update=found)
+    resolved = {"model": str(base.folder), "served_model_name": base.name}
+    resolved |= {"tokenizer": str(base.tokenizer_folder)}
+    settings = settings.model_copy(update=resolved)
     listener = bind(settings)
     return run(settings, new_engine(settings), base, listener)
 

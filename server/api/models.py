@@ -81,22 +81,22 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 async def tokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    body = await read_body(request, face.settings.max_request_bytes)
+    raw = await read_body(request, face.settings.max_request_bytes)
 
     def work() -> Tokenized:
-        asked = parse(TokenizeRequest, body, info.max_model_len)
+        body = parse(TokenizeRequest, raw, info.max_model_len)
         tokenizer = face.require_tokenizer("prompt")
-        if (asked.prompt is None) == (asked.messages is None):
+        if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt: give either `prompt` or `messages`", param="prompt")
-        if asked.messages is not None:
-            ids = chat_prompt(face, asked.messages)
+        if body.messages is not None:
+            ids = chat_prompt(face, body.messages)
         else:
-            encode = tokenizer.encode if asked.add_special_tokens else tokenizer.encode_chat
-            ids = encode(asked.prompt or "")
-        token_strs = [tokenizer.token(token_id) for token_id in ids] if asked.return_token_strs else UNSET
+            encode = tokenizer.encode if body.add_special_tokens else tokenizer.encode_chat
+            ids = encode(body.prompt or "")
+        token_strs = [tokenizer.token(token_id) for token_id in ids] if body.return_token_strs else UNSET
         return Tokenized(len(ids), info.max_model_len, ids, token_strs)
 
-    return _json(await beside_loop(len(body), work))
+    return _json(await beside_loop(len(raw), work))
 
 
 @router.post("/detokenize")
@@ -104,15 +104,15 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    body = await read_body(request, face.settings.max_request_bytes)
+    raw = await read_body(request, face.settings.max_request_bytes)
 
     def work() -> Detokenized:
-        asked = parse(DetokenizeRequest, body, info.max_model_len)
+        body = parse(DetokenizeRequest, raw, info.max_model_len)
         tokenizer = face.require_tokenizer("tokens")
-        if asked.tokens and max(asked.tokens) >= info.vocab_size:
+        if body.tokens and max(body.tokens) >= info.vocab_size:
             raise InvalidRequest(
-                f"tokens: {max(asked.tokens)} is not in the vocabulary of {info.vocab_size}", param="tokens"
+                f"tokens: {max(body.tokens)} is not in the vocabulary of {info.vocab_size}", param="tokens"
             )
-        return Detokenized(tokenizer.decode(asked.tokens, skip_special_tokens=False))
+        return Detokenized(tokenizer.decode(body.tokens, skip_special_tokens=False))
 
-    return _json(await beside_loop(len(body), work))
+    return _json(await beside_loop(len(raw), work))

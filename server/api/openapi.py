@@ -41,10 +41,10 @@ def _complete(document: dict[str, Any], described: list[tuple[str, str, Operatio
         schemas.pop(name, None)
     for path, method, operation in described:
         document["paths"][path][method.lower()] |= _described(operation)
-    found = [operation for _, _, operation in described]
-    schemas |= _body_schemas(operation.body for operation in found if operation.body)
-    answers = [kind for operation in found for kind in operation.answers.values()]
-    chunks = [operation.chunk for operation in found if operation.chunk]
+    facts = [operation for _, _, operation in described]
+    schemas |= _body_schemas(operation.body for operation in facts if operation.body)
+    answers = [kind for operation in facts for kind in operation.answers.values()]
+    chunks = [operation.chunk for operation in facts if operation.chunk]
     schemas |= _answer_schemas(kind for kind in (*answers, *chunks, ErrorBody) if kind is not str)
     return document
 
@@ -82,8 +82,8 @@ def _ref(kind: Any) -> dict[str, str]:
 
 def _body_schemas(kinds: Iterable[type[pydantic.BaseModel]]) -> dict[str, Any]:
     wanted = [(kind, "validation") for kind in kinds]
-    _, found = models_json_schema(wanted, ref_template=_REF + "{model}")  # type: ignore[arg-type]  # a literal
-    schemas: dict[str, Any] = found["$defs"]
+    _, document = models_json_schema(wanted, ref_template=_REF + "{model}")  # type: ignore[arg-type]  # a literal
+    schemas: dict[str, Any] = document["$defs"]
     return schemas
 
 

@@ -9,11 +9,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Literal, Protocol
 
 from server.border.process import EngineProcess
+from server.border.stream import OutputStream
 from server.config import Settings
 from server.errors import ChorusError, EngineDied, Unavailable
 from server.messages import (
@@ -34,7 +35,7 @@ from server.messages import (
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "restarting", "failed", "stopped"]
+EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
 OnReady = Callable[[EngineInfo], Awaitable[None] | None]
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 10.0  # before a restart, doubling
@@ -69,7 +70,7 @@ class EngineClient(Protocol):
         ...
 
     @property
-    def state(self) -> State: ...
+    def state(self) -> EngineState: ...
 
     @property
     def healthy(self) -> bool:
@@ -122,51 +123,6 @@ class EngineClient(Protocol):
     async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult: ...
 
 
-class _Stream:
-    """Outputs of one request on their way to the one task that reads them; one wake for all that came."""
-
-    __slots__ = ("_error", "_outputs", "_waiter", "running")
-
-    def __init__(self, request_ids: Iterable[str]) -> None:
-        self._outputs: list[TokenOutput] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: ChorusError | None = None
-        self.running = set(request_ids)  # of its choices, that the engine still works on
-
-    def push(self, output: TokenOutput) -> None:
-        self._outputs.append(output)
-        if output.finish_reason is not None:
-            self.running.discard(output.request_id)
-        self._wake()
-
-    def give_up(self, request_id: str) -> None:
-        self.running.discard(request_id)
-        self._wake()
-
-    def fail(self, error: ChorusError) -> None:
-        """What came before is still read; then `error` is raised. No effect on a finished stream."""
-        if self.running:
-            self.running.clear()
-            self._error = error
-            self._wake()
-
-    async def take(self) -> list[TokenOutput]:
-        """At least one output, none at the end. Raises what `fail` was given."""
-        while not self._outputs:
-            if self._error is not None:
-                raise self._error
-            if not self.running:
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        outputs, self._outputs = self._outputs, []
-        return outputs
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():  # done: woken already, or cancelled
-            self._waiter.set_result(None)
-
-
 class ProcessEngineClient:
     """An `EngineClient` over an engine process, which it starts again when it dies or hangs.
 
@@ -176,7 +132,7 @@ class ProcessEngineClient:
 
     def __init__(self, settings: Settings, factory: str = "server.engine.engine:create_engine") -> None:
         self.info: EngineInfo | None = None
-        self.state: State = "starting"
+        self.state: EngineState = "starting"
         self.stats: EngineStats | None = None
         self.last_heartbeat = time.monotonic()
         self.restarts = 0
@@ -189,7 +145,7 @@ class ProcessEngineClient:
         self._start_s = 0.0  # how long the last start took
         self._ready_at: float | None = None  # of the present process
         self._refusal: str | None = None  # its reason, when it could not load
-        self._streams: dict[str, _Stream] = {}  # choices of one request have the same
+        self._streams: dict[str, OutputStream] = {}  # choices of one request have the same
         self._calls: dict[int, asyncio.Future[AdapterResult]] = {}
         self._call_ids = itertools.count(1)
         self._supervisor: asyncio.Task[None] | None = None
@@ -236,7 +192,7 @@ class ProcessEngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         process = self._ready_process()
         request_ids = [request.request_id, *(fork.request_id for fork in request.forks)]
-        stream = _Stream(request_ids)
+        stream = OutputStream(request_ids)
         self._streams.update(dict.fromkeys(request_ids, stream))
         try:
             process.send(request)
@@ -277,7 +233,7 @@ class ProcessEngineClient:
             raise Unavailable(reason, retry_after_s=self.retry_after_s)
         return self._process
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: EngineState) -> None:
         self.state = state
         if state in ("starting", "restarting"):
             self._settled.clear()

@@ -32,7 +32,7 @@ from server.messages import (
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators
 from server.model.loader import LoadedModel, load
-from server.model.memory import MemoryPlan, plan_memory, token_budget
+from server.model.memory import MemorySizes, memory_sizes, token_budget
 from server.model.runner import Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
@@ -58,7 +58,7 @@ class Engine:
         self,
         settings: Settings,
         loaded: LoadedModel,
-        memory: MemoryPlan,
+        memory: MemorySizes,
         device: Device,
         operators: Operators | None = None,
     ) -> None:
@@ -86,10 +86,9 @@ class Engine:
             self._arena,
             self._runner.targets,
             memory.host_cache_bytes,
+            settings.limits,
             copies=device.copies,
             wake=self._wakeup.set,
-            max_header_bytes=settings.max_header_bytes,
-            max_tensors=settings.max_adapter_tensors,
         )
         self._batches = BatchBuilder(self._residency.slot, settings.block_size, loaded.eos_token_ids)
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
@@ -106,25 +105,7 @@ class Engine:
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
         self._settled = True  # another step would change nothing until an adapter lands
-        self.info = EngineInfo(
-            pid=os.getpid(),
-            model_type=loaded.model_type,
-            device=str(loaded.device),
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            vocab_size=loaded.vocab_size,
-            max_model_len=loaded.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            eos_token_ids=loaded.eos_token_ids,
-            parameters=loaded.parameters,
-            weights_bytes=loaded.weights_bytes,
-            block_size=settings.block_size,
-            kv_blocks=memory.kv_blocks,
-            kv_bytes=memory.kv_bytes,
-            arena_bytes=self._arena.bytes_total,
-            lora_targets=self._runner.targets,
-            max_mix_rank=self._runner.max_mix_rank,
-            load_seconds=loaded.load_seconds,
-        )
+        self.info = self._info(settings, loaded, memory)
 
     # -- what the worker calls
 
@@ -220,6 +201,25 @@ class Engine:
         self._residency.close()
         self._wakeup.close()
 
+    def _info(self, settings: Settings, loaded: LoadedModel, memory: MemorySizes) -> EngineInfo:
+        return EngineInfo(
+            pid=os.getpid(),
+            model_type=loaded.model_type,
+            device=str(loaded.device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            vocab_size=loaded.vocab_size,
+            max_model_len=loaded.max_model_len,
+            parameters=loaded.parameters,
+            weights_bytes=loaded.weights_bytes,
+            block_size=settings.block_size,
+            kv_blocks=memory.kv_blocks,
+            kv_bytes=memory.kv_bytes,
+            arena_bytes=self._arena.bytes_total,
+            lora_targets=self._runner.targets,
+            max_mix_rank=self._runner.max_mix_rank,
+            load_seconds=loaded.load_seconds,
+        )
+
     # -- one step
 
     def _run(self, plan: StepPlan) -> list[TokenOutput]:
@@ -264,6 +264,6 @@ def create_engine(settings: Settings) -> Engine:
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     device = open_device(settings.device)
     loaded = load(settings, device.torch_device)
-    engine = Engine(settings, loaded, plan_memory(settings, loaded, device), device)
+    engine = Engine(settings, loaded, memory_sizes(settings, loaded, device), device)
     log.info("%s on %s, ready after %.1f s", loaded.model_type, loaded.device, loaded.load_seconds)
     return engine

@@ -9,23 +9,23 @@ from collections.abc import Container
 class ExtentAllocator:
     """Best-fit over free extents of one address range; pure arithmetic, units are the caller's.
 
-    Always: `free` + sum of held sizes = `size`, no two extents overlap, no two free extents touch.
+    Always: `free` + sum of taken sizes = `size`, no two extents overlap, no two free extents touch.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.free = size
         self._holes = [(0, size)] if size else []  # (start, size), by start
-        self._held: dict[int, int] = {}  # start -> size
+        self._taken: dict[int, int] = {}  # start -> size
 
     @property
     def largest_hole(self) -> int:
         return max((size for _, size in self._holes), default=0)
 
     @property
-    def held(self) -> list[tuple[int, int]]:
-        """(start, size) of every held extent, by start."""
-        return sorted(self._held.items())
+    def taken(self) -> list[tuple[int, int]]:
+        """(start, size) of every extent that is taken, by start."""
+        return sorted(self._taken.items())
 
     def take(self, size: int) -> int | None:
         """The start of a new extent in the tightest hole that fits, or None."""
@@ -38,8 +38,8 @@ class ExtentAllocator:
         return hole[0]
 
     def give(self, start: int) -> None:
-        """Give an extent back. Raises KeyError when none is held at `start`."""
-        size = self._held.pop(start)
+        """Give an extent back. Raises KeyError when none is taken at `start`."""
+        size = self._taken.pop(start)
         self.free += size
         at = bisect_left(self._holes, (start, 0))
         if at < len(self._holes) and self._holes[at][0] == start + size:
@@ -55,18 +55,18 @@ class ExtentAllocator:
         Returns the moves (from, to, size) to be made in this order: to < from, and no move writes over an
         extent that has not moved yet.
         """
-        moves, held, end, holes = [], {}, 0, []
-        for start, size in self.held:
+        moves, taken, end, holes = [], {}, 0, []
+        for start, size in self.taken:
             to = start if start in fixed else end
             if to != start:
                 moves.append((start, to, size))
             if to > end:
                 holes.append((end, to - end))
-            held[to] = size
+            taken[to] = size
             end = to + size
         if end < self.size:
             holes.append((end, self.size - end))
-        self._held, self._holes = held, holes
+        self._taken, self._holes = taken, holes
         return moves
 
     def _cut(self, hole: tuple[int, int], size: int) -> None:
@@ -75,5 +75,5 @@ class ExtentAllocator:
             del self._holes[at]
         else:
             self._holes[at] = (hole[0] + size, hole[1] - size)
-        self._held[hole[0]] = size
+        self._taken[hole[0]] = size
         self.free -= size

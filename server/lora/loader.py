@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from server.config import Limits
 from server.errors import ChorusError
 from server.lora.copies import Copies, Lane, Mark, Pieces, move, parts_of
 from server.lora.layout import Layout
@@ -70,15 +71,13 @@ class Loader:
         *,
         threads: int,
         wake: Callable[[], None] | None,
-        max_header_bytes: int,
-        max_tensors: int,
+        limits: Limits,
     ) -> None:
         self._targets = targets
         self._dtype = dtype
         self._copies = copies
         self._wake = wake
-        self._max_header_bytes = max_header_bytes
-        self._max_tensors = max_tensors
+        self._limits = limits
         self._jobs: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._finished: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
@@ -137,8 +136,8 @@ class Loader:
         return Loaded(job.digest, (time.perf_counter() - start) * 1e3, None, error, message)
 
     def _judge(self, job: Job) -> Layout:
-        limits = {"max_header_bytes": self._max_header_bytes, "max_tensors": self._max_tensors}
-        return Layout.of(judge(Path(job.path), self._targets, **limits), self._targets, self._dtype)
+        adapter = judge(Path(job.path), self._targets, self._limits)
+        return Layout.of(adapter, self._targets, self._dtype)
 
 
 def _load(job: Job, layout: Layout, lane: Lane) -> None:

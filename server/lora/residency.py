@@ -7,18 +7,18 @@ only read files and copy tensors, and what they finish waits until `poll` takes 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from server.lora.arena import Arena
+from server.config import Limits
+from server.lora.arena import Arena, Extent
 from server.lora.copies import Copies, HostCopies
 from server.lora.host_cache import HostCache
-from server.lora.layout import RecentLayouts
+from server.lora.layout import Layout, RecentLayouts
 from server.lora.loader import Job, Loaded, Loader
-from server.lora.pending import PendingMixes
-from server.lora.residents import Residents, Version
-from server.messages import AdapterRef, ErrorCode, LoraTarget
-from server.messages import Residency as Place
-from server.peft.format import MAX_HEADER_BYTES, MAX_TENSORS
+from server.lora.promises import Promises
+from server.lora.residents import Residents
+from server.lora.version import Place, Version
+from server.messages import AdapterRef, ErrorCode, Location, LoraTarget
 from server.scheduling.adapter_gate import Acquire, AcquireStatus
 
 _MAX_PREFETCHES = 16  # jobs ahead of need at one time; more would push each other out of the host cache
@@ -45,63 +45,66 @@ class Residency:
         arena: Arena,
         targets: Sequence[LoraTarget],
         host_bytes: int,
+        limits: Limits,
         *,
         copies: Copies | None = None,
         threads: int = 1,
         wake: Callable[[], None] | None = None,
-        max_header_bytes: int = MAX_HEADER_BYTES,
-        max_tensors: int = MAX_TENSORS,
     ) -> None:
         self.arena = arena
         self._copies = copies or HostCopies()
         self._versions: dict[str, Version] = {}
-        self._residents = Residents(arena, left=self._tidy)
+        self._residents = Residents(arena, left=self._settle)
         self.host = HostCache(host_bytes, self._copies)
         self._layouts = RecentLayouts(_MAX_LAYOUTS)
-        self._waited_for = PendingMixes()
+        self._promises = Promises()
         self._ahead: OrderedDict[str, AdapterRef] = OrderedDict()  # judged, to be read to the host
         self._jobs = 0
-        self._told: list[Version] = []  # whose failure was reported since the last poll
         self._loader = Loader(
             targets,
             arena.dtype,
             self._copies,
             threads=threads,
             wake=wake,
-            max_header_bytes=max_header_bytes,
-            max_tensors=max_tensors,
+            limits=limits,
         )
 
     # for the scheduler
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Begin to bring a version to the host, unless it is further along or many reads are under way."""
-        version = self._version(ref)
+        version, may_read = self._version(ref), self._jobs < _MAX_PREFETCHES
         if ref.digest in self.host:
             self.host.touch(ref.digest)
-        elif not (version.busy or version.extent or version.failure) and self._jobs < _MAX_PREFETCHES:
-            self._submit(version)
+        elif may_read and version.place is Place.DISK and not self._promises.failed(ref.digest):
+            self._read(version)
         self._tidy(version)
 
     def acquire(self, refs: tuple[AdapterRef, ...]) -> Acquire:
         """Take a use of every version of a mix, or of none.
 
         READY: all are resident; give them back with `release`. PENDING: ask again at the next step, or call
-        `cancel`; until then nothing of the mix is evicted. FULL, FAILED: nothing is held for the caller.
+        `cancel`; until then nothing of the mix is evicted. FULL, FAILED: nothing is kept for the caller.
         """
         versions = [self._version(ref) for ref in refs]
         answer = self._bring(versions)
         if answer.status is AcquireStatus.READY:
             for version in versions:
                 version.uses += 1
-                version.leaving = version.forget  # of a deleted version, the memory is freed at its last use
+                if version.goes is Place.HOST:  # a deleted one still goes to disk at its last use
+                    version.stay()
                 self._residents.touch(version.digest)
-        self._settle(versions, answer)
+        self._answered(versions, answer)
         return answer
 
     def cancel(self, refs: tuple[AdapterRef, ...]) -> None:
-        """A caller that was told PENDING will not come back. Others that wait for the same mix may."""
-        self._stop_waiting(frozenset(ref.digest for ref in refs))
+        """Nobody who was answered PENDING for this mix will come back."""
+        self._end_promise(frozenset(ref.digest for ref in refs))
+
+    @property
+    def promises(self) -> Collection[frozenset[str]]:
+        """Digests of each mix that was answered PENDING and not asked for again or cancelled since."""
+        return self._promises.mixes
 
     def release(self, refs: tuple[AdapterRef, ...]) -> None:
         """Give back what an `acquire` that was READY took."""
@@ -124,10 +127,7 @@ class Residency:
 
     def poll(self) -> bool:
         """Take in what the workers finished, and say if there was anything. Called at the start of a step."""
-        for version in self._told:
-            version.failure = None
-            self._tidy(version)
-        self._told.clear()
+        self._promises.next_step()
         while self._ahead and self._jobs < _MAX_PREFETCHES:
             self.prefetch(self._ahead.popitem(last=False)[1])
         finished = list(self._loader.finished())
@@ -149,20 +149,19 @@ class Residency:
         answer = self._bring([version])
         if answer.status is AcquireStatus.READY:
             version.pinned |= pin
-            version.leaving = version.forget = False
+            version.stay()
             self._residents.touch(ref.digest)
-        self._settle([version], answer)
+        self._answered([version], answer)
         return answer
 
-    def unload(self, digest: str, forget: bool = False) -> Place:
+    def unload(self, digest: str, forget: bool = False) -> Location:
         """Take a version out of the arena, at once or when its last use is released; undoes a pin.
 
         `forget` drops the host copy too. Returns where it is now.
         """
         version = self._versions.get(digest)
         if version is not None:
-            version.pinned = False
-            version.leaving, version.forget = True, version.forget or forget
+            version.unload(forget)
             self._leave_if_idle(version)
         elif forget:
             self.host.drop(digest)
@@ -170,7 +169,7 @@ class Residency:
             self._ahead.pop(digest, None)
         return self.where(digest)
 
-    def where(self, digest: str) -> Place:
+    def where(self, digest: str) -> Location:
         if digest in self._residents:
             return "arena"
         return "host" if digest in self.host else "disk"
@@ -216,13 +215,13 @@ class Residency:
     # bringing in
 
     def _bring(self, versions: list[Version]) -> Acquire:
-        """Have every version resident or on its way, with room for all of them or for none."""
+        """Have every version resident or on its way, with room for all of them or for none. What is here of
+        the mix stays meanwhile."""
         versions = list(dict.fromkeys(versions))
-        for version in versions:
-            if version.failure is not None:
-                self._told.append(version)
-                return version.failure
-        if all(version.slot is not None for version in versions):
+        self._promises.add(_mix(versions))
+        if failure := self._promises.failure(version.digest for version in versions):
+            return failure
+        if all(version.in_arena for version in versions):
             return _READY
         layouts = [self._layouts[v.digest] for v in versions if v.digest in self._layouts]
         if (nbytes := sum(layout.nbytes for layout in layouts)) > self.arena.bytes_total:
@@ -233,63 +232,80 @@ class Residency:
             )
         absent = [version for version in versions if version.extent is None]
         unready = [version for version in absent if version.busy or version.digest not in self._layouts]
-        if not unready and absent and not self._reserve(absent, keep=versions):
+        if unready:  # how much room they need is known when all were judged
+            self._read_all(unready)
+        elif absent and not self._copy_all(absent):
             return _FULL
-        for version in unready or absent:  # how much room they need is known when all were judged
-            if not version.busy:
-                self._submit(version)
         return _PENDING
 
-    def _reserve(self, versions: list[Version], keep: list[Version]) -> bool:
-        """Room in the arena for each version or for none; nothing of `keep` leaves for it."""
+    def _read_all(self, versions: list[Version]) -> None:
+        for version in versions:
+            if not version.busy:
+                self._read(version)
 
-        def may_leave(other: Version) -> bool:
-            held = other.uses or other.pinned or other.digest in self._waited_for
-            return not held and other not in keep
-
+    def _copy_all(self, versions: list[Version]) -> bool:
+        """All or, where they do not have room together, none."""
         needs = [self._layouts[version.digest].nbytes for version in versions]
-        return self._residents.reserve(versions, needs, may_leave)
+        extents = self._residents.reserve(needs, self._may_leave_arena)
+        if extents is None:
+            return False
+        for version, extent in zip(versions, extents, strict=True):
+            self._copy(version, extent)
+        return True
+
+    def _may_leave_arena(self, version: Version) -> bool:
+        return not (version.uses or version.pinned or version.digest in self._promises)
 
     def _may_leave_host(self, digest: str) -> bool:
         if digest in self._residents:
             return True
         version = self._versions.get(digest)
-        return not (digest in self._waited_for or (version and version.busy))
+        return not (digest in self._promises or (version and version.busy))
 
-    def _submit(self, version: Version) -> None:
-        """Judge it if it is not; else bring it where there is room: into the arena, to the host or both."""
+    def _read(self, version: Version) -> None:
+        """Judge it if it is not; else bring it to the host, if there is room."""
         digest, layout = version.digest, self._layouts.get(version.digest)
+        if layout is None or self.host.reserve(digest, layout.nbytes, self._may_leave_host):
+            version.read()
+            self._submit(Job(digest, version.path, layout, self.host.pieces(digest)))
+
+    def _copy(self, version: Version, extent: Extent) -> None:
+        """Bring it into its extent of the arena, and to the host on the way, if there is room."""
+        digest, layout = version.digest, self._layouts[version.digest]
         packed = digest in self.host
-        if layout is not None and not packed:
-            reserved = self.host.reserve(digest, layout.nbytes, self._may_leave_host)
-            if not reserved and version.extent is None:
-                return
-        room = after = None
-        if version.extent is not None:
-            room, after = self.arena.room(version.extent), self._copies.mark()
-        version.busy = True
+        if not packed:
+            self.host.reserve(digest, layout.nbytes, self._may_leave_host)
+        version.copy(extent)
+        room, after = self.arena.room(extent), self._copies.mark()
+        self._submit(Job(digest, version.path, layout, self.host.pieces(digest), packed, room, after))
+
+    def _submit(self, job: Job) -> None:
         self._jobs += 1
-        self._loader.submit(Job(digest, version.path, layout, self.host.pieces(digest), packed, room, after))
+        self._loader.submit(job)
 
     def _land(self, loaded: Loaded) -> None:
         """Enter a finished job into the books."""
         version = self._versions[loaded.digest]
-        version.busy = False
         self._jobs -= 1
         if loaded.layout is None:
             self._fail(version, loaded)
-            return
-        self._layouts.remember(version.digest, loaded.layout)
-        version.spent_ms += loaded.milliseconds
+        else:
+            version.spent_ms += loaded.milliseconds
+            self._arrive(version, loaded.layout)
+        self._leave_if_idle(version)
+
+    def _arrive(self, version: Version, layout: Layout) -> None:
+        self._layouts.remember(version.digest, layout)
         if self.host.pieces(version.digest):
             self.host.keep(version.digest)
-        if version.extent is not None:
-            self._residents.enter(version, loaded.layout)
+        if version.place is Place.COPYING:
+            self._residents.enter(version, layout)
             version.load_ms, version.spent_ms = version.spent_ms, 0.0
-        elif version.digest not in self.host and not version.forget:
+            return
+        version.settle(self._place_without_arena(version.digest))
+        if version.place is Place.DISK and version.goes is not Place.DISK:
             # It was judged. The next step reads it ahead of need, unless this one brings it in.
             self._ahead[version.digest] = AdapterRef(version.digest, version.path)
-        self._leave_if_idle(version)
 
     def _fail(self, version: Version, loaded: Loaded) -> None:
         """Give the room back, and keep the reason for those who wait; a later request tries again."""
@@ -297,47 +313,60 @@ class Residency:
         self._layouts.forget(version.digest)  # it may have been judged while its files were not its own
         if version.digest not in self.host:
             self.host.drop(version.digest)
-        self._residents.abandon(version)
-        if version.digest in self._waited_for:
-            version.failure = Acquire(AcquireStatus.FAILED, loaded.error, loaded.message)
-        self._leave_if_idle(version)
+        if version.extent is not None:
+            self.arena.abandon(version.extent)
+        version.settle(self._place_without_arena(version.digest))
+        self._promises.fail(version.digest, Acquire(AcquireStatus.FAILED, loaded.error, loaded.message))
 
     # waiting and leaving
 
-    def _settle(self, versions: list[Version], answer: Acquire) -> None:
-        mix = frozenset(version.digest for version in versions)
-        if answer.status is AcquireStatus.PENDING:
-            self._waited_for.add(mix)
-        else:
-            self._stop_waiting(mix)
+    def _answered(self, versions: list[Version], answer: Acquire) -> None:
+        if answer.status is not AcquireStatus.PENDING:
+            self._end_promise(_mix(versions))
         for version in versions:
             self._tidy(version)
 
-    def _stop_waiting(self, mix: frozenset[str]) -> None:
-        for digest in self._waited_for.remove(mix):
-            version = self._versions[digest]
-            if version not in self._told:  # the others of this step are told as well
-                version.failure = None
-            self._leave_if_idle(version)
+    def _end_promise(self, mix: frozenset[str]) -> None:
+        for digest in self._promises.remove(mix):
+            self._leave_if_idle(self._versions[digest])
 
     def _leave_if_idle(self, version: Version) -> None:
         """Carry out an `unload` that had to wait."""
-        if version.leaving and not (version.uses or version.busy or version.digest in self._waited_for):
-            if version.slot is not None:
+        goes, needed = version.goes, version.uses or version.busy or version.digest in self._promises
+        if goes is not None and not needed:
+            if version.in_arena:
                 self._residents.evict(version)
-            if version.forget:
-                self.host.drop(version.digest)
-            version.leaving = version.forget = False
+            if goes is Place.DISK:
+                self._forget(version)
+            version.stay()
         self._tidy(version)
+
+    def _forget(self, version: Version) -> None:
+        self.host.drop(version.digest)
+        if version.place is Place.HOST:
+            version.settle(Place.DISK)
+
+    def _settle(self, version: Version) -> None:
+        """It has left the arena."""
+        version.settle(self._place_without_arena(version.digest))
+        self._tidy(version)
+
+    def _place_without_arena(self, digest: str) -> Place:
+        return Place.HOST if digest in self.host else Place.DISK
 
     def _version(self, ref: AdapterRef) -> Version:
         version = self._versions.get(ref.digest)
         if version is None:
-            version = self._versions[ref.digest] = Version(ref.digest, ref.path)
+            place = self._place_without_arena(ref.digest)
+            version = self._versions[ref.digest] = Version(ref.digest, ref.path, place)
         version.path = ref.path  # the content of a digest never changes, its folder may
         return version
 
     def _tidy(self, version: Version) -> None:
-        """Keep no books on a version that nobody asks for and that is nowhere but on disk and on the host."""
-        if version.blank and version.digest not in self._waited_for:
+        """Keep no books on a version that nobody awaits and that is nowhere but on disk or on the host."""
+        if version.place in (Place.DISK, Place.HOST) and version.digest not in self._promises:
             self._versions.pop(version.digest, None)
+
+
+def _mix(versions: list[Version]) -> frozenset[str]:
+    return frozenset(version.digest for version in versions)

@@ -14,7 +14,7 @@ _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemorySizes:
     """Bytes, and how many KV blocks they make."""
 
     kv_blocks: int
@@ -23,7 +23,7 @@ class MemoryPlan:
     host_cache_bytes: int
 
 
-def plan_memory(settings: Settings, loaded: LoadedModel, device: Device) -> MemoryPlan:
+def memory_sizes(settings: Settings, loaded: LoadedModel, device: Device) -> MemorySizes:
     """Settings where given, else the device's shares of the memory that is free now, with the weights loaded.
 
     By default the KV cache is no larger than `max_num_seqs` sequences of full length could fill. Raises
@@ -41,7 +41,7 @@ def plan_memory(settings: Settings, loaded: LoadedModel, device: Device) -> Memo
         raise ValueError(
             f"a KV cache of {max(kv, 0)} bytes is too small for blocks of {block_bytes} (--kv-cache-bytes)"
         )
-    return MemoryPlan(blocks, blocks * block_bytes, default.arena, host)
+    return MemorySizes(blocks, blocks * block_bytes, default.arena, host)
 
 
 def kv_bytes_per_token(loaded: LoadedModel) -> int:

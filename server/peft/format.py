@@ -16,8 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from server.config import MAX_HEADER_BYTES as MAX_HEADER_BYTES  # with `as`: lora/ has them from here
-from server.config import MAX_TENSORS as MAX_TENSORS
+from server.config import Limits
 from server.errors import TooLarge, UnsupportedMedia
 from server.messages import LoraTarget
 from server.peft.rules import Rules, bad, check_fields
@@ -87,14 +86,7 @@ def pickle_refused(param: str) -> UnsupportedMedia:
     return UnsupportedMedia(f"Pickles are never read; send {WEIGHTS_NAME}.", param=param)
 
 
-def judge(
-    folder: Path,
-    targets: Sequence[LoraTarget],
-    *,
-    max_header_bytes: int = MAX_HEADER_BYTES,
-    max_tensors: int = MAX_TENSORS,
-    max_rank: int | None = None,
-) -> LoraAdapter:
+def judge(folder: Path, targets: Sequence[LoraTarget], limits: Limits) -> LoraAdapter:
     """Read `folder`'s config and tensor header, and check both against the base model's Linears.
 
     No weight is read (see `check_finite`). Raises InvalidAdapter with the field or tensor at fault in
@@ -104,12 +96,12 @@ def judge(
         raise pickle_refused(WEIGHTS_NAME)
     config = _read_config(folder)
     check_fields(config)
-    tensors = _read_tensors(folder, max_header_bytes, max_tensors)
+    tensors = _read_tensors(folder, limits)
     rules = Rules(config)
     modules = _match(tensors, targets, rules)
     widest = max(modules, key=lambda module: module.rank)
-    if max_rank is not None and widest.rank > max_rank:
-        raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {max_rank}")
+    if limits.max_rank is not None and widest.rank > limits.max_rank:
+        raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {limits.max_rank}")
     spans = [span for module in modules for span in (module.a, module.b)]
     return LoraAdapter(
         modules=modules,
@@ -189,7 +181,7 @@ def _read_config(folder: Path) -> dict[str, object]:
 # tensors
 
 
-def _read_tensors(folder: Path, max_header_bytes: int, max_tensors: int) -> dict[str, TensorSpan]:
+def _read_tensors(folder: Path, limits: Limits) -> dict[str, TensorSpan]:
     """The header of the safetensors file: 8 bytes of length (little-endian), then JSON, then the data."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -199,12 +191,12 @@ def _read_tensors(folder: Path, max_header_bytes: int, max_tensors: int) -> dict
         header_bytes = int.from_bytes(file.read(8), "little")
         if file_bytes < 8 or header_bytes > file_bytes - 8:
             raise bad(WEIGHTS_NAME, "is shorter than its header says")
-        if header_bytes > max_header_bytes:
-            raise bad(WEIGHTS_NAME, f"has a header larger than {max_header_bytes} bytes")
+        if header_bytes > limits.max_header_bytes:
+            raise bad(WEIGHTS_NAME, f"has a header larger than {limits.max_header_bytes} bytes")
         raw = file.read(header_bytes)
     # Each tensor is an object of its own: count them before a large header becomes a larger tree.
-    if raw.count(b"{") > max_tensors + 2:
-        raise bad(WEIGHTS_NAME, f"holds more than {max_tensors} tensors")
+    if raw.count(b"{") > limits.max_tensors + 2:
+        raise bad(WEIGHTS_NAME, f"holds more than {limits.max_tensors} tensors")
     header = _parse_json(raw, WEIGHTS_NAME)
     header.pop("__metadata__", None)
     if not header:

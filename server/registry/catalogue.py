@@ -182,12 +182,12 @@ class Catalogue:
 
     def _migrate(self, path: Path) -> None:
         with self._engine.connect() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if found > SCHEMA_VERSION:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        if version > SCHEMA_VERSION:
             raise RuntimeError(
-                f"{path} was written by a newer Chorus (schema {found}, this one knows {SCHEMA_VERSION})."
+                f"{path} was written by a newer Chorus (schema {version}, this one knows {SCHEMA_VERSION})."
             )
-        if found < SCHEMA_VERSION:
+        if version < SCHEMA_VERSION:
             with self._write() as connection:
                 _METADATA.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -14,7 +14,7 @@ from server.registry.store import Staging, full_disk_is_refused
 _MAX_DESCRIPTION = 1000  # characters
 
 
-class Books(Protocol):
+class Publisher(Protocol):
     """What a publication asks of the registry."""
 
     def claim(self, name: str, *, create: bool, replace: bool) -> None: ...
@@ -30,7 +30,7 @@ class Books(Protocol):
         staging: Staging,
         digest: str,
         *,
-        source: str,
+        provenance: str,
         description: str | None,
         stamp: str | None,
     ) -> Published: ...
@@ -42,9 +42,9 @@ class Publication:
     Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
     """
 
-    def __init__(self, books: Books, staging: Staging, *, create: bool, replace: bool) -> None:
+    def __init__(self, publisher: Publisher, staging: Staging, *, create: bool, replace: bool) -> None:
         self.staging = staging
-        self._books = books
+        self._publisher = publisher
         self._create = create
         self._replace = replace
         self._name: str | None = None
@@ -56,11 +56,13 @@ class Publication:
 
     def claim(self, name: str) -> None:
         """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
-        self._books.claim(name, create=self._create, replace=self._replace)
+        self._publisher.claim(name, create=self._create, replace=self._replace)
         self._name = name
 
-    def publish(self, source: str, *, description: str | None = None, stamp: str | None = None) -> Published:
-        """Judge what is staged, store it and make it the name's current version.
+    def publish(
+        self, provenance: str, *, description: str | None = None, stamp: str | None = None
+    ) -> Published:
+        """Judge what is staged, store it and make it the name's current version, kept with its `provenance`.
 
         Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest.
         """
@@ -71,21 +73,27 @@ class Publication:
                 f"`description` is longer than {_MAX_DESCRIPTION} characters.", param="description"
             )
         content = self.staging.content
-        adapter = self._books.judge(content)
+        adapter = self._publisher.judge(content)
         # Hash and sync while the weights are read.
         with full_disk_is_refused(), ThreadPoolExecutor(1) as beside:
             sealing = beside.submit(self.staging.seal)
             check_finite(content, adapter)
             digest = sealing.result()
-        return self._books.commit(
-            self._name, adapter, self.staging, digest, source=source, description=description, stamp=stamp
+        return self._publisher.commit(
+            self._name,
+            adapter,
+            self.staging,
+            digest,
+            provenance=provenance,
+            description=description,
+            stamp=stamp,
         )
 
     def close(self) -> None:
         """Idempotent."""
         name, self._name = self._name, None
         if name is not None:
-            self._books.unclaim(name)
+            self._publisher.unclaim(name)
         self.staging.discard()
 
     def __enter__(self) -> Self:

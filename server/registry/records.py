@@ -12,7 +12,7 @@ from typing import Literal, Self
 from server.errors import InvalidRequest
 from server.registry.catalogue import AdapterRow, VersionRow
 
-State = Literal["validating", "ready", "draining", "failed"]
+AdapterState = Literal["validating", "ready", "draining", "failed"]
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*")
@@ -49,7 +49,7 @@ class AdapterVersion:
     targets: tuple[str, ...]  # short module names
     parameters: int
     bytes: int  # of the weights
-    source: str  # "upload", "folder:<name>" or "file:<folder>"
+    source: str  # its provenance: "upload", "folder:<name>", "file:<path>", or what another source says
     created_at: float  # seconds since 1970
 
 
@@ -89,7 +89,7 @@ class AdapterRecord:
     """A snapshot of one name. `current` is None while its first version is judged, and after it failed."""
 
     name: str
-    state: State
+    state: AdapterState
     reason: str | None
     current: AdapterVersion | None
     versions: tuple[VersionRecord, ...] = ()  # oldest first
@@ -129,7 +129,7 @@ class Published:
 
 
 @dataclass(eq=False)
-class Version:
+class VersionBooks:
     """The registry's books on one version; guarded by the registry's lock."""
 
     info: AdapterVersion
@@ -140,12 +140,11 @@ class Version:
     listed: bool = True  # a name leads to it
     stored: bool = True  # it holds its content in the store
     freed: bool = False  # nobody uses it and its hold is given back
-    unsaved: bool = False  # counters changed since they were written
     error: str | None = None
     gone: Future[None] = field(default_factory=Future)
 
     @classmethod
-    def of_row(cls, row: VersionRow, path: Path) -> Version:
+    def of_row(cls, row: VersionRow, path: Path) -> VersionBooks:
         fields = dict(vars(row))
         counters = {key: fields.pop(key) for key in ("requests", "tokens", "last_used")}
         return cls(AdapterVersion(**fields, path=path), **counters)
@@ -161,17 +160,17 @@ class Version:
 
 
 @dataclass(eq=False)
-class Adapter:
+class AdapterBooks:
     """The registry's books on one name; guarded by the registry's lock."""
 
     row: AdapterRow
-    versions: dict[int, Version] = field(default_factory=dict)  # by number, oldest first
+    versions: dict[int, VersionBooks] = field(default_factory=dict)  # by number, oldest first
 
     @property
-    def current(self) -> Version:
+    def current(self) -> VersionBooks:
         return self.versions[self.row.current]
 
-    def find(self, wanted: str | None) -> Version | None:
+    def find(self, wanted: str | None) -> VersionBooks | None:
         """The version with this number, or with a digest that begins like this; the current one for None."""
         if wanted is None:
             return self.current
@@ -182,7 +181,7 @@ class Adapter:
         matches = {v.info.digest: v for v in self.versions.values() if v.info.digest.startswith(wanted)}
         return next(iter(matches.values())) if len(matches) == 1 else None
 
-    def record(self, state: State, load_ms: Mapping[str, float]) -> AdapterRecord:
+    def record(self, state: AdapterState, load_ms: Mapping[str, float]) -> AdapterRecord:
         """A snapshot; `load_ms` by digest."""
         return AdapterRecord(
             name=self.row.name,

@@ -12,33 +12,32 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
-from server.config import Settings
+from server.config import Limits
 from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
 from server.peft.format import LoraAdapter, judge
 from server.registry.catalogue import AdapterRow, Catalogue
+from server.registry.counters import Counters
 from server.registry.publication import Publication
 from server.registry.records import (
-    Adapter,
+    AdapterBooks,
     AdapterRecord,
     AdapterVersion,
     Lease,
     Published,
     Retired,
-    Version,
+    VersionBooks,
     check_name,
     split_version,
 )
 from server.registry.store import ContentStore, Staging
 
 KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
-_FLUSH_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -52,25 +51,22 @@ class Registry:
         catalogue: Catalogue,
         targets: Sequence[LoraTarget],
         base_parameters: int,
-        settings: Settings,
+        limits: Limits,
         base_name: str,
-        max_rank: int | None = None,
     ) -> None:
         self.base_parameters = base_parameters
         self._store = store
         self._catalogue = catalogue
         self._targets = tuple(targets)
-        self._settings = settings
-        self._max_rank = max_rank
+        self._limits = limits
         self._base_name = base_name
         self._lock = threading.Lock()
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, AdapterBooks] = {}
         self._claims: set[str] = set()
         self._failed: dict[str, str] = {}
-        self._draining: list[Adapter] = []
+        self._draining: list[AdapterBooks] = []
         self._load_ms: dict[str, float] = {}  # by digest
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="registry-flush")
-        self._flush_due = time.monotonic() + _FLUSH_SECONDS
+        self._counters = Counters(catalogue, self._lock)
 
     @classmethod
     def open(
@@ -78,29 +74,26 @@ class Registry:
         store: ContentStore,
         targets: Sequence[LoraTarget],
         base_parameters: int,
-        settings: Settings,
+        limits: Limits,
         base_name: str,
-        max_rank: int | None = None,
     ) -> Registry:
         """Take the store over and bring back what it holds; sweep what a killed server left.
 
-        `base_name` is taken: clients ask for the base model by it. `max_rank`: of a new adapter, where the
-        engine has a limit. The store is closed with the registry, or
+        `base_name` is taken: clients ask for the base model by it. The store is closed with the registry, or
         here when that cannot be opened.
         """
         with ExitStack() as undo:
             undo.callback(store.close)
             catalogue = Catalogue(store.data_dir / "registry.db")
             undo.callback(catalogue.close)
-            registry = cls(store, catalogue, targets, base_parameters, settings, base_name, max_rank)
+            registry = cls(store, catalogue, targets, base_parameters, limits, base_name)
             registry._restore()
             undo.pop_all()
         return registry
 
     def close(self) -> None:
         """Write the counters and let the next server in."""
-        self._flusher.shutdown()
-        self.flush()
+        self._counters.close()
         self._store.close()
         self._catalogue.close()
 
@@ -159,33 +152,12 @@ class Registry:
         with self._lock:
             adapter = self._adapters.get(version.name)
             books = adapter.versions.get(version.number) if adapter else None
-            if books is None or books.info != version:
-                return  # deleted meanwhile
-            books.requests += 1
-            books.tokens += tokens
-            books.last_used = time.time()
-            books.unsaved = True
-            due = time.monotonic() >= self._flush_due
-            if due:
-                self._flush_due = time.monotonic() + _FLUSH_SECONDS
-        if due:
-            with suppress(RuntimeError):  # closing, which flushes by itself
-                self._flusher.submit(self.flush)
+            if books is not None and books.info == version:  # else deleted meanwhile
+                self._counters.count(books, tokens)
 
     def flush(self) -> None:
-        """Write the counters that changed. A full disk loses nothing: they stay unsaved."""
-        with self._lock:
-            changed = [v for a in self._adapters.values() for v in a.versions.values() if v.unsaved]
-            rows = [version.row() for version in changed]
-            for version in changed:
-                version.unsaved = False
-        try:
-            self._catalogue.count(rows)
-        except Exception:
-            _log.exception("could not write how much the adapters were used")
-            with self._lock:
-                for version in changed:
-                    version.unsaved = True
+        """Write the counters that changed, now."""
+        self._counters.flush()
 
     def loaded(self, digest: str, milliseconds: float) -> None:
         """Note how long a load that was asked for took."""
@@ -218,14 +190,8 @@ class Registry:
             self._claims.discard(name)
 
     def judge(self, folder: Path) -> LoraAdapter:
-        """Check config and tensor header against base model and engine; see peft_format.judge."""
-        return judge(
-            folder,
-            self._targets,
-            max_header_bytes=self._settings.max_header_bytes,
-            max_tensors=self._settings.max_adapter_tensors,
-            max_rank=self._max_rank,
-        )
+        """Check config and tensor header against base model and engine; see `peft.format.judge`."""
+        return judge(folder, self._targets, self._limits)
 
     def commit(
         self,
@@ -234,7 +200,7 @@ class Registry:
         staging: Staging,
         digest: str,
         *,
-        source: str,
+        provenance: str,
         description: str | None,
         stamp: str | None,
     ) -> Published:
@@ -257,9 +223,9 @@ class Registry:
         info = AdapterVersion(
             name=name, number=number, digest=digest, path=self._store.folder(digest),
             rank=judged.rank, alpha=judged.alpha, targets=judged.target_modules,
-            parameters=judged.parameters, bytes=judged.weight_bytes, source=source, created_at=now,
+            parameters=judged.parameters, bytes=judged.weight_bytes, source=provenance, created_at=now,
         )  # fmt: skip
-        version = Version(info)
+        version = VersionBooks(info)
         row = dataclasses.replace(row, current=number)
         beyond = list(old.versions.values())[: 1 - KEPT_VERSIONS] if old else []
         self._store.add(staging, digest)
@@ -269,7 +235,7 @@ class Registry:
             self._store.drop(digest)
             raise
         with self._lock:
-            adapter = self._adapters.setdefault(name, Adapter(row))
+            adapter = self._adapters.setdefault(name, AdapterBooks(row))
             adapter.versions[number] = version
             adapter.row = dataclasses.replace(row, pinned=adapter.row.pinned)
             self._failed.pop(name, None)
@@ -335,9 +301,9 @@ class Registry:
         known = self._catalogue.fact("targets")
         agreed = True
         for row, versions in self._catalogue.load():
-            adapter = self._adapters[row.name] = Adapter(row)
+            adapter = self._adapters[row.name] = AdapterBooks(row)
             for version_row in versions:
-                version = Version.of_row(version_row, self._store.folder(version_row.digest))
+                version = VersionBooks.of_row(version_row, self._store.folder(version_row.digest))
                 adapter.versions[version_row.number] = version
                 version.stored = self._store.hold(version_row.digest)
                 if not version.stored:
@@ -354,7 +320,7 @@ class Registry:
             self._catalogue.set_fact("targets", fingerprint)
         self._store.sweep()
 
-    def _retire(self, adapter: Adapter, versions: Iterable[Version]) -> tuple[Retired, ...]:
+    def _retire(self, adapter: AdapterBooks, versions: Iterable[VersionBooks]) -> tuple[Retired, ...]:
         """No name leads to these versions any more; those that nobody uses go now."""
         with self._lock:
             versions = list(versions)
@@ -367,14 +333,14 @@ class Registry:
             self._free(version)
         return retired
 
-    def _give_back(self, version: Version) -> None:
+    def _give_back(self, version: VersionBooks) -> None:
         with self._lock:
             version.leases -= 1
             last = not version.leases and not version.listed
         if last:
             self._free(version)
 
-    def _free(self, version: Version) -> None:
+    def _free(self, version: VersionBooks) -> None:
         def gone() -> None:
             with self._lock:
                 version.freed = True
@@ -388,7 +354,7 @@ class Registry:
         else:
             gone()
 
-    def _set_row(self, adapter: Adapter, **fields: object) -> None:
+    def _set_row(self, adapter: AdapterBooks, **fields: object) -> None:
         with self._lock:
             adapter.row = dataclasses.replace(adapter.row, **fields)  # type: ignore[arg-type]  # its own columns
 

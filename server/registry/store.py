@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from server.errors import InsufficientStorage, InvalidRequest, TooLarge
 from server.peft.format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
@@ -70,6 +70,12 @@ class Sink:
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class Staging:
     """The private folder of one publication, until the store takes its `content` over."""
@@ -87,7 +93,7 @@ class Staging:
         return self._root / "archive"
 
     def sink(self, name: str) -> Sink:
-        """Begin one of the two files. Raises InvalidRequest when it comes twice."""
+        """Begin one of the two files; close it at its end. Raises InvalidRequest when it comes twice."""
         if name not in FILE_NAMES:
             raise ValueError(name)
         if name in self._sinks:

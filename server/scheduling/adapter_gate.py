@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ class AcquireStatus(enum.Enum):
     """Whether all adapters of a mix are in the arena."""
 
     READY = "ready"  # they are, and one reference to each was taken
-    PENDING = "pending"  # on their way, and nothing of the mix is evicted until the caller asks again
+    PENDING = "pending"  # on their way, and nothing of the mix is evicted until it is asked for again
     FULL = "full"  # no room until others release what they hold; nothing is kept for the caller
     FAILED = "failed"  # cannot be loaded; asking again does not help
 
@@ -35,8 +36,14 @@ class AdapterGate(Protocol):
 
     A sequence's calls are: `prefetch` of each adapter when it arrives; `acquire` of its whole mix, once a
     step at most, until READY; then one `release` when it ends, is preempted or lacks KV blocks to start
-    (and again from `acquire` on in the last two cases); one `cancel` when it ends without holding its mix.
+    (and again from `acquire` on in the last two cases). Of those who wait for the same adapters one asks for
+    all, and when the last of them ends without holding them, there is one `cancel`.
     """
+
+    @property
+    def promises(self) -> Collection[frozenset[str]]:
+        """Digests of each mix that was answered PENDING and not asked for again or cancelled since."""
+        ...
 
     def prefetch(self, ref: AdapterRef) -> None:
         """A sequence that needs this adapter has arrived: start bringing it near, if there is room."""
@@ -51,5 +58,5 @@ class AdapterGate(Protocol):
         ...
 
     def cancel(self, refs: tuple[AdapterRef, ...]) -> None:
-        """A waiting sequence that does not hold `refs` has ended and wants them no longer."""
+        """Nobody waits for `refs` any longer."""
         ...

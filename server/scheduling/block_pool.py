@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict
-from collections.abc import Sequence as Ordered
+from collections import OrderedDict, abc
 
 from server.scheduling.sequence import MixKey, Tokens
 
@@ -93,14 +92,14 @@ class BlockPool:
             self._hashes[block] = None
         return block
 
-    def share(self, blocks: Ordered[int]) -> None:
+    def share(self, blocks: abc.Sequence[int]) -> None:
         """Take one more reference to each of these held blocks. Raises ValueError on one that is not held."""
         for block in blocks:
             if self._references[block] == 0:
                 raise ValueError(f"block {block} is not held")
             self._references[block] += 1
 
-    def release(self, blocks: Ordered[int]) -> None:
+    def release(self, blocks: abc.Sequence[int]) -> None:
         """Give back one reference to each block of a sequence, named from its first on.
 
         The last ones become evictable first: a prefix is of use without its tail, never the other way
@@ -127,7 +126,7 @@ class BlockPool:
             self._hashes[block] = content
             self._block_of[content] = block
 
-    def match_prefix(self, hashes: Ordered[bytes]) -> list[int]:
+    def match_prefix(self, hashes: abc.Sequence[bytes]) -> list[int]:
         """The longest run of known blocks from the first hash on, with one reference taken to each."""
         blocks: list[int] = []
         for content in hashes:

@@ -8,8 +8,7 @@ must have. Holds no tensor and starts no thread: a step is `plan`, the runner's 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Ordered
+from collections import abc
 from itertools import chain
 
 from server.messages import ErrorCode, Logprobs, TokenOutput
@@ -43,10 +42,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        eos_token_ids: Iterable[int] = (),
+        eos_token_ids: abc.Iterable[int] = (),
         policy: Policy | None = None,
         patience_s: float = 2.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: abc.Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_num_seqs, max_num_batched_tokens, max_model_len) < 1:
             raise ValueError("max_num_seqs, max_num_batched_tokens and max_model_len must be positive")
@@ -161,7 +160,7 @@ class Scheduler:
         else:
             self._line.remove(seq)
             self._prompts.stopped(seq)
-            if seq.adapters:
+            if seq.adapters and not self._line.waits_for(seq.digests):
                 self._gate.cancel(seq.adapters)
         seq.state = State.FINISHED
 
@@ -175,7 +174,7 @@ class Scheduler:
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.preemptions += 1
-        self._line.add_preempted(seq)
+        self._line.add(seq)
         return True
 
     def _start(self, seq: Sequence) -> None:
@@ -261,14 +260,12 @@ class Scheduler:
         """
         failed: list[TokenOutput] = []
         now = self._clock()
-        turns = AdapterTurns(self._gate, self._line, self._mixes.keys(), now)
-        for seq in self._line.in_order(self._policy, self._running.keys(), now):
+        turns = AdapterTurns(self._gate, self._line, self._mixes.values(), now)
+        for seq in self._line.in_order(self._policy, now, turns.passed_over):
             if tokens <= 0 or len(self._running) == self._max_num_seqs:
+                turns.end(first_not_tried=seq)
                 break
-            if self._prompts.must_wait(seq):
-                continue
-            answer = turns.take(seq)
-            if answer is None:
+            if self._prompts.must_wait(seq) or (answer := turns.take(seq)) is None:
                 continue
             if answer.status is AcquireStatus.FAILED:
                 code = answer.error or ErrorCode.ADAPTER_LOAD_FAILED
@@ -276,10 +273,13 @@ class Scheduler:
                 continue
             if not self._take_blocks(seq):
                 turns.give_back(seq)
+                turns.end(first_not_tried=seq)
                 break
             self._start(seq)
             turns.started(seq)
             tokens -= seq.num_tokens - seq.num_computed
+        else:
+            turns.end(first_not_tried=None)
         return failed
 
     def _take_blocks(self, seq: Sequence) -> bool:
@@ -330,8 +330,8 @@ class Scheduler:
     def update(
         self,
         plan: StepPlan,
-        token_ids: Ordered[Ordered[int]],
-        logprobs: Ordered[Ordered[Logprobs]] | None = None,
+        token_ids: abc.Sequence[abc.Sequence[int]],
+        logprobs: abc.Sequence[abc.Sequence[Logprobs]] | None = None,
     ) -> list[TokenOutput]:
         """Take in what a step computed: for each run, in plan order, the tokens that it gave its sequence
         (none where a prompt goes on), and their log-probabilities where any were asked for. What belongs
@@ -367,7 +367,9 @@ class Scheduler:
             for i in range(start // block_size, end // block_size):
                 self._pool.register(seq.block_ids[i], seq.block_hashes[i])
 
-    def _sampled(self, seq: Sequence, tokens: Ordered[int], logprobs: Ordered[Logprobs]) -> TokenOutput:
+    def _sampled(
+        self, seq: Sequence, tokens: abc.Iterable[int], logprobs: abc.Sequence[Logprobs]
+    ) -> TokenOutput:
         """Append the tokens, up to one that ends it."""
         first, reason, taken = seq.num_generated == 0, None, []
         for token in tokens:

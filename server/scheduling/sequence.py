@@ -17,8 +17,8 @@ Tokens = npt.NDArray[np.int64]
 MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
 
 
-def _seed(asked: int | None) -> int:
-    return secrets.randbits(63) if asked is None else asked
+def _seed(seed: int | None) -> int:
+    return secrets.randbits(63) if seed is None else seed
 
 
 class State(enum.Enum):
@@ -32,7 +32,7 @@ class Sequence:
     """Tokens, cache position and limits of one choice. The scheduler alone changes it.
 
     `order` is the place in the line of arrivals: of two sequences the one with the smaller order is the
-    older. `arrival` and `room_wanted_since` are seconds of the scheduler's clock.
+    older. `arrival` is in seconds of the scheduler's clock. `digests` are of the adapters that it needs.
     """
 
     __slots__ = (
@@ -42,6 +42,7 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "cached_tokens",
+        "digests",
         "group",
         "last_token",
         "logits_state",
@@ -53,7 +54,6 @@ class Sequence:
         "num_tokens",
         "order",
         "request_id",
-        "room_wanted_since",
         "sampling",
         "seed",
         "state",
@@ -65,6 +65,7 @@ class Sequence:
         self.sampling: SamplingParams = request.sampling
         self.adapters: tuple[AdapterRef, ...] = request.adapters
         self.mix_key: MixKey = tuple((ref.digest, ref.weight) for ref in request.adapters)
+        self.digests = frozenset(ref.digest for ref in request.adapters)
         self.seed: int = _seed(request.sampling.seed)
         self.arrival = arrival
         self.order = order
@@ -81,7 +82,6 @@ class Sequence:
         self.logits_state: dict[str, Any] = {}  # what logits processors keep from step to step
         self.group: PromptGroup | None = None  # of the choices that its prompt is computed for
         self.num_preemptions = 0
-        self.room_wanted_since: float | None = None  # first passed over for want of arena room
         self.stop_ids: frozenset[int] = frozenset(self.sampling.stop_token_ids)
         self.max_length = self.num_prompt_tokens + self.sampling.max_tokens  # prompt and output, tokens
 
@@ -106,11 +106,6 @@ class Sequence:
     def tokens(self) -> Tokens:
         """Prompt and output, [num_tokens] int64: a view, valid until the next `append`."""
         return self._buffer[: self.num_tokens]
-
-    @property
-    def output_tokens(self) -> Tokens:
-        """What was generated, [num_generated] int64: a view, valid until the next `append`."""
-        return self._buffer[self.num_prompt_tokens : self.num_tokens]
 
     @property
     def num_generated(self) -> int:

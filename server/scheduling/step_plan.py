@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from server.messages import TokenOutput
 from server.scheduling.sequence import MixKey, Sequence
@@ -34,12 +33,3 @@ class StepPlan:
     runs: list[ScheduledRun]
     failed: list[TokenOutput] = field(default_factory=list)  # ended while planning; owed to their clients
     copies: list[tuple[int, int]] = field(default_factory=list)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(run.num_tokens for run in self.runs)
-
-    @cached_property
-    def num_rows(self) -> int:
-        """Rows of logits that the step computes."""
-        return sum(run.rows for run in self.runs)

@@ -1,103 +1,109 @@
-"""The sequences that do not run: in which order they are tried, who has wanted arena room for too long."""
+"""The sequences that do not run: who waits for which adapters, in which order, and for how long."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Collection
+import heapq
+from collections.abc import Container, Iterator
 
 from server.scheduling.adapter_gate import AcquireStatus
+from server.scheduling.adapter_queue import AdapterQueue, place
 from server.scheduling.policy import Policy
-from server.scheduling.sequence import Sequence, State
+from server.scheduling.sequence import Sequence
 
 
 class WaitingLine:
-    """Arrivals in order, preempted sequences ahead of them. `starving` and `in_order` look at all of them."""
+    """A queue for each set of adapters that is waited for, and one for the base model.
+
+    Nothing here but `add` and `remove` of one sequence costs more for a long queue than for a short one.
+    """
 
     def __init__(self, patience_s: float) -> None:
-        self.for_adapter = 0  # how many of them were passed over because of their adapters
         self._patience_s = patience_s
-        self._arrived: dict[Sequence, None] = {}
-        self._preempted: list[Sequence] = []  # oldest first
-        self._wants_room: dict[Sequence, float] = {}  # answered FULL -> its room_wanted_since
-        self._granted: dict[Sequence, None] = {}  # last answered PENDING, so there is room kept for them
-        self._asked_for: dict[str, int] = {}  # digest -> sequences here that need it
+        self._patience_from = float("-inf")  # it runs for nobody from earlier on
+        self._queues: dict[frozenset[str], AdapterQueue] = {}  # by digests; none is empty
+        self._length = 0
 
     def __len__(self) -> int:
-        return len(self._arrived) + len(self._preempted)
+        return self._length
+
+    @property
+    def for_adapter(self) -> int:
+        """How many were passed over because of their adapters."""
+        return sum(queue.num_passed_over for queue in self._queues.values())
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """The adapters asked for here, each once."""
-        return tuple(self._asked_for)
+        """The adapters waited for, each once."""
+        return tuple(frozenset().union(*self._queues))
 
-    def in_order(self, policy: Policy, running: Collection[Sequence], now: float) -> list[Sequence]:
-        """Everyone here, in the order to try."""
-        return [*self._preempted, *policy.order(self._arrived.keys(), running, now)]
+    def waits_for(self, digests: frozenset[str]) -> bool:
+        """Whether somebody here needs these adapters and no others."""
+        return digests in self._queues
 
     def add(self, seq: Sequence) -> None:
-        self._arrived[seq] = None
-        self._enter(seq)
-
-    def add_preempted(self, seq: Sequence) -> None:
-        bisect.insort(self._preempted, seq, key=lambda other: other.order)
-        self._enter(seq)
-
-    def _enter(self, seq: Sequence) -> None:
-        seq.state = State.WAITING
-        for digest, _ in seq.mix_key:
-            self._asked_for[digest] = self._asked_for.get(digest, 0) + 1
+        """An arrival, or one that was preempted."""
+        if seq.digests not in self._queues:
+            self._queues[seq.digests] = AdapterQueue(seq.digests)
+        self._queues[seq.digests].add(seq)
+        self._length += 1
 
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is admitted or ends; the caller sets its new state."""
-        if seq in self._arrived:
-            del self._arrived[seq]
-        else:
-            self._preempted.remove(seq)
-        self.adapters_ready(seq)
-        self.grant(seq, False)
-        self._wants_room.pop(seq, None)
-        seq.room_wanted_since = None
-        for digest, _ in seq.mix_key:
-            self._asked_for[digest] -= 1
-            if not self._asked_for[digest]:
-                del self._asked_for[digest]
+        queue = self._queues[seq.digests]
+        queue.remove(seq)
+        if not queue:
+            del self._queues[seq.digests]
+        self._length -= 1
 
-    def pass_over(self, seq: Sequence, status: AcquireStatus | None, now: float) -> None:
-        """Its adapters are not here. FULL: nor is there room for them, so its patience runs from the first
-        such answer on; PENDING: it has its room; None: the gate was not asked."""
-        if seq.state is not State.WAITING_FOR_ADAPTER:
-            seq.state = State.WAITING_FOR_ADAPTER
-            self.for_adapter += 1
-        if status is AcquireStatus.FULL:
-            if seq.room_wanted_since is None:
-                seq.room_wanted_since = now
-            self._wants_room.setdefault(seq, seq.room_wanted_since)
-        elif status is AcquireStatus.PENDING:
-            self._wants_room.pop(seq, None)
+    def in_order(
+        self, policy: Policy, now: float, passed_over: Container[frozenset[str]]
+    ) -> Iterator[Sequence]:
+        """Everyone here in the order to try, but nobody more of a queue whose digests get into `passed_over`.
+        The caller may take out the sequence that it was given last."""
 
-    def grant(self, seq: Sequence, granted: bool) -> None:
-        """Whether the gate, asked for this very sequence, keeps room for it."""
-        if granted:
-            self._granted[seq] = None
-        else:
-            self._granted.pop(seq, None)
+        def turn(queue: AdapterQueue, at: int) -> tuple[bool, float, int, int, AdapterQueue]:
+            arrived, order = place(queue[at])
+            return arrived, policy.rank(queue[at], now) if arrived else 0.0, order, at, queue
 
-    @property
-    def granted(self) -> Collection[Sequence]:
-        return self._granted.keys()
+        turns = [turn(queue, 0) for queue in self._queues.values()]
+        heapq.heapify(turns)
+        while turns:
+            *_, at, queue = turns[0]
+            seq = queue[at]
+            yield seq
+            if at < len(queue) and queue[at] is seq:
+                at += 1
+            if at == len(queue) or queue.digests in passed_over:
+                heapq.heappop(turns)
+            else:
+                heapq.heapreplace(turns, turn(queue, at))
 
-    def adapters_ready(self, seq: Sequence) -> None:
+    def pass_over(self, digests: frozenset[str], status: AcquireStatus | None) -> None:
+        """These adapters are not here, for all who wait for them. FULL: nor is there room; PENDING: they have
+        their room; None: the gate was not asked."""
+        self._queues[digests].pass_over(status)
+
+    def start_patience(self, digests: frozenset[str], now: float, before: Sequence | None) -> None:
+        """It runs from now on, if it did not yet, for those who wait for these adapters and come `before` a
+        sequence; None: for all of them."""
+        self._queues[digests].start_patience(now, before)
+
+    def ready(self, seq: Sequence) -> None:
         """If it still waits, it is not for its adapters."""
-        if seq.state is State.WAITING_FOR_ADAPTER:
-            seq.state = State.WAITING
-            self.for_adapter -= 1
+        self._queues[seq.digests].ready(seq)
 
-    def starving(self, now: float) -> Sequence | None:
-        """The one without arena room that has wanted it for longest, if for longer than patience allows."""
-        seq = min(self._wants_room, key=self._wants_room.__getitem__, default=None)
-        return seq if seq is not None and now - self._wants_room[seq] > self._patience_s else None
+    def starving(self, now: float) -> frozenset[str] | None:
+        """The adapters that have wanted room for longest, if for longer than patience allows."""
+        wanting = [
+            (max(since, self._patience_from), since, place(queue[0]), digests)
+            for digests, queue in self._queues.items()
+            if (since := queue.room_wanted_since) is not None
+        ]
+        if not wanting:
+            return None
+        since, *_, digests = min(wanting)
+        return digests if now - since > self._patience_s else None
 
     def restart_patience(self, now: float) -> None:
         """Holding others back did not make room, so let everyone try again for a while."""
-        for seq in self._wants_room:
-            self._wants_room[seq] = seq.room_wanted_since = now
+        self._patience_from = now

@@ -124,8 +124,10 @@ def _load(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:
-    held = stats.kv_blocks_total - stats.kv_blocks_free - stats.kv_blocks_cached
-    yield _gauge("vllm:kv_cache_usage_perc", "KV blocks held, 0 to 1.", held / max(stats.kv_blocks_total, 1))
+    in_use = stats.kv_blocks_total - stats.kv_blocks_free - stats.kv_blocks_cached
+    yield _gauge(
+        "vllm:kv_cache_usage_perc", "KV blocks held, 0 to 1.", in_use / max(stats.kv_blocks_total, 1)
+    )
     yield _gauge("chorus_kv_blocks_free", "KV blocks that hold nothing.", stats.kv_blocks_free)
     yield _gauge("chorus_kv_blocks_cached", "KV blocks kept for prefix reuse.", stats.kv_blocks_cached)
     yield _gauge("chorus_arena_bytes", "Size of the adapter arena.", stats.arena_bytes_total)

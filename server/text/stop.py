@@ -35,8 +35,8 @@ class StopStrings:
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
+        text, self._held = self._held, ""
+        return text
 
     @staticmethod
     def _first_possible_start(text: str, stop: str) -> int:

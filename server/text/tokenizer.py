@@ -81,13 +81,13 @@ class Tokenizer:
 
 def _special_tokens(folder: Path) -> dict[str, str]:
     """`bos_token`, `eos_token`, ... from special_tokens_map.json, overridden by tokenizer_config.json."""
-    found: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in read_json(folder / name).items():
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
-                found[key] = content
-    return found
+                tokens[key] = content
+    return tokens
 
 
 def read_json(path: Path) -> dict[str, Any]:

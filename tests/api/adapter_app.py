@@ -16,6 +16,7 @@ from server.api.openapi import DescribedApp
 from server.base_model import BaseModel
 from server.config import Settings
 from server.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
+from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from tests.registry import adapter_files
 
@@ -74,10 +75,11 @@ class Site:
         self.data_dir = data_dir
         self.engine = FakeEngine()
         self.registry = adapter_files.open_registry(data_dir, options=settings)
-        base = BaseModel(adapter_files.BASE_NAME, data_dir, data_dir, {}, "", None)
+        base = BaseModel(adapter_files.BASE_NAME, data_dir, data_dir, "")
         names = AdapterNames()
         metrics = Metrics(self.engine, names.name_of)
-        self.face = Face(settings, base, self.engine, None, None, metrics, registry=self.registry)
+        sources = Sources.of(settings)
+        self.face = Face(settings, base, self.engine, None, None, metrics, sources, registry=self.registry)
         self.app = DescribedApp(adapters.router)
         self.app.state.face = self.face
         errors.install(self.app)

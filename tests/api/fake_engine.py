@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from load_tests.fake_engine import choices_of
-from server.border.client import EngineStartFailed, OnReady, State
+from server.border.client import EngineStartFailed, EngineState, OnReady
 from server.errors import EngineDied, Unavailable
 from server.messages import (
     AdapterRef,
@@ -30,7 +30,7 @@ VOCABULARY = 310  # a little more than the tokenizer has, as padded models do
 def engine_info(**fields: object) -> EngineInfo:
     values = {
         "pid": 1, "model_type": "llama", "device": "cpu", "dtype": "float32", "vocab_size": VOCABULARY,
-        "max_model_len": 128, "max_num_seqs": 8, "eos_token_ids": (EOS,), "load_seconds": 0.0,
+        "max_model_len": 128, "load_seconds": 0.0,
         "parameters": adapter_files.BASE_PARAMETERS, "weights_bytes": 4 * adapter_files.BASE_PARAMETERS,
         "block_size": 16, "kv_blocks": 64, "kv_bytes": 1 << 20, "arena_bytes": 1 << 16,
         "lora_targets": adapter_files.TARGETS,
@@ -46,7 +46,7 @@ class FakeEngine:
 
     def __init__(self, **info: object) -> None:
         self.info: EngineInfo | None = None
-        self.state: State = "starting"
+        self.state: EngineState = "starting"
         self.stats: EngineStats | None = None
         self.last_heartbeat = time.monotonic()
         self.restarts = 0

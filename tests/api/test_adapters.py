@@ -522,6 +522,21 @@ async def test_register_a_folder(data_dir: Path, tmp_path: Path) -> None:
         site.assert_clean(site.registry.acquire("a").version.digest)
 
 
+async def test_register_an_archive(data_dir: Path, tmp_path: Path) -> None:
+    """Refusals name the field of the route, and a wrong archive leaves nothing."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.tgz").write_bytes(adapter_files.tarred(files()))
+    (root / "bad.zip").write_bytes(b"no archive")
+    async with Site.open(data_dir, allowed_lora_roots=(root,)) as site:
+        response = await site.client.post("/v1/adapters", json={"name": "a", "source": f"file:{root}/a.tgz"})
+        assert response.status_code == 201, response.text
+        assert response.json()["source"] == f"file:{root}/a.tgz"
+        assert (await load_lora(site, "b", root / "a.tgz")).status_code == 200
+        assert error_of(await load_lora(site, "c", root / "bad.zip"), 400)["param"] == "lora_path"
+        site.assert_clean(response.json()["digest"])
+
+
 async def load_lora(site: Site, name: str, path: Path | str, **more: object) -> httpx.Response:
     body = {"lora_name": name, "lora_path": str(path), "lora_int_id": 7, **more}
     return await site.client.post("/v1/load_lora_adapter", json=body)

@@ -49,7 +49,7 @@ class EchoEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(
             pid=os.getpid(), model_type="echo", device="none", dtype="float32", vocab_size=1000,
-            max_model_len=10**6, max_num_seqs=10**6, eos_token_ids=(), parameters=0, weights_bytes=0,
+            max_model_len=10**6, parameters=0, weights_bytes=0,
             block_size=16, kv_blocks=0, kv_bytes=0, arena_bytes=0, lora_targets=[], load_seconds=0.0,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from server.config import Limits
 from server.messages import LoraTarget
 
 TARGETS = tuple(
@@ -19,6 +20,9 @@ TARGETS = tuple(
         ("self_attn.v_proj", 12, 6),
         ("mlp.down_proj", 33, 12),
     )
+)
+LIMITS = Limits(
+    max_upload_bytes=1 << 20, max_unpacked_bytes=1 << 20, max_header_bytes=1 << 20, max_tensors=100
 )
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 

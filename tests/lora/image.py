@@ -13,7 +13,7 @@ from server.lora.layout import Layout
 from server.lora.pack import pack
 from server.messages import LoraTarget
 from server.peft.format import judge
-from tests.lora.adapter_folder import TARGETS
+from tests.lora.adapter_folder import LIMITS, TARGETS
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def packed(
     folder: Path, targets: Sequence[LoraTarget] = TARGETS, dtype: torch.dtype = torch.float32
 ) -> Image:
     """The folder's adapter as a server with these targets packs it; every byte that it forgets is NaN."""
-    layout = Layout.of(judge(folder, targets), targets, dtype)
+    layout = Layout.of(judge(folder, targets, LIMITS), targets, dtype)
     data = torch.full((layout.elements,), torch.nan, dtype=dtype)
     pack(folder, layout, data)
     return Image(layout, data)

@@ -8,10 +8,10 @@ SIZE = 100
 
 
 def check(allocator: ExtentAllocator, held: dict[int, int]) -> None:
-    assert allocator.held == sorted(held.items())
+    assert allocator.taken == sorted(held.items())
     assert allocator.free + sum(held.values()) == SIZE
     end, largest = 0, 0
-    for start, size in allocator.held:
+    for start, size in allocator.taken:
         assert start >= end, "extents overlap"
         largest = max(largest, start - end)
         end = start + size

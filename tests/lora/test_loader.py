@@ -8,7 +8,7 @@ import torch
 from server.devices.cuda.copies import CudaCopies
 from server.lora.copies import Copies, HostCopies
 from server.lora.loader import Job, Loader
-from tests.lora.adapter_folder import TARGETS, write
+from tests.lora.adapter_folder import LIMITS, TARGETS, write
 from tests.lora.image import Image, packed
 
 
@@ -23,8 +23,7 @@ class Bench:
             copies or HostCopies(),
             threads=1,
             wake=self._wake,
-            max_header_bytes=1 << 20,
-            max_tensors=100,
+            limits=LIMITS,
         )
 
     def _wake(self) -> None:

@@ -13,7 +13,7 @@ from server.lora.pack import pack
 from server.lora.segments import Segments
 from server.messages import LoraTarget
 from server.peft.format import judge
-from tests.lora.adapter_folder import TARGETS, weights, write
+from tests.lora.adapter_folder import LIMITS, TARGETS, weights, write
 from tests.lora.image import packed
 from tests.lora.kernels import apply
 
@@ -60,7 +60,7 @@ def test_tensors_larger_than_one_torch_operation(tmp_path):
 
 
 def test_the_size_is_known_before_anything_is_read(tmp_path):
-    adapter = judge(write(tmp_path, weights(rank=3), {"r": 3}), TARGETS)
+    adapter = judge(write(tmp_path, weights(rank=3), {"r": 3}), TARGETS, LIMITS)
     for base in (torch.float32, torch.bfloat16):
         layout = Layout.of(adapter, TARGETS, base)
         assert layout.nbytes % 64 == 0
@@ -70,7 +70,7 @@ def test_the_size_is_known_before_anything_is_read(tmp_path):
 
 def test_a_layout_says_of_every_module_what_the_judgement_said(tmp_path):
     kinds = {name: ("BF16", "F16", "F32")[n % 3] for n, name in enumerate(weights())}
-    adapter = judge(write(tmp_path, dtype=kinds), TARGETS)
+    adapter = judge(write(tmp_path, dtype=kinds), TARGETS, LIMITS)
     modules = Layout.of(adapter, TARGETS, torch.float16).modules()
     for module, judged in zip(modules, adapter.modules, strict=True):
         for span, was in ((module.a, judged.a), (module.b, judged.b)):
@@ -154,7 +154,7 @@ def test_deltas_in_the_arena_are_those_of_peft(tmp_path, fields):
         base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
     )
     model.save_pretrained(tmp_path)
-    adapter = judge(tmp_path, targets)
+    adapter = judge(tmp_path, targets, LIMITS)
     image = packed(tmp_path, targets)
     arena = Arena(2 * image.layout.nbytes, len(targets), torch.float32)
     extent = arena.reserve(image.layout.nbytes)

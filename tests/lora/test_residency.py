@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from server.lora.arena import Arena
 from server.lora.pack import pack
 from server.lora.residency import Residency
+from server.lora.version import Place
 from server.messages import AdapterRef, ErrorCode
 from server.peft.format import judge
 from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
-from tests.lora.adapter_folder import TARGETS, weights, write
+from tests.lora.adapter_folder import LIMITS, TARGETS, weights, write
 from tests.lora.image import Image, packed
 
 READY, PENDING, FULL, FAILED = AcquireStatus
@@ -47,7 +48,7 @@ class Bench:
     def __init__(self, arena_bytes: int, host_bytes: int = 1 << 20) -> None:
         self.landed = threading.Semaphore(0)
         self.arena = Arena(arena_bytes, len(TARGETS), torch.float32, slots=1)
-        self.residency = Residency(self.arena, TARGETS, host_bytes, wake=self.landed.release)
+        self.residency = Residency(self.arena, TARGETS, host_bytes, LIMITS, wake=self.landed.release)
 
     def step(self) -> None:
         """Wait for one job, if any is under way, and take in what is there."""
@@ -532,6 +533,7 @@ def test_any_trace_keeps_its_promises(adapters, ops, host):
                 b.settle()
                 assert b.arena.bytes_used == sum(adapters.images[d].layout.nbytes for d in residency.resident)
             check(b, adapters, held, pinned)
+            assert set(residency.promises) <= {frozenset(ref.digest for ref in mix) for mix in waiting}
         for mix in waiting:
             residency.cancel(mix)
         for mix in held:
@@ -556,9 +558,26 @@ def check(b: Bench, adapters: Adapters, held: list[tuple[AdapterRef, ...]], pinn
     for digest in residency.resident:
         assert b.holds(adapters.images[digest], digest)
     check_host(b, adapters)
+    check_places(b)
     for digest in adapters.images:
         place = "arena" if digest in residency.resident else "host" if digest in residency.on_host else "disk"
         assert residency.where(digest) == place
+
+
+def check_places(b: Bench) -> None:
+    """Each version's place says what the arena, the host and the workers have of it."""
+    residency = b.residency
+    for digest, version in residency._versions.items():
+        assert version.in_arena == (digest in residency.resident)
+        assert version.in_arena == (version.place in (Place.RESIDENT, Place.LEAVING))
+        assert (version.extent is not None) == (version.in_arena or version.place is Place.COPYING)
+        if version.place in (Place.DISK, Place.HOST):
+            assert (version.place is Place.HOST) == (digest in residency.on_host)
+            assert digest in residency._promises, "books on what nobody waits for"
+        if version.place is Place.LEAVING:
+            assert version.uses or digest in residency._promises
+    assert residency._jobs == sum(version.busy for version in residency._versions.values())
+    assert set(residency.resident) <= residency._versions.keys()
 
 
 def check_host(b: Bench, adapters: Adapters) -> None:

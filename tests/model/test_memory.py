@@ -7,7 +7,7 @@ import torch
 
 from server.devices.cpu.device import CpuDevice
 from server.model.loader import LoadedModel, load
-from server.model.memory import kv_bytes_per_token, plan_memory, token_budget
+from server.model.memory import kv_bytes_per_token, memory_sizes, token_budget
 from tests.engine.harness import settings_for
 from tests.model.tiny_models import build
 
@@ -22,27 +22,27 @@ def test_kv_bytes_follow_the_shape(loaded: LoadedModel) -> None:
 
 
 def test_what_is_set_is_taken(loaded: LoadedModel, tmp_path: Path) -> None:
-    plan = plan_memory(
+    sizes = memory_sizes(
         settings_for(tmp_path, kv_cache_bytes="1MiB", arena_bytes=12345, host_cache_bytes=0),
         loaded,
         CpuDevice(),
     )
-    assert plan.kv_blocks == 2**20 // (16 * kv_bytes_per_token(loaded))
-    assert plan.kv_bytes == plan.kv_blocks * 16 * kv_bytes_per_token(loaded)
-    assert (plan.arena_bytes, plan.host_cache_bytes) == (12345, 0)
+    assert sizes.kv_blocks == 2**20 // (16 * kv_bytes_per_token(loaded))
+    assert sizes.kv_bytes == sizes.kv_blocks * 16 * kv_bytes_per_token(loaded)
+    assert (sizes.arena_bytes, sizes.host_cache_bytes) == (12345, 0)
 
 
 def test_by_default_the_kv_cache_is_what_can_be_used_at_most(loaded: LoadedModel, tmp_path: Path) -> None:
     unset = {"kv_cache_bytes": None, "arena_bytes": None, "host_cache_bytes": None}
-    plan = plan_memory(settings_for(tmp_path, max_num_seqs=3, **unset), loaded, CpuDevice())
-    assert plan.kv_blocks == 3 * 256 // 16
-    assert 2**20 < plan.arena_bytes <= 4 * 2**30
-    assert 2**20 < plan.host_cache_bytes <= 4 * 2**30
+    sizes = memory_sizes(settings_for(tmp_path, max_num_seqs=3, **unset), loaded, CpuDevice())
+    assert sizes.kv_blocks == 3 * 256 // 16
+    assert 2**20 < sizes.arena_bytes <= 4 * 2**30
+    assert 2**20 < sizes.host_cache_bytes <= 4 * 2**30
 
 
 def test_too_small_a_cache_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--kv-cache-bytes"):
-        plan_memory(settings_for(tmp_path, kv_cache_bytes=100), loaded, CpuDevice())
+        memory_sizes(settings_for(tmp_path, kv_cache_bytes=100), loaded, CpuDevice())
 
 
 def test_a_step_has_room_for_every_stream_beside_its_prompt_tokens(tmp_path: Path) -> None:

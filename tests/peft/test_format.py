@@ -11,14 +11,14 @@ import pytest
 from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia
 from server.messages import LoraTarget
 from server.peft.format import LoraAdapter, check_finite, judge
-from tests.lora.adapter_folder import TARGETS, config, file_of, safetensors, weights, write
+from tests.lora.adapter_folder import LIMITS, TARGETS, config, file_of, safetensors, weights, write
 
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q0_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
 def judged(folder: Path) -> LoraAdapter:
-    return judge(folder, TARGETS, max_header_bytes=1 << 20, max_tensors=100)
+    return judge(folder, TARGETS, LIMITS)
 
 
 def refused(folder: Path, param: str, *words: str, kind: type = InvalidAdapter) -> None:
@@ -411,7 +411,7 @@ def test_tensors_of_several_chunks_are_read_to_the_end(tmp_path):
     tensors = weights([target], rank=4)
     tensors[Q0_A][3, -1] = np.inf
     write(tmp_path, tensors)
-    adapter = judge(tmp_path, [target], max_header_bytes=1 << 20, max_tensors=10)
+    adapter = judge(tmp_path, [target], LIMITS)
     with pytest.raises(InvalidAdapter) as caught:
         check_finite(tmp_path, adapter)
     assert caught.value.param == Q0_A

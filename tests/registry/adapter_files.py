@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -38,10 +39,8 @@ def open_registry(
     base_name: str = BASE_NAME,
 ) -> Registry:
     """The registry of a server of that base model."""
-    options = options or settings()
-    return Registry.open(
-        ContentStore(data_dir), targets, BASE_PARAMETERS, options, base_name, max_rank=max_rank
-    )
+    limits = dataclasses.replace((options or settings()).limits, max_rank=max_rank)
+    return Registry.open(ContentStore(data_dir), targets, BASE_PARAMETERS, limits, base_name)
 
 
 def config(rank: int = 4, **fields: object) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 
 from server.registry.records import Published
 from server.registry.registry import Registry
-from server.registry.sources.upload import copy_folder
+from server.registry.sources.local import copy_folder
 from tests.registry import adapter_files
 
 Publish = Callable[..., Published]

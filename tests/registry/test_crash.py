@@ -17,7 +17,7 @@ from tests.registry.conftest import Publish
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from server.registry.sources.upload import copy_folder
+from server.registry.sources.local import copy_folder
 from tests.registry import adapter_files
 import sqlalchemy as sa
 

@@ -15,7 +15,7 @@ from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest,
 from server.messages import LoraTarget
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
-from server.registry.sources.upload import copy_folder
+from server.registry.sources.local import copy_folder
 from server.registry.store import DataDirInUseError
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish

@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from server.errors import ModelNotFound
 from server.registry.records import Lease, Retired
 from server.registry.registry import KEPT_VERSIONS, Registry
-from server.registry.sources.upload import copy_folder
+from server.registry.sources.local import copy_folder
 from tests.registry import adapter_files
 
 SEEDS = 4

@@ -37,7 +37,7 @@ class FakeGate:
         self.copying: dict[str, int] = {}
         self.resident: OrderedDict[str, None] = OrderedDict((digest, None) for digest in sorted(pinned))
         self.references: Counter[str] = Counter()
-        self.kept: set[frozenset[str]] = set()  # mixes answered PENDING: not evicted until asked for again
+        self.promises: set[frozenset[str]] = set()  # kept until asked for again
         self.prefetched: list[str] = []
         self.cancelled: list[tuple[str, ...]] = []
         self.copies = 0
@@ -54,9 +54,9 @@ class FakeGate:
         digests = [ref.digest for ref in refs]
         if self.broken & set(digests) or len(set(digests)) > self.capacity:
             return Acquire(AcquireStatus.FAILED, ErrorCode.ADAPTER_LOAD_FAILED, "no such adapter")
-        self.kept.discard(frozenset(digests))
+        self.promises.discard(frozenset(digests))
         missing = [d for d in digests if d not in self.resident and d not in self.copying]
-        in_use = self.pinned.union(+self.references, digests, *self.kept)
+        in_use = self.pinned.union(+self.references, digests, *self.promises)
         idle = [digest for digest in self.resident if digest not in in_use]
         room = self.capacity - len(self.resident) - len(self.copying)
         if len(missing) > room + len(idle):
@@ -66,7 +66,7 @@ class FakeGate:
         for digest in missing:
             self._copy(digest)
         if any(digest in self.copying for digest in digests):
-            self.kept.add(frozenset(digests))
+            self.promises.add(frozenset(digests))
             return Acquire(AcquireStatus.PENDING)
         self.references.update(digests)
         for digest in digests:
@@ -81,7 +81,7 @@ class FakeGate:
     def cancel(self, refs: tuple[AdapterRef, ...]) -> None:
         assert refs
         self.cancelled.append(tuple(ref.digest for ref in refs))
-        self.kept.discard(frozenset(ref.digest for ref in refs))
+        self.promises.discard(frozenset(ref.digest for ref in refs))
 
     def tick(self) -> None:
         for digest in list(self.copying):

@@ -44,7 +44,8 @@ def test_a_plan_counts_its_tokens_and_samples() -> None:
     h.add(request("a", 4), request("b", 20))
     plan = h.step()
     assert described(plan) == [("a", 0, 4, True), ("b", 0, 6, False)]
-    assert (plan.num_tokens, plan.num_rows) == (10, 1)
+    assert sum(run.num_tokens for run in plan.runs) == 10
+    assert sum(run.rows for run in plan.runs) == 1
 
 
 def test_a_long_prompt_is_chunked_beside_a_stream_that_gets_a_token_every_step() -> None:
@@ -187,6 +188,17 @@ def test_abort_while_waiting_running_and_waiting_for_an_adapter() -> None:
     assert (h.pool.held, h.scheduler.has_work, h.scheduler.waiting_digests) == (0, False, ())
     assert gate.cancelled == [("x",)]
     assert h.outputs["b"] == [] == h.outputs["d"]
+
+
+def test_a_promise_is_kept_while_others_wait_for_it() -> None:
+    gate = FakeGate(capacity=1, copy_steps=9)
+    h = Harness(gate=gate)
+    h.add(request("a", 2, "x"), request("b", 2, AdapterRef("x", "/x", 0.5)))
+    h.step()
+    h.scheduler.abort("a")
+    assert (gate.cancelled, gate.promises) == ([], {frozenset("x")})
+    h.scheduler.abort("b")
+    assert (gate.cancelled, gate.promises) == ([("x",)], set())
 
 
 def test_abort_of_a_running_adapter_sequence_gives_its_references_back() -> None:
@@ -431,11 +443,11 @@ def test_a_stream_of_requests_for_one_adapter_does_not_starve_another(
     h = Harness(gate=FakeGate(capacity=1), patience_s=patience_s)
     endless(h, "before", "hot", 5)
     h.add(request("cold", 2, "cold"))
-    asked = h.clock()
+    added = h.clock()
     endless(h, "after", "hot", 40)
     assert ("cold" in h.started) is served
     if served:  # its patience, and four tokens of the last one that overtook it
-        assert h.started["cold"] - asked < 1.0 + 6 * h.seconds_per_step
+        assert h.started["cold"] - added < 1.0 + 6 * h.seconds_per_step
     h.drain()
     assert h.reason("cold") == "length"
 

@@ -125,7 +125,7 @@ class TraceHarness(Harness):
 
     def check_plan(self, plan: StepPlan) -> None:
         life = self.life
-        assert plan.num_tokens <= life.budget
+        assert sum(run.num_tokens for run in plan.runs) <= life.budget
         assert len(plan.runs) <= life.max_num_seqs
         assert len({run.seq for run in plan.runs}) == len(plan.runs)
         assert all(run.num_tokens > 0 for run in plan.runs)

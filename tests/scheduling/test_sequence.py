@@ -24,7 +24,7 @@ def test_append_grows_past_the_buffer_and_keeps_everything() -> None:
     for token in range(100):
         seq.append(token)
     assert seq.tokens.tolist() == [1, *range(100)]
-    assert seq.output_tokens.tolist() == list(range(100))
+    assert seq.tokens[-seq.num_generated :].tolist() == list(range(100))
     assert (seq.num_generated, seq.last_token) == (100, 99)
 
 

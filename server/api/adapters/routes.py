@@ -14,13 +14,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.adapters.upload import UPLOAD_FORM, in_thread, receive, register_folder
+from server.api.adapters.upload import UPLOAD_FORM, fetch, in_thread, receive
 from server.api.adapters.views import (
     AdapterListView,
     AdapterView,
     DeletedView,
     LoadedView,
-    Places,
+    Locations,
     PublishedView,
     adapter_view,
     loaded_view,
@@ -49,7 +49,7 @@ Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
 class SourceBody(pydantic.BaseModel):
-    """Register a folder that lies on the server."""
+    """Register what `source` names, as `file:` and the path of a folder or an archive on the server."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -79,13 +79,13 @@ class UnloadLoraBody(pydantic.BaseModel):
 @router.post("/v1/adapters", status_code=201)
 @Operation({201: PublishedView}, SourceBody, form=UPLOAD_FORM | {"required": ["name", "files"]})
 async def create_adapter(request: Request) -> Response:
-    """Upload a new adapter (multipart: `name`, two files or an archive), or register a folder (JSON)."""
+    """Upload a new adapter (multipart: `name`, two files or an archive), or register a source (JSON)."""
     face = face_of(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return _published(face, await receive(face, request, name=None, replace=False))
     body = await _json(request, SourceBody)
-    register = partial(register_folder, face, body.name, body.source)
-    published = await in_thread(partial(register, replace=False, description=body.description))
+    call = partial(fetch, face, body.name, body.source, replace=False, description=body.description)
+    published = await in_thread(call)
     return _published(face, published)
 
 
@@ -102,12 +102,12 @@ async def replace_adapter(request: Request, name: str) -> Response:
 async def list_adapters(request: Request) -> Response:
     face = face_of(request)
     registry = face.require_registry()
-    places = Places.of(face.engine.stats)
+    locations = Locations.of(face.engine.stats)
 
     def encode() -> bytes:
         """In a thread: there may be many thousands."""
         records = registry.records()
-        return encode_list(adapter_view(record, registry.base_parameters, places) for record in records)
+        return encode_list(adapter_view(record, registry.base_parameters, locations) for record in records)
 
     return Response(await asyncio.to_thread(encode), media_type="application/json")
 
@@ -117,8 +117,8 @@ async def list_adapters(request: Request) -> Response:
 async def get_adapter(request: Request, name: str) -> Response:
     face = face_of(request)
     registry = face.require_registry()
-    places = Places.of(face.engine.stats)
-    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, places))
+    locations = Locations.of(face.engine.stats)
+    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, locations))
 
 
 @router.delete("/v1/adapters/{name:path}")
@@ -168,12 +168,12 @@ async def unload_adapter(request: Request, name: str) -> Response:
 @router.post("/v1/load_lora_adapter")
 @Operation({200: str}, LoadLoraBody)
 async def load_lora_adapter(request: Request) -> Response:
-    """As operators' tools call it: register the folder `lora_path` under `lora_name`."""
+    """As operators' tools call it: register what `lora_path` names under `lora_name`."""
     face = face_of(request)
     body = await _json(request, LoadLoraBody)
-    register = partial(register_folder, face, body.lora_name, body.lora_path)
+    call = partial(fetch, face, body.lora_name, body.lora_path, replace=body.load_inplace)
     try:
-        published = await in_thread(partial(register, replace=body.load_inplace))
+        published = await in_thread(call)
     except ChorusError as error:
         raise _as_compatible(error) from error
     _follow_up(face, published)

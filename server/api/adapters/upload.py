@@ -1,4 +1,4 @@
-"""From a request's body to a published version: multipart uploads, and folders of this machine."""
+"""From a request to a published version: multipart uploads, and adapters that a source fetches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.face import Face
-from server.errors import ChorusError, InvalidRequest, TooLarge
+from server.errors import ChorusError, InvalidRequest
 from server.registry.publication import Publication
 from server.registry.records import Published
-from server.registry.sources.upload import Upload, copy_folder, resolve_source
-from server.registry.store import CHUNK_BYTES
+from server.registry.sources.archive import ARCHIVE_SUFFIXES
+from server.registry.sources.upload import Upload, check_size
+from server.registry.store import CHUNK_BYTES, FILE_NAMES
 
 _STALLED_S = 60.0  # without a byte: given up, so that a dead client does not keep a name
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
@@ -29,8 +30,8 @@ UPLOAD_FORM = {
         "files": {
             "type": "array",
             "items": _BINARY,
-            "description": "adapter_config.json and adapter_model.safetensors, or one .zip, .tar, .tar.gz or "
-            ".tgz of them. Files are known by their file name; the name of their part is free.",
+            "description": f"{' and '.join(FILE_NAMES)}, or one archive ({', '.join(ARCHIVE_SUFFIXES)}) "
+            "of them. Files are known by their file name; the name of their part is free.",
         },
     },
     "required": ["files"],
@@ -48,9 +49,7 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
     registry = face.require_registry()
     announced = request.headers.get("content-length", "")
     expected = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
-    most = face.settings.max_upload_bytes
-    if expected > most:
-        raise TooLarge(f"The upload is larger than {most} bytes.")
+    check_size(expected, face.settings.limits)
     publication = registry.publication(create=True, replace=replace, expected_bytes=expected)
     async with aclosing(request.stream()) as body:
         try:
@@ -70,17 +69,15 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
             await in_thread(publication.close)
 
 
-def register_folder(
-    face: Face, name: str, source: str, *, replace: bool, description: str | None = None
-) -> Published:
-    """Copy, judge and publish a folder that lies under an allowed root. Belongs in a thread."""
-    registry, settings = face.require_registry(), face.settings
-    roots = [*settings.allowed_lora_roots, *([settings.adapters] if settings.adapters else [])]
-    with registry.publication(create=True, replace=replace) as publication:
+def fetch(face: Face, name: str, uri: str, *, replace: bool, description: str | None = None) -> Published:
+    """Have the source of `uri` fetch an adapter, judge and publish it. Belongs in a thread.
+
+    Raises what Source and Publication raise, and Unavailable before the registry is open.
+    """
+    with face.require_registry().publication(create=True, replace=replace) as publication:
         publication.claim(name)
-        folder = resolve_source(source, roots)
-        copy_folder(folder, publication.staging, roots)
-        return publication.publish(f"file:{folder}", description=description)
+        provenance = face.sources.fill(uri, publication.staging, face.settings.limits)
+        return publication.publish(provenance, description=description)
 
 
 async def in_thread(call: Callable[[], T]) -> T:
@@ -108,16 +105,9 @@ async def _receive_into(
             raise InvalidRequest("`name` is not the name in the URL.", param="name")
 
     def finish() -> Published:
-        upload.finish()
-        return publication.publish("upload", description=description)
+        return publication.publish(upload.finish(), description=description)
 
-    upload = Upload(
-        content_type,
-        publication.staging,
-        on_field,
-        max_bytes=face.settings.max_upload_bytes,
-        max_unpacked_bytes=face.settings.max_unpacked_bytes,
-    )
+    upload = Upload(content_type, publication.staging, on_field, face.settings.limits)
     buffer = bytearray()
     async for chunk in _unstalled(body):
         buffer += chunk

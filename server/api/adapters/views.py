@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NotRequired, Self, TypedDict
 
-from server.messages import AdapterResult, EngineStats, Residency
-from server.registry.records import AdapterRecord, AdapterVersion, State, VersionRecord
+from server.messages import AdapterResult, EngineStats, Location
+from server.registry.records import AdapterRecord, AdapterState, AdapterVersion, VersionRecord
 
 
 class VersionView(TypedDict):
@@ -34,7 +34,7 @@ class PublishedView(VersionView):
 class VersionRecordView(VersionView):
     """A version, where it is, and what it has served so far. `reason` says why it cannot be used."""
 
-    residency: Residency
+    residency: Location
     last_load_ms: float | None
     requests: int
     tokens: int
@@ -50,7 +50,7 @@ class AdapterView(TypedDict):
 
     object: Literal["adapter"]
     name: str
-    state: State
+    state: AdapterState
     reason: str | None
     description: str
     pinned: bool
@@ -68,7 +68,7 @@ class AdapterView(TypedDict):
     bytes: NotRequired[int]
     source: NotRequired[str]
     share: NotRequired[float | None]
-    residency: NotRequired[Residency]
+    residency: NotRequired[Location]
     last_load_ms: NotRequired[float | None]
 
 
@@ -90,12 +90,12 @@ class LoadedView(TypedDict):
     name: str
     version: int
     digest: str
-    residency: Residency
+    residency: Location
     milliseconds: float
 
 
 @dataclass(frozen=True)
-class Places:
+class Locations:
     """Where the engine's last heartbeat says that weights are. Without an engine all are on disk only."""
 
     arena: frozenset[str] = frozenset()  # digests
@@ -105,7 +105,7 @@ class Places:
     def of(cls, stats: EngineStats | None) -> Self:
         return cls(frozenset(stats.resident), frozenset(stats.on_host)) if stats else cls()
 
-    def residency(self, digest: str) -> Residency:
+    def residency(self, digest: str) -> Location:
         return "arena" if digest in self.arena else "host" if digest in self.host else "disk"
 
 
@@ -128,7 +128,7 @@ def published_view(version: AdapterVersion) -> PublishedView:
     return {**version_view(version), "object": "adapter.version", "state": "ready"}
 
 
-def adapter_view(record: AdapterRecord, base_parameters: int, places: Places) -> AdapterView:
+def adapter_view(record: AdapterRecord, base_parameters: int, locations: Locations) -> AdapterView:
     view: AdapterView = {
         "object": "adapter",
         "name": record.name,
@@ -140,7 +140,7 @@ def adapter_view(record: AdapterRecord, base_parameters: int, places: Places) ->
         "requests": record.requests,
         "tokens": record.tokens,
         "last_used": record.last_used,
-        "versions": [_version_record_view(version, places) for version in record.versions],
+        "versions": [_version_record_view(version, locations) for version in record.versions],
     }
     current = next((v for v in record.versions if v.version == record.current), None)
     if current is None:
@@ -150,7 +150,7 @@ def adapter_view(record: AdapterRecord, base_parameters: int, places: Places) ->
         **version_view(version),
         **view,
         "share": version.parameters / base_parameters if base_parameters else None,
-        "residency": places.residency(version.digest),
+        "residency": locations.residency(version.digest),
         "last_load_ms": current.load_ms,
     }
 
@@ -166,10 +166,10 @@ def loaded_view(version: AdapterVersion, result: AdapterResult) -> LoadedView:
     }
 
 
-def _version_record_view(record: VersionRecord, places: Places) -> VersionRecordView:
+def _version_record_view(record: VersionRecord, locations: Locations) -> VersionRecordView:
     return {
         **version_view(record.version),
-        "residency": places.residency(record.version.digest),
+        "residency": locations.residency(record.version.digest),
         "last_load_ms": record.load_ms,
         "requests": record.requests,
         "tokens": record.tokens,

@@ -10,7 +10,6 @@ from starlette.responses import Response
 from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
-from server.api.inference.plan import Plan, judge_prompts, output_room, sampling_params, text_options
 from server.api.inference.replies import (
     Chat,
     ChatChoice,
@@ -24,6 +23,13 @@ from server.api.inference.replies import (
 )
 from server.api.inference.reply import Reply, logprobs_of, text_of
 from server.api.inference.schemas import ChatRequest, Message, parse
+from server.api.inference.spec import (
+    GenerationSpec,
+    judge_prompts,
+    output_room,
+    sampling_params,
+    text_options,
+)
 from server.api.inference.sse import generate
 from server.api.operation import Operation
 from server.errors import InvalidRequest
@@ -36,25 +42,25 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 @Operation({200: Chat}, ChatRequest, chunk=ChatChunk, counted=True)
 async def create_chat_completion(request: Request) -> Response:
-    return await generate(request, _plan)
+    return await generate(request, _spec)
 
 
-def _plan(face: Face, info: EngineInfo, body: bytes) -> Plan:
-    asked = parse(ChatRequest, body, info.max_model_len)
-    mix = AdapterMix.of(asked, face.base.name)
-    if asked.top_logprobs is not None and not asked.logprobs:
+def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
+    request = parse(ChatRequest, body, info.max_model_len)
+    mix = AdapterMix.of(request, face.base.name)
+    if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    prompt = chat_prompt(face, asked.messages, asked.chat_template_kwargs)
-    judge_prompts([prompt], info, asked.n, "messages")
-    room = output_room(len(prompt), _max_tokens(asked), None, info, "messages")
-    return Plan(
+    prompt = chat_prompt(face, request.messages, request.chat_template_kwargs)
+    judge_prompts([prompt], info, request.n, "messages")
+    room = output_room(len(prompt), _max_tokens(request), None, info, "messages")
+    return GenerationSpec(
         mix=mix,
         prompts=[prompt],
-        sampling=[sampling_params(asked, info, room)],
-        n=asked.n,
-        text=text_options(asked, face.tokenizer),
-        stream=bool(asked.stream),
-        reply=ChatReply(asked, face),
+        sampling=[sampling_params(request, info, room)],
+        n=request.n,
+        text=text_options(request, face.tokenizer),
+        stream=bool(request.stream),
+        reply=ChatReply(request, face),
     )
 
 
@@ -69,12 +75,12 @@ def chat_prompt(
     return tokenizer.encode_chat(text)
 
 
-def _max_tokens(asked: ChatRequest) -> int | None:
-    if asked.max_completion_tokens is None:
-        return asked.max_tokens
-    if asked.max_tokens not in (None, asked.max_completion_tokens):
+def _max_tokens(request: ChatRequest) -> int | None:
+    if request.max_completion_tokens is None:
+        return request.max_tokens
+    if request.max_tokens not in (None, request.max_completion_tokens):
         raise InvalidRequest("max_tokens: differs from max_completion_tokens", param="max_tokens")
-    return asked.max_completion_tokens
+    return request.max_completion_tokens
 
 
 class ChatReply(Reply):

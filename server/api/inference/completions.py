@@ -9,10 +9,16 @@ from starlette.responses import Response
 from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
-from server.api.inference.plan import Plan, judge_prompts, output_room, sampling_params, text_options
 from server.api.inference.replies import Completion, CompletionChoice, CompletionLogprobs
 from server.api.inference.reply import Reply, logprobs_of, text_of
 from server.api.inference.schemas import CompletionRequest, parse
+from server.api.inference.spec import (
+    GenerationSpec,
+    judge_prompts,
+    output_room,
+    sampling_params,
+    text_options,
+)
 from server.api.inference.sse import generate
 from server.api.operation import Operation
 from server.errors import InvalidRequest
@@ -27,31 +33,31 @@ _DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
 @router.post("/v1/completions")
 @Operation({200: Completion}, CompletionRequest, chunk=Completion, counted=True)
 async def create_completion(request: Request) -> Response:
-    return await generate(request, _plan)
+    return await generate(request, _spec)
 
 
-def _plan(face: Face, info: EngineInfo, body: bytes) -> Plan:
-    asked = parse(CompletionRequest, body, info.max_model_len)
-    mix = AdapterMix.of(asked, face.base.name)
-    if asked.echo and asked.logprobs is not None:
+def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
+    request = parse(CompletionRequest, body, info.max_model_len)
+    mix = AdapterMix.of(request, face.base.name)
+    if request.echo and request.logprobs is not None:
         raise InvalidRequest(
             "logprobs: not supported together with echo", param="logprobs", code="unsupported"
         )
-    prompts = [_encode(face, prompt) for prompt in asked.prompt]
-    judge_prompts(prompts, info, asked.n, "prompt")
+    prompts = [_encode(face, prompt) for prompt in request.prompt]
+    judge_prompts(prompts, info, request.n, "prompt")
     sampling = []
     for ids in prompts:
-        room = output_room(len(ids), asked.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
-        sampling.append(sampling_params(asked, info, room))
-    echoes = [_echo(face, prompt, ids) for prompt, ids in zip(asked.prompt, prompts, strict=True)]
-    return Plan(
+        room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
+        sampling.append(sampling_params(request, info, room))
+    echoes = [_echo(face, prompt, ids) for prompt, ids in zip(request.prompt, prompts, strict=True)]
+    return GenerationSpec(
         mix=mix,
         prompts=prompts,
         sampling=sampling,
-        n=asked.n,
-        text=text_options(asked, face.tokenizer),
-        stream=bool(asked.stream),
-        reply=CompletionReply(asked, face, echoes if asked.echo else None),
+        n=request.n,
+        text=text_options(request, face.tokenizer),
+        stream=bool(request.stream),
+        reply=CompletionReply(request, face, echoes if request.echo else None),
     )
 
 
@@ -71,8 +77,8 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     whole = part = Completion
 
-    def __init__(self, asked: CompletionRequest, face: Face, echoes: list[str] | None) -> None:
-        super().__init__(asked, face)
+    def __init__(self, request: CompletionRequest, face: Face, echoes: list[str] | None) -> None:
+        super().__init__(request, face)
         self._echoes = echoes
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> CompletionChoice:

@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from server.api.inference.replies import FinishReason
+from server.api.inference.replies import ChoiceFinishReason
 from server.border.client import EngineClient
 from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
@@ -43,7 +43,7 @@ class Delta(msgspec.Struct, gc=False):
     choice: Choice
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason | None
+    finish_reason: ChoiceFinishReason | None
     logprobs: list[TokenLogprobs] | None
 
 
@@ -62,7 +62,7 @@ class Choice:
         self.request_id = request_id
         self.completion_tokens = 0
         self.cached_tokens = 0
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: ChoiceFinishReason | None = None
         self._options = options
         self._detokenizer = (
             Detokenizer(options.tokenizer, skip_special_tokens=options.skip_special_tokens)

@@ -1,4 +1,4 @@
-"""Which adapters a request runs with: names as asked, then versions that are held while it runs."""
+"""Which adapters a request runs with: the names that it gives, then their versions, leased while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.registry.records import AdapterVersion
 
 
 @dataclass(frozen=True)
-class HeldMix:
+class LeasedMix:
     """Versions whose files stay while the request runs; no members for the base model."""
 
     members: tuple[tuple[AdapterVersion, float], ...] = ()  # with the weight of its delta
@@ -54,11 +54,11 @@ class AdapterMix:
         return cls([(name, weight * scale, param) for name, weight, param in members])
 
     @contextmanager
-    def hold(self, face: Face) -> Iterator[HeldMix]:
+    def lease(self, face: Face) -> Iterator[LeasedMix]:
         """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound,
         and InvalidRequest for ranks that the engine's kernels cannot take."""
         if not self._members:
-            yield HeldMix()
+            yield LeasedMix()
             return
         registry = face.require_registry()
         with ExitStack() as leases:
@@ -72,16 +72,16 @@ class AdapterMix:
                 version = lease.version
                 face.names.remember(version.digest, version.name)
                 members.append((version, weight))
-            held = HeldMix(tuple(members))
-            self._judge_rank(held, face.engine.info)
-            yield held
+            leased = LeasedMix(tuple(members))
+            self._judge_rank(leased, face.engine.info)
+            yield leased
 
-    def _judge_rank(self, held: HeldMix, info: EngineInfo | None) -> None:
+    def _judge_rank(self, leased: LeasedMix, info: EngineInfo | None) -> None:
         limit = info.max_mix_rank if info else None
-        if limit is not None and held.rank > limit:
+        if limit is not None and leased.rank > limit:
             param = self._members[0][2].partition("[")[0]  # of a composition, the list
             raise InvalidRequest(
-                f"{param}: ranks of {held.rank} on one module, the limit of this server is {limit}",
+                f"{param}: ranks of {leased.rank} on one module, the limit of this server is {limit}",
                 param=param,
                 code="unsupported",
             )

@@ -34,14 +34,14 @@ class Reply(ABC):
     whole: ClassVar[type[Answer]]
     part: ClassVar[type[Answer]]
 
-    def __init__(self, asked: GenerationRequest, face: Face) -> None:
+    def __init__(self, request: GenerationRequest, face: Face) -> None:
         self.tokenizer = face.tokenizer
-        self._usage_wanted = bool(asked.stream_options and asked.stream_options.include_usage)
-        self._token_ids_wanted = asked.return_token_ids
+        self._usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
+        self._token_ids_wanted = request.return_token_ids
         self._head = self.part(
             id=f"{self.id_prefix}-{uuid.uuid4().hex}",
             created=int(time.time()),
-            model=asked.model or face.base.name,
+            model=request.model or face.base.name,
             adapter_version=None,
             choices=[],
             usage=None if self._usage_wanted else UNSET,
@@ -66,12 +66,12 @@ class Reply(ABC):
     def chunk(self, delta: Delta) -> bytes:
         """The JSON of one chunk; empty when the delta shows nothing."""
         first = delta.choice.index not in self._started
-        told = self._token_ids_wanted or delta.logprobs or delta.finish_reason
-        if not (delta.text or told or first):
+        says_more = self._token_ids_wanted or delta.logprobs or delta.finish_reason
+        if not (delta.text or says_more or first):
             return b""
         self._started.add(delta.choice.index)
-        made = self.choice_of_part(delta, first=first)
-        self._head.choices = [self._with_tokens(made, delta.choice, [delta], with_prompt=first)]
+        shown = self.choice_of_part(delta, first=first)
+        self._head.choices = [self._with_tokens(shown, delta.choice, [delta], with_prompt=first)]
         return _ENCODER.encode(self._head)
 
     def usage_chunk(self) -> bytes | None:
@@ -97,12 +97,12 @@ class Reply(ABC):
         return _ENCODER.encode(whole)
 
     def _with_tokens(
-        self, made: AnyChoice, choice: Choice, deltas: list[Delta], *, with_prompt: bool
+        self, shown: AnyChoice, choice: Choice, deltas: list[Delta], *, with_prompt: bool
     ) -> AnyChoice:
         if self._token_ids_wanted:
-            made.token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-            made.prompt_token_ids = choice.request.prompt_token_ids if with_prompt else UNSET
-        return made
+            shown.token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+            shown.prompt_token_ids = choice.request.prompt_token_ids if with_prompt else UNSET
+        return shown
 
 
 def logprobs_of(deltas: list[Delta]) -> list[TokenLogprobs]:

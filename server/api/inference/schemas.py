@@ -75,8 +75,8 @@ def _prompts(value: object) -> list[str | list[int]]:
     return prompts
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+_Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Field(ge=0)]
 _Few = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompts = Annotated[
@@ -141,8 +141,8 @@ class GenerationRequest(_Strict):
     seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
 
     stop: Annotated[
-        StopStrings | None,
-        BeforeValidator(_one_or_many, json_schema_input_type=StopString | StopStrings | None),
+        _Stops | None,
+        BeforeValidator(_one_or_many, json_schema_input_type=_Stop | _Stops | None),
     ] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOPS)] = None
     ignore_eos: bool = False

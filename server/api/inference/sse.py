@@ -14,8 +14,8 @@ from server.api.body import beside_loop, read_body
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
 from server.api.inference.generation import Choice, ClientGone, Generation
-from server.api.inference.mix import HeldMix
-from server.api.inference.plan import Plan
+from server.api.inference.mix import LeasedMix
+from server.api.inference.spec import GenerationSpec
 from server.messages import EngineInfo
 
 DONE = b"data: [DONE]\n\n"
@@ -26,32 +26,34 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
-async def generate(request: Request, plan: Callable[[Face, EngineInfo, bytes], Plan]) -> Response:
-    """What an inference route answers. `plan` judges the body, in a thread when that is large."""
+async def generate(
+    request: Request, spec_of: Callable[[Face, EngineInfo, bytes], GenerationSpec]
+) -> Response:
+    """What an inference route answers. `spec_of` judges the body, in a thread when that is large."""
     face = face_of(request)
     info = face.require_engine()
     body = await read_body(request, face.settings.max_request_bytes)
-    return GenerationResponse(face, request, await beside_loop(len(body), lambda: plan(face, info, body)))
+    return GenerationResponse(face, request, await beside_loop(len(body), lambda: spec_of(face, info, body)))
 
 
 class GenerationResponse(Response):
-    """Runs a plan and sends what comes of it. One `with` spans all that the request holds."""
+    """Runs a spec and sends what comes of it. One `with` spans all that the request holds."""
 
-    def __init__(self, face: Face, request: Request, plan: Plan) -> None:
+    def __init__(self, face: Face, request: Request, spec: GenerationSpec) -> None:
         super().__init__()
         self._face = face
         self._request = request
-        self._plan = plan
+        self._spec = spec
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what failed before the first token, so that it is answered with its own status."""
-        face, plan = self._face, self._plan
+        face, spec = self._face, self._spec
         try:
-            with plan.mix.hold(face) as held:
-                choices = plan.choices(held)
-                plan.reply.start(held.version, choices)
+            with spec.mix.lease(face) as leased:
+                choices = spec.choices(leased)
+                spec.reply.start(leased.version, choices)
                 generation = Generation(face.engine, choices, face.metrics)
-                with face.drain.serving(generation.fail), _counted(face, held, choices):
+                with face.drain.serving(generation.fail), _counted(face, leased, choices):
                     await self._answer(generation, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
@@ -60,7 +62,7 @@ class GenerationResponse(Response):
         async with generation:
             watch = asyncio.create_task(_watch(receive, generation))
             try:
-                if self._plan.stream:
+                if self._spec.stream:
                     await self._stream(generation, send)
                 else:
                     await self._whole(generation, send)
@@ -68,7 +70,7 @@ class GenerationResponse(Response):
                 watch.cancel()
 
     async def _whole(self, generation: Generation, send: Send) -> None:
-        reply = self._plan.reply
+        reply = self._spec.reply
         while ready := await generation.take():
             for delta in ready:
                 reply.add(delta)
@@ -79,7 +81,7 @@ class GenerationResponse(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        reply = self._plan.reply
+        reply = self._spec.reply
         try:
             while ready:
                 events = b"".join([event(chunk) for delta in ready if (chunk := reply.chunk(delta))])
@@ -97,13 +99,13 @@ class GenerationResponse(Response):
 
 
 @contextmanager
-def _counted(face: Face, held: HeldMix, choices: list[Choice]) -> Iterator[None]:
+def _counted(face: Face, leased: LeasedMix, choices: list[Choice]) -> Iterator[None]:
     """Adds the request and its tokens to the registry's figures, however it ended."""
     try:
         yield
     finally:
         tokens = sum(choice.completion_tokens for choice in choices)
-        for version, _ in held.members:
+        for version, _ in leased.members:
             face.require_registry().served(version, tokens)
 
 

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, BinaryIO
 
+from server.config import Limits
 from server.errors import InvalidRequest, TooLarge
 from server.peft.format import CONFIG_NAME, WEIGHTS_NAME, is_pickle, pickle_refused
 from server.registry.store import CHUNK_BYTES, FILE_NAMES, Staging
@@ -33,25 +33,25 @@ _BROKEN = (
 )  # fmt: skip
 
 
-def unpack(archive: Path, staging: Staging, max_bytes: int) -> None:
+def unpack(archive: BinaryIO, staging: Staging, limits: Limits) -> None:
     """Write the adapter's files of `archive` (zip, tar or gzipped tar, told by content) into `staging`.
 
-    Raises InvalidRequest for an archive that is broken or unsafe, TooLarge when more than `max_bytes` come
-    out of it, UnsupportedMedia when its weights are a pickle.
+    Raises InvalidRequest for an archive that is broken or unsafe, TooLarge when more than
+    `max_unpacked_bytes` come out of it, UnsupportedMedia when its weights are a pickle. Where the archive
+    itself is at fault, `param` is "file".
     """
-    with archive.open("rb") as file:
-        head = file.read(512)
-        file.seek(0)
-        wanted = _Wanted(staging)
-        if head[:4] in (b"PK\3\4", b"PK\5\6"):
-            _unpack_zip(file, wanted, max_bytes)
-        elif head[:2] == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=file) as unzipped:
-                _unpack_tar(_Forward(unzipped, max_bytes), wanted)
-        elif head[257:262] == b"ustar":
-            _unpack_tar(_Forward(file, max_bytes), wanted)
-        else:
-            raise _refuse("is neither a zip nor a tar archive")
+    head = archive.read(512)
+    archive.seek(0)
+    wanted, most = _Wanted(staging), limits.max_unpacked_bytes
+    if head[:4] in (b"PK\3\4", b"PK\5\6"):
+        _unpack_zip(archive, wanted, most)
+    elif head[:2] == b"\x1f\x8b":
+        with gzip.GzipFile(fileobj=archive) as unzipped:
+            _unpack_tar(_ForwardStream(unzipped, most), wanted)
+    elif head[257:262] == b"ustar":
+        _unpack_tar(_ForwardStream(archive, most), wanted)
+    else:
+        raise _refuse("is neither a zip nor a tar archive")
     wanted.check_complete()
 
 
@@ -82,7 +82,7 @@ class _Wanted:
     pickle: bool = False
 
     def __post_init__(self) -> None:
-        self._found: set[str] = set()
+        self._files: set[str] = set()
 
     def admit(self, name: str) -> str | None:
         """Judge one regular entry by its name; the adapter file that it is, or None to pass over it."""
@@ -99,10 +99,10 @@ class _Wanted:
             raise _refuse(f"has {last} deeper than one folder")
         if self.folder is not None and parent != self.folder:
             raise _refuse("has its adapter files in more than one folder")
-        if last in self._found:
+        if last in self._files:
             raise _refuse(f"holds {last} twice")
         self.folder = parent
-        self._found.add(last)
+        self._files.add(last)
         return last
 
     def check_entry(self, name: str) -> None:
@@ -115,22 +115,21 @@ class _Wanted:
             raise _refuse("has an entry whose name points out of it")
 
     def check_complete(self) -> None:
-        if WEIGHTS_NAME not in self._found and self.pickle:
+        if WEIGHTS_NAME not in self._files and self.pickle:
             raise pickle_refused(WEIGHTS_NAME)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if name not in self._found:
+            if name not in self._files:
                 raise InvalidRequest(f"The archive holds no {name}.", param=name)
 
     def store(self, name: str, member: IO[bytes], count: Callable[[int], None]) -> None:
-        sink = self.staging.sink(name)
-        while True:
-            with _broken_is_refused():
-                data = member.read(CHUNK_BYTES)
-            if not data:
-                break
-            count(len(data))
-            sink.write(data)
-        sink.close()
+        with self.staging.sink(name) as sink:
+            while True:
+                with _broken_is_refused():
+                    data = member.read(CHUNK_BYTES)
+                if not data:
+                    break
+                count(len(data))
+                sink.write(data)
 
 
 def _unpack_zip(file: BinaryIO, wanted: _Wanted, max_bytes: int) -> None:
@@ -169,7 +168,7 @@ def _admit_zip(info: zipfile.ZipInfo, wanted: _Wanted) -> str | None:
     return wanted.admit(info.filename)
 
 
-def _unpack_tar(stream: _Forward, wanted: _Wanted) -> None:
+def _unpack_tar(stream: _ForwardStream, wanted: _Wanted) -> None:
     with _broken_is_refused():
         archive = tarfile.TarFile(fileobj=stream)  # type: ignore[arg-type]  # all that tarfile calls
     while True:
@@ -209,7 +208,7 @@ class _BoundedReads:
         return self._file.read(CHUNK_BYTES if size < 0 else size)
 
 
-class _Forward:
+class _ForwardStream:
     """A stream for `tarfile` that only goes forward and stops at `most` bytes, read or passed over.
 
     `tarfile` reads extended headers in one piece, however large they say they are; a piece is bounded too.

@@ -10,7 +10,7 @@ from pathlib import Path
 from server.errors import ChorusError, Conflict
 from server.peft.format import CONFIG_NAME
 from server.registry.registry import Registry
-from server.registry.sources.upload import copy_folder
+from server.registry.sources.local import copy_folder
 from server.registry.store import FILE_NAMES
 
 FOLDER_SOURCE = "folder:"
@@ -29,19 +29,19 @@ def register_tree(registry: Registry, root: Path | None) -> list[tuple[str, str 
     if root is not None and not root.is_dir():
         _log.error("the adapters folder %s does not exist; what came from it before is kept", root)
         return []
-    found = dict(adapter_folders(root)) if root is not None else {}
+    folders = dict(adapter_folders(root)) if root is not None else {}
     stamps = registry.folder_stamps()
 
     def register(name: str) -> str | None:
-        reason = _register(registry, name, found[name], stamps.get(name))
+        reason = _register(registry, name, folders[name], stamps.get(name))
         if reason is not None:
             _log.error("adapter folder %s was not registered: %s", name, reason)
             registry.failed(name, reason)
         return reason
 
     with ThreadPoolExecutor(4, thread_name_prefix="adapter-folder") as pool:
-        outcome = list(zip(found, pool.map(register, found), strict=True))
-    for name in stamps.keys() - found.keys():
+        outcome = list(zip(folders, pool.map(register, folders), strict=True))
+    for name in stamps.keys() - folders.keys():
         sources = [version.version.source for version in registry.get(name).versions]
         if all(source.startswith(FOLDER_SOURCE) for source in sources):
             _log.info("adapter %s: its folder is gone, so it is not served any more", name)

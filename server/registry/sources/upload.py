@@ -1,31 +1,26 @@
-"""Where adapter files come from: a multipart upload, or a folder on this machine.
-
-Each source fills a `Staging`; what is in it is judged before anybody sees it.
-"""
+"""Adapter files that clients send: a multipart upload, pushed into staging as it comes."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from urllib.parse import unquote
+from collections.abc import Callable
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from server.errors import Forbidden, InvalidRequest, NotFound, TooLarge
-from server.peft.format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    holds_pickle,
-    is_pickle,
-    pickle_refused,
-)
+from server.config import Limits
+from server.errors import InvalidRequest, TooLarge
+from server.peft.format import CONFIG_NAME, WEIGHTS_NAME, is_pickle, pickle_refused
 from server.registry.sources.archive import ARCHIVE_SUFFIXES, unpack
-from server.registry.store import FILE_NAMES, Sink, Staging, full_disk_is_refused, open_regular
+from server.registry.store import FILE_NAMES, Sink, Staging, full_disk_is_refused
 
 _MAX_FIELD_BYTES = 16 * 1024
 _FIELDS = ("name", "description")
+
+
+def check_size(nbytes: int, limits: Limits) -> None:
+    """Of an upload, announced or received. Raises TooLarge."""
+    if nbytes > limits.max_upload_bytes:
+        raise TooLarge(f"The upload is larger than {limits.max_upload_bytes} bytes.")
 
 
 class Upload:
@@ -36,8 +31,8 @@ class Upload:
     and may refuse it, so that a bad name is refused before the weights are sent. `feed` and `finish`
     belong in a thread: they write, hash and unpack.
 
-    Raises InvalidRequest, TooLarge (more than `max_bytes`, or `max_unpacked_bytes` out of an archive),
-    UnsupportedMedia for pickles, InsufficientStorage, and whatever `on_field` raises.
+    Raises InvalidRequest, TooLarge, UnsupportedMedia for pickles, InsufficientStorage, and whatever
+    `on_field` raises.
     """
 
     def __init__(
@@ -45,17 +40,14 @@ class Upload:
         content_type: str,
         staging: Staging,
         on_field: Callable[[str, str], None],
-        *,
-        max_bytes: int,
-        max_unpacked_bytes: int,
+        limits: Limits,
     ) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidRequest("The upload must be multipart/form-data with a boundary.")
         self._staging = staging
         self._on_field = on_field
-        self._max_bytes = max_bytes
-        self._max_unpacked_bytes = max_unpacked_bytes
+        self._limits = limits
         self._received = 0
         self._ended = False
         self._fields: set[str] = set()
@@ -71,28 +63,30 @@ class Upload:
     def feed(self, data: bytes) -> None:
         """The next bytes of the body."""
         self._received += len(data)
-        if self._received > self._max_bytes:
-            raise TooLarge(f"The upload is larger than {self._max_bytes} bytes.")
+        check_size(self._received, self._limits)
         with full_disk_is_refused():
             try:
                 self._parser.write(data)
             except FormParserError as error:
                 raise InvalidRequest("The body is not well-formed multipart/form-data.") from error
 
-    def finish(self) -> None:
-        """The body is complete: unpack the archive, if there is one, and see that both files are there."""
+    def finish(self) -> str:
+        """The body is complete: unpack the archive, if there is one, and see that both files are there.
+
+        Returns the provenance, as `Source.fill` does.
+        """
         if not self._ended:
             raise InvalidRequest("The body ended before its last part.")
         if "archive" in self._files:
-            with full_disk_is_refused():
-                unpack(self._staging.scratch, self._staging, self._max_unpacked_bytes)
-            return
-        for name in FILE_NAMES:
+            with full_disk_is_refused(), self._staging.scratch.open("rb") as archive:
+                unpack(archive, self._staging, self._limits)
+        for name in () if "archive" in self._files else FILE_NAMES:
             if name not in self._files:
                 raise InvalidRequest(
                     f"The upload lacks {name}; it takes {CONFIG_NAME} and {WEIGHTS_NAME}, or one archive.",
                     param=name,
                 )
+        return "upload"
 
     def _new_parser(self, boundary: bytes) -> MultipartParser:
         def end() -> None:
@@ -178,57 +172,3 @@ class Upload:
         except UnicodeDecodeError:
             raise InvalidRequest(f"`{self._field}` is not UTF-8.", param=self._field) from None
         self._on_field(self._field, text)
-
-
-def resolve_source(source: str, roots: Sequence[Path]) -> Path:
-    """The folder that `source` (`file:...`, or a plain path) names, if it lies under one of `roots`.
-
-    Raises Forbidden outside of them (whether or not it exists, so that nothing can be probed), NotFound
-    when there is no such folder, InvalidRequest for a scheme that is not supported.
-    """
-    scheme, colon, rest = source.partition(":")
-    if not colon or not (scheme == "file" or rest.startswith("//")):
-        scheme, rest = "", source
-    if scheme in ("http", "https"):
-        raise Forbidden("This server does not fetch adapters over http.", param="source")
-    if scheme not in ("", "file"):
-        raise InvalidRequest(f"Sources of the kind `{scheme[:20]}://` are not supported.", param="source")
-    path = unquote(rest.removeprefix("//")) if scheme else rest
-    if not path or "\0" in path:
-        raise InvalidRequest("The source names no folder.", param="source")
-    try:
-        folder = Path(path).resolve()
-    except (OSError, RuntimeError):  # too long, or a loop of links
-        raise Forbidden("The source lies outside the folders this server may read.", param="source") from None
-    if not _is_under(folder, roots):
-        raise Forbidden("The source lies outside the folders this server may read.", param="source")
-    if not folder.is_dir():
-        raise NotFound("The source folder does not exist.", param="source")
-    return folder
-
-
-def copy_folder(folder: Path, staging: Staging, roots: Sequence[Path] | None = None) -> None:
-    """Copy the two adapter files of a folder in. With `roots`, links may not lead out of them.
-
-    Raises InvalidRequest when one is missing, UnsupportedMedia when there are only pickles, Forbidden,
-    InsufficientStorage.
-    """
-    for name in FILE_NAMES:
-        file = (folder / name).resolve()
-        if roots is not None and not _is_under(file, roots):
-            raise Forbidden(f"{name} lies outside the folders this server may read.", param=name)
-        try:
-            source = open_regular(file)
-        except OSError:
-            if name == WEIGHTS_NAME and holds_pickle(folder):
-                raise pickle_refused(name) from None
-            raise InvalidRequest(f"The folder has no readable {name}.", param=name) from None
-        try:
-            with full_disk_is_refused():
-                staging.copy(name, source)
-        finally:
-            os.close(source)
-
-
-def _is_under(path: Path, roots: Sequence[Path]) -> bool:
-    return any(path.is_relative_to(root.resolve()) for root in roots)

@@ -13,7 +13,7 @@ from server.engine.engine import Engine
 from server.lora.kernels.interface import LoraKernels
 from server.model.device import Operators
 from server.model.loader import LoadedModel, load
-from server.model.memory import plan_memory
+from server.model.memory import memory_sizes
 from tests.engine.harness import settings_for
 
 
@@ -31,7 +31,7 @@ def make_interpreted(*arguments: object, **overrides: object) -> Engine:
     """As `harness.make_engine`."""
     settings, device = settings_for(*arguments, **overrides), InterpretedCuda()  # type: ignore[arg-type]  # the same
     loaded = load(settings)
-    return Engine(settings, loaded, plan_memory(settings, loaded, device), device)
+    return Engine(settings, loaded, memory_sizes(settings, loaded, device), device)
 
 
 def capture(engine: Engine, how: Capture, most: int) -> None:

@@ -11,6 +11,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from server.errors import ChorusError, InvalidRequest, TooLarge, UnsupportedMedia
 from server.registry.sources.archive import unpack
 from server.registry.store import Staging
+from tests.lora.adapter_folder import LIMITS
 from tests.registry import adapter_files
 from tests.registry.adapter_files import tarred, zipped
 
@@ -34,8 +36,7 @@ def staging(tmp_path: Path) -> Iterator[Staging]:
 
 
 def unpacked(staging: Staging, archive: bytes, most: int = MIB) -> dict[str, bytes]:
-    staging.scratch.write_bytes(archive)
-    unpack(staging.scratch, staging, most)
+    unpack(io.BytesIO(archive), staging, replace(LIMITS, max_unpacked_bytes=most))
     return {file.name: file.read_bytes() for file in staging.content.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""What a source puts into staging, and what it refuses."""
+"""What an upload puts into staging, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.errors import Forbidden, InvalidRequest, NotFound, TooLarge, UnsupportedMedia
-from server.registry.sources.upload import Upload, resolve_source
+from server.errors import InvalidRequest, TooLarge, UnsupportedMedia
+from server.registry.sources.upload import Upload
 from server.registry.store import Staging
+from tests.lora.adapter_folder import LIMITS
 from tests.registry import adapter_files
 
 
@@ -33,8 +33,7 @@ def received(root: Path, chunks: Iterator[bytes], boundary: str) -> tuple[dict[s
             f"multipart/form-data; boundary={boundary}",
             staging,
             fields.__setitem__,
-            max_bytes=10**6,
-            max_unpacked_bytes=10**6,
+            LIMITS,
         )
         for chunk in chunks:
             upload.feed(chunk)
@@ -65,30 +64,3 @@ def test_a_damaged_body_is_refused_or_read(tmp_path: Path, at: int, byte: int, e
     with suppress(InvalidRequest, TooLarge, UnsupportedMedia):
         received(tmp_path, iter([bytes(body[:end]) if end < 3000 else bytes(body)]), "b")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sources(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    folder = root / "a b"
-    folder.mkdir(parents=True)
-    (root / "100%25").mkdir()
-    assert resolve_source(str(folder), [root]) == folder
-    assert resolve_source(f"file:{folder}", [root]) == folder
-    assert resolve_source(folder.as_uri(), [root]) == folder
-    assert resolve_source(str(root / "100%25"), [root]) == root / "100%25"  # only a URI is unquoted
-    for source, kind in (
-        (str(root / "missing"), NotFound),
-        (str(tmp_path), Forbidden),
-        (f"file:{root}/../..", Forbidden),
-        (f"file:{root}/%2e%2e", Forbidden),
-        ("relative", Forbidden),
-        ("file://elsewhere/x", Forbidden),
-        ("http://x/y", Forbidden),
-        ("ftp://x/y", InvalidRequest),
-        ("hf://x/y", InvalidRequest),
-        ("", InvalidRequest),
-    ):
-        with pytest.raises(kind):
-            resolve_source(source, [root])
-    with pytest.raises(Forbidden):
-        resolve_source(str(folder), [])

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from server.api.inference.generation import Choice, TextOptions
-from server.api.inference.mix import AdapterMix, HeldMix
+from server.api.inference.mix import AdapterMix, LeasedMix
 from server.api.inference.reply import Reply
 from server.api.inference.schemas import MAX_SEQUENCES, GenerationRequest
 from server.errors import InvalidRequest
@@ -15,7 +15,7 @@ from server.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationSpec:
     """What to run: `n` choices of each prompt, each prompt with its own sampling (its room differs)."""
 
     mix: AdapterMix
@@ -26,24 +26,24 @@ class Plan:
     stream: bool
     reply: Reply
 
-    def choices(self, held: HeldMix) -> list[Choice]:
+    def choices(self, leased: LeasedMix) -> list[Choice]:
         """Choice i * n + k is the k-th of prompt i. Their ids are new, whatever the client calls them."""
         run = uuid.uuid4().hex
-        made = []
+        choices = []
         for at, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
             ids = [f"{run}-{at * self.n + k}" for k in range(self.n)]
             forks = tuple(Fork(ids[k], _seed(sampling.seed, k)) for k in range(1, self.n))
-            request = Request(ids[0], prompt, sampling, held.refs, forks)
-            made += [
+            request = Request(ids[0], prompt, sampling, leased.refs, forks)
+            choices += [
                 Choice(at * self.n + k, at, request, request_id, self.text)
                 for k, request_id in enumerate(ids)
             ]
-        return made
+        return choices
 
 
-def _seed(asked: int | None, k: int) -> int | None:
+def _seed(seed: int | None, k: int) -> int | None:
     """Choices of one prompt differ: the k-th one counts its seed k up, within an int64."""
-    return None if asked is None else (asked + k + 2**63) % 2**64 - 2**63
+    return None if seed is None else (seed + k + 2**63) % 2**64 - 2**63
 
 
 def judge_prompts(prompts: list[list[int]], info: EngineInfo, n: int, param: str) -> None:
@@ -61,28 +61,30 @@ def judge_prompts(prompts: list[list[int]], info: EngineInfo, n: int, param: str
             )
 
 
-def output_room(prompt: int, asked: int | None, default: int | None, info: EngineInfo, param: str) -> int:
+def output_room(
+    prompt: int, max_tokens: int | None, default: int | None, info: EngineInfo, param: str
+) -> int:
     """How many tokens a prompt of `prompt` tokens may be continued by.
 
-    `asked` is the client's limit, `default` what holds without one (None: as many as fit). Raises
+    `max_tokens` is the client's limit, `default` what holds without one (None: as many as fit). Raises
     InvalidRequest where they do not fit into the context, or into the whole KV cache.
     """
     capacity = info.kv_blocks * info.block_size
     limit = min(info.max_model_len, capacity)
-    if asked is None and prompt < limit:
+    if max_tokens is None and prompt < limit:
         return min(default or limit, limit - prompt)
-    total = prompt + (asked or 1)
+    total = prompt + (max_tokens or 1)
     if total > info.max_model_len:
         raise InvalidRequest(
             f"This model's context is {info.max_model_len} tokens; the prompt has {prompt} and "
-            f"{asked or 1} more were asked for.",
+            f"{max_tokens or 1} more were asked for.",
             param=param if prompt >= info.max_model_len else "max_tokens",
             code="context_length_exceeded",
         )
     if total > capacity:
         raise InvalidRequest(
-            f"The prompt has {prompt} tokens and {asked or 1} more were asked for: this can never fit into "
-            f"the KV cache of {capacity} tokens.",
+            f"The prompt has {prompt} tokens and {max_tokens or 1} more were asked for: this can never fit "
+            f"into the KV cache of {capacity} tokens.",
             param=param if prompt >= capacity else "max_tokens",
             code="never_fits",
         )
