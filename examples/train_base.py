@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from examples import corpus
 from examples.tasks import END_OF_TEXT, TURN_END, TURN_START
+from examples.training import HAS_BFLOAT16
 
 BASE_MODEL = Path("models/chorus-tiny")
 MAX_POSITIONS = 2048
@@ -208,7 +209,7 @@ def train(
             group["lr"] = learning_rate(step, steps, peak_learning_rate)
         input_ids = next(batches)
         # bfloat16 products double the speed on CPUs that have them; weights and optimizer stay in float32
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
             loss = model(input_ids=input_ids, labels=input_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

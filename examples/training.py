@@ -30,6 +30,9 @@ GOOD_ENOUGH = 0.95  # held-out exact match that a bundled adapter must reach
 
 _NO_LOSS = -100  # the label that cross entropy leaves out
 
+# Products of bfloat16 are twice as fast as float32's where the processor has them, and far slower elsewhere.
+HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
 
 def load_base(path: Path = BASE_MODEL) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model in float32, and its tokenizer."""
@@ -77,7 +80,7 @@ def train_adapter(
     model.train()
     started, loss_sum = time.monotonic(), 0.0
     for step, batch in zip(range(1, steps + 1), _batches(rows, batch_size, seed), strict=False):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
             loss = model(**collate(batch, tokenizer.pad_token_id)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

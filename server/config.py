@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     host_cache_bytes: Bytes | None = Field(
         None, ge=0, description="Packed adapters kept in host memory, bytes. Default: from free memory."
     )
+    attention: str = Field(
+        "auto", description="Attention backend, by the device's name for it; auto: its fastest."
+    )
     enforce_eager: bool = Field(
         False, description="On CUDA, run decode steps kernel by kernel, not as captured graphs."
     )

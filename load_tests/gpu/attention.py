@@ -74,7 +74,8 @@ def measure(contexts: Sequence[int], rate: float, cold_bytes: int = COLD_BYTES) 
     """One batch; `rate`: bytes/s of a copy. The layers it rotates over hold `cold_bytes` together."""
     bytes_read = 2 * 2 * sum(contexts) * KV_HEADS * DIM
     layers = min(64, max(2, -(-cold_bytes // bytes_read)))
-    backend = PagedTritonAttention([LayerCacheSpec(KV_HEADS, DIM, DIM, HEADS)], torch.bfloat16)
+    spec = LayerCacheSpec(KV_HEADS, DIM, DIM, HEADS)
+    backend = PagedTritonAttention([spec], torch.bfloat16)
     plan = backend.prepare(decode_plan(contexts))
     assert plan.work is not None
     items, plan = len(plan.work.items), plan.to(torch.device(device()))
@@ -83,7 +84,7 @@ def measure(contexts: Sequence[int], rate: float, cold_bytes: int = COLD_BYTES) 
         return torch.randn(*shape, device=device()).bfloat16()
 
     blocks = sum(-(-context // BLOCK) for context in contexts)
-    caches = [LayerCache(*(randn(blocks, KV_HEADS, BLOCK, DIM) for _ in "kv")) for _ in range(layers)]
+    caches = [LayerCache(*(randn(blocks, KV_HEADS, BLOCK, DIM) for _ in "kv"), spec) for _ in range(layers)]
     query, key, value = (randn(len(contexts), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def work() -> None:

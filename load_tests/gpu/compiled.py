@@ -98,7 +98,8 @@ def launch_attention(
     **options: Any,
 ) -> None:
     tokens = sum(queries)
-    cache = LayerCache(*(torch.empty(64, kv_heads, 16, dim, dtype=dtype) for _ in "kv"))
+    layer = LayerCacheSpec(kv_heads, dim, dim, kv_heads * ratio)
+    cache = LayerCache(*(torch.empty(64, kv_heads, 16, dim, dtype=dtype) for _ in "kv"), layer)
     plan = AttentionPlan(
         torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int(),
         torch.full((len(queries),), context, dtype=torch.int32),
@@ -113,7 +114,6 @@ def launch_attention(
     query, key, value = heads_THD.split([ratio * kv_heads, kv_heads, kv_heads], dim=1)
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(kv_heads * ratio, dtype=dtype)
-    layer = LayerCacheSpec(kv_heads, dim, dim, kv_heads * ratio)
     backend = PagedTritonAttention([layer], dtype, 2 * MULTIPROCESSORS)
     backend.forward(query, key, value, cache, backend.prepare(plan), AttentionOptions(0.1, **options))
 

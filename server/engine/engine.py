@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         self._runner = Runner(
             loaded,
-            operators or device.operators(loaded),
+            operators or device.operators(loaded, settings.attention),
             num_blocks=memory.kv_blocks,
             block_size=settings.block_size,
         )

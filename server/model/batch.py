@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Ordered
+from collections import abc
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from operator import itemgetter
@@ -21,6 +20,19 @@ _SPARE_BLOCKS = 8  # columns of the block tables that sequences may grow into
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Tokens of a batch that the step before sampled, on the device: the host has not read them yet."""
+
+    places: torch.Tensor  # [C] int64, indices into T
+    token_ids: torch.Tensor  # [C] int64, on the device
+
+    def put_into(self, token_ids_T: torch.Tensor) -> None:
+        """Each in its place of a batch's tokens on the device."""
+        places_C = self.places.to(token_ids_T.device, non_blocking=True)
+        token_ids_T.index_copy_(0, places_C, self.token_ids)
+
+
+@dataclass(frozen=True)
 class Batch:
     """The T tokens of a step in plan order, and the N rows among them whose logits are wanted."""
 
@@ -32,17 +44,21 @@ class Batch:
     sample_segments: Segments | None  # over the N rows
     samples: list[SampleRow]  # of the N rows
     rows: list[int]  # how many of the N rows are each run's
-    copies: torch.Tensor | None = (
-        None  # [C, 2] int64: blocks to copy before anything is computed, from and to
-    )
+    # [B, 2] int64: blocks to copy before anything is computed, from and to
+    copies: torch.Tensor | None = None
+    carried: Carried | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`; itself where it is there already."""
-        if self.token_ids.device == device:
+        """The same on `device`, with all its tokens; itself where nothing is missing there."""
+        if self.token_ids.device == device and self.carried is None:
             return self
+        token_ids_T = self.token_ids.to(device, non_blocking=True, copy=True)
+        if self.carried is not None:
+            self.carried.put_into(token_ids_T)
         return replace(
             self,
-            token_ids=self.token_ids.to(device, non_blocking=True),
+            token_ids=token_ids_T,
+            carried=None,
             positions=self.positions.to(device, non_blocking=True),
             sample_rows=self.sample_rows.to(device, non_blocking=True),
             attention=self.attention.to(device),
@@ -60,7 +76,7 @@ class BatchBuilder:
 
     def __init__(
         self,
-        slot_of: Callable[[str], int],
+        slot_of: abc.Callable[[str], int],
         block_size: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
@@ -69,7 +85,7 @@ class BatchBuilder:
         self._eos_token_ids = eos_token_ids
         self._last: _Last | None = None
 
-    def build(self, runs: Ordered[ScheduledRun], copies: Ordered[tuple[int, int]] = ()) -> Batch:
+    def build(self, runs: abc.Sequence[ScheduledRun], copies: abc.Sequence[tuple[int, int]] = ()) -> Batch:
         """The batch of a step, valid until the next is built.
 
         Runs of one mix are neighbours, those of the base model come last. `copies`: see `StepPlan`.
@@ -81,7 +97,7 @@ class BatchBuilder:
         self._last = _Last(runs, [run.seq.block_ids for run in runs], batch)
         return replace(batch, copies=torch.tensor(copies)) if copies else batch
 
-    def _follow(self, runs: Ordered[ScheduledRun], last: _Last) -> bool:
+    def _follow(self, runs: abc.Sequence[ScheduledRun], last: _Last) -> bool:
         """Whether each run is one token, the one after the last step's, in the same blocks and some more.
 
         A sequence that was preempted and has come back has other blocks; a step that failed is planned again.
@@ -101,7 +117,7 @@ class BatchBuilder:
             )
         )
 
-    def _advanced(self, runs: Ordered[ScheduledRun], batch: Batch) -> Batch:
+    def _advanced(self, runs: abc.Sequence[ScheduledRun], batch: Batch) -> Batch:
         """The batch one token later: nearly all steps are, and most of a batch is then as it was."""
         plan, block_size = batch.attention, self._block_size
         positions_T, slots_T = batch.positions.numpy(), plan.slot_mapping.numpy()
@@ -118,7 +134,7 @@ class BatchBuilder:
             row.position, row.tokens = run.seq.num_tokens, run.seq.tokens
         return replace(batch, attention=replace(plan, max_context_len=plan.max_context_len + 1))
 
-    def _built(self, runs: Ordered[ScheduledRun]) -> Batch:
+    def _built(self, runs: abc.Sequence[ScheduledRun]) -> Batch:
         block_size = self._block_size
         lengths_S = np.array([run.num_tokens for run in runs])
         starts_S = np.array([run.start for run in runs])
@@ -169,7 +185,7 @@ class BatchBuilder:
             rows=rows_S.tolist(),
         )
 
-    def _segments(self, runs: Iterable[tuple[MixKey, int]]) -> Segments | None:
+    def _segments(self, runs: abc.Iterable[tuple[MixKey, int]]) -> Segments | None:
         """Neighbours of one mix become one segment; the base model's tokens, which come last, have none."""
         return Segments.build(
             [
@@ -187,7 +203,7 @@ class BatchBuilder:
 class _Last:
     """The step before: its runs, the lists of their blocks, its batch."""
 
-    runs: Ordered[ScheduledRun]
+    runs: abc.Sequence[ScheduledRun]
     block_ids: list[list[int]]
     batch: Batch
 

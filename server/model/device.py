@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,8 +48,17 @@ class Operators(Protocol):
         """
         ...
 
-    def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
-        """The index of each row's largest score, and whether that is finite (not in a row with a NaN)."""
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index of each row's largest score, [N] int64, and whether that is finite, [N] bool.
+
+        It is not in a row with a NaN.
+        """
+        ...
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Begin to copy what the device computes to the host. The call returned waits for that alone, not
+        for what the device was given since, and gives the copies.
+        """
         ...
 
 
@@ -71,8 +80,11 @@ class PlainOperators:
     ) -> DecoderLayers:
         raise NotFusable("no compiled kernels")
 
-    def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch_argmax(scores_NV)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        return lambda: [tensor.cpu() for tensor in tensors]
 
 
 class NotCapturable(Exception):
@@ -118,7 +130,9 @@ class Device(Protocol):
     @property
     def copies(self) -> Copies: ...
 
-    def operators(self, loaded: LoadedModel) -> Operators: ...
+    def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
+        """For this model, with the attention backend of that name. Raises ValueError where there is none."""
+        ...
 
     def graphs(
         self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int

@@ -50,8 +50,7 @@ class Layer:
     output: LoraLinear
     gate_up: tuple[LoraLinear, ...]  # one that holds both, or gate and up
     down: LoraLinear
-    heads: int
-    cache: LayerCache  # says how many KV heads there are, and how wide heads are
+    cache: LayerCache  # says how many heads there are, and how wide
     options: AttentionOptions
     rotary: bool
     activation: Activation
@@ -76,6 +75,11 @@ class LayerReader:
         output, down = self._linears(attn, "o_proj"), self._linears(mlp, "down_proj")
         if not (qkv and gate_up and output and down):
             raise NotFusable("its projections are not those of Llama")
+        spec = cache.spec
+        width = spec.num_heads * spec.k_head_dim + spec.elements_per_token()
+        attended = spec.num_heads * spec.v_head_dim
+        if sum(linear.out_features for linear in qkv) != width or output[0].in_features != attended:
+            raise NotFusable("its query, key and value are not laid out as Llama's")
         if options.sinks is not None:
             self._read.add(id(options.sinks))
         result = Layer(
@@ -86,7 +90,6 @@ class LayerReader:
             output=output[0],
             gate_up=gate_up,
             down=down[0],
-            heads=_heads(output[0], qkv, cache),
             cache=cache,
             options=options,
             rotary=bool(getattr(attn, "use_rope", True)),  # SmolLM 3 leaves it out at times
@@ -144,16 +147,6 @@ class LayerReader:
             linears.append(layer)
             self._read.update(id(p) for p in layer.parameters())
         return tuple(linears)
-
-
-def _heads(output: LoraLinear, qkv: tuple[LoraLinear, ...], cache: LayerCache) -> int:
-    """How many query heads there are."""
-    kv_heads, k_dim, v_dim = cache.k.shape[1], cache.k.shape[3], cache.v.shape[3]
-    heads = output.in_features // v_dim
-    width = sum(linear.out_features for linear in qkv)
-    if width != heads * k_dim + kv_heads * (k_dim + v_dim) or output.in_features != heads * v_dim:
-        raise NotFusable("its query, key and value are not laid out as Llama's")
-    return heads
 
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

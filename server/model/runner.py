@@ -17,7 +17,6 @@ from server.lora.kernels.interface import ArenaView
 from server.lora.linear import CurrentLora, LoraStep, wrap_linears
 from server.messages import Logprobs, LoraTarget
 from server.model.attention.hf import PagedStep
-from server.model.attention.interface import LayerCache
 from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, NotCapturable, Operators, Prepare, StepGraphs
@@ -41,17 +40,22 @@ class StepResults:
 
 
 class Pending:
-    """A step that runs."""
+    """A step that runs.
 
-    def __init__(self, logits_NV: torch.Tensor, batch: Batch, sampler: Sampler) -> None:
-        self._logits, self._batch, self._sampler = logits_NV, batch, sampler
+    `token_ids`: [N] int64 on the device, what it takes from each row; a later batch may carry them on.
+    """
+
+    def __init__(self, sampled: Sampled, rows: list[int], operators: Operators) -> None:
+        """`rows`: how many are each run's."""
+        self.token_ids = sampled.token_ids
+        self._sampled, self._rows = sampled, rows
+        self._read = operators.read(sampled.tensors())
 
     @torch.inference_mode()
     def collect(self) -> StepResults:
-        """Its results; waits for the device."""
-        samples = self._batch.samples
-        sampled = self._sampler.sample(self._logits, samples) if samples else Sampled([], [], [])
-        ends = list(accumulate(self._batch.rows, initial=0))
+        """Its results; waits for this step, not for one launched since."""
+        sampled = self._sampled.on_host(self._read())
+        ends = list(accumulate(self._rows, initial=0))
         of_runs = [slice(first, last) for first, last in pairwise(ends)]
         logprobs: list[list[Logprobs]] = []
         if any(sampled.logprobs):
@@ -84,15 +88,13 @@ class Runner:
         self._head_is_target = any(layer.is_output_head for _, layer in layers)
         caches = {}
         for index, spec in loaded.cache_specs.items():
-            shape = (num_blocks, spec.num_kv_heads, block_size)
-            caches[index] = LayerCache(
-                torch.zeros(*shape, spec.k_head_dim, dtype=loaded.dtype, device=loaded.device),
-                torch.zeros(*shape, spec.v_head_dim, dtype=loaded.dtype, device=loaded.device),
+            caches[index] = operators.attention.new_cache(
+                spec, num_blocks, block_size, loaded.dtype, loaded.device
             )
         self._device, self._proof = loaded.device, loaded.proof
         self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
         self._attention = operators.attention
-        self._sampler = Sampler(operators.argmax)
+        self._operators, self._sampler = operators, Sampler(operators.argmax)
         self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
         self.fused = self._fuse(loaded, operators)
@@ -150,7 +152,8 @@ class Runner:
         """Begin the step of a batch on the host: the device has its work when this returns."""
         if batch.copies is not None:
             self._copy_blocks(batch.copies.to(self._device, non_blocking=True))
-        return Pending(self.logits(batch, arena), batch, self._sampler)
+        logits_NV = self.logits(batch, arena)
+        return Pending(self._sampler.sample(logits_NV, batch.samples), batch.rows, self._operators)
 
     def _copy_blocks(self, copies_C2: torch.Tensor) -> None:
         """K and V of whole blocks, in all layers."""

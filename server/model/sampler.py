@@ -7,8 +7,7 @@ whoever shares its batch, and a preempted one continues as if nothing had happen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from server.messages import Logprobs, SamplingParams
 from server.model.logits import SampleRow, processed, wanted
 
-Argmax = Callable[[torch.Tensor], tuple[list[int], list[bool]]]
+Argmax = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 _MASK = (1 << 64) - 1
 
@@ -32,19 +31,57 @@ def uniform(seed: int, position: int) -> float:
 
 
 @dataclass(frozen=True)
+class SampledLogprobs:
+    """Of L of a batch's N rows."""
+
+    rows: list[int]
+    counts: list[int]  # how many of the likeliest tokens each row asks for, K at most
+    chosen: torch.Tensor  # [L] float32, of the sampled tokens
+    top: torch.Tensor  # [L, K] float32, of the likeliest tokens
+    top_ids: torch.Tensor  # [L, K] int64
+
+
+@dataclass(frozen=True)
 class Sampled:
-    """Tokens in row order. `finite[n]` is False where the logits held NaN or +Inf: no token there."""
+    """What was taken from N rows of logits, in row order, where the logits are."""
+
+    token_ids: torch.Tensor  # [N] int64
+    finite: torch.Tensor  # [N] bool; where the logits held NaN or +Inf, the token means nothing
+    logprobs: SampledLogprobs | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All there are."""
+        of_logprobs = self.logprobs
+        if of_logprobs is None:
+            return [self.token_ids, self.finite]
+        return [self.token_ids, self.finite, of_logprobs.chosen, of_logprobs.top, of_logprobs.top_ids]
+
+    def on_host(self, tensors: Sequence[torch.Tensor]) -> SampledTokens:
+        """The same, from the copies of what `tensors` gave."""
+        token_ids, finite, *of_logprobs = (tensor.tolist() for tensor in tensors)
+        logprobs: list[Logprobs | None] = [None] * len(token_ids)
+        if self.logprobs is not None:
+            asked = zip(self.logprobs.rows, self.logprobs.counts, *of_logprobs, strict=True)
+            for row, count, chosen, top, top_ids in asked:
+                if finite[row]:
+                    likeliest = list(zip(top_ids[:count], top[:count], strict=True))
+                    logprobs[row] = Logprobs(token_ids[row], chosen, likeliest)
+        return SampledTokens(token_ids, finite, logprobs)
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Tokens in row order, on the host. `finite[n]` is False where the logits held NaN or +Inf: no token."""
 
     token_ids: list[int]
     finite: list[bool]
     logprobs: list[Logprobs | None]
 
 
-def torch_argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+def torch_argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operators.argmax`. Where a score is not finite, its index means nothing."""
     indices_N = scores_NV.argmax(dim=-1)  # of a NaN where there is one
-    finite_N = torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
-    return indices_N.tolist(), finite_N.tolist()
+    return indices_N, torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
 
 
 class Sampler:
@@ -54,16 +91,19 @@ class Sampler:
         """`argmax`: see `Operators.argmax`."""
         self._argmax = argmax
 
-    def sample(self, logits_NV: torch.Tensor, rows: Seq[SampleRow]) -> Sampled:
-        """logits_NV: [N, vocabulary], any float type; `rows`: N of them."""
-        token_ids, finite = self._argmax(logits_NV)
+    def sample(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
+        """logits_NV: [N, vocabulary], any float type; `rows`: N of them. Does not wait for the device."""
+        if not rows:
+            none = logits_NV.new_empty(0)
+            return Sampled(none.long(), none.bool())
+        token_ids_N, finite_N = self._argmax(logits_NV)
         if not any(map(_more_than_greedy, rows)):
-            return Sampled(token_ids, finite, [None] * len(rows))
+            return Sampled(token_ids_N, finite_N)
         raw_NV = logits_NV.float()
         scores_NV = processed(raw_NV, rows)
         if scores_NV is not raw_NV:
-            token_ids, _ = self._argmax(scores_NV)
-        drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0 and finite[n]]
+            token_ids_N, _ = self._argmax(scores_NV)
+        drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
         # The two ways give a row different tokens, so which one it takes must not depend on its neighbours.
         for draw, group in (
             (_draw, [n for n in drawn if not _cuts(rows[n].params)]),
@@ -71,45 +111,44 @@ class Sampler:
         ):
             if group:
                 picked_NV = scores_NV if len(group) == len(rows) else scores_NV[group]
-                for n, token in zip(group, draw(picked_NV, [rows[n] for n in group]).tolist(), strict=True):
-                    token_ids[n] = token
-        logprobs = [
-            self._logprobs(raw_NV[n], token_ids[n], row.params.logprobs)
-            if row.params.logprobs is not None and finite[n]
-            else None
-            for n, row in enumerate(rows)
-        ]
-        return Sampled(token_ids, finite, logprobs)
+                token_ids_N[group] = draw(picked_NV, [rows[n] for n in group])
+        return Sampled(token_ids_N, finite_N, _logprobs(raw_NV, token_ids_N, rows))
 
-    @staticmethod
-    def _logprobs(raw_V: torch.Tensor, token_id: int, count: int) -> Logprobs:
-        logprobs_V = raw_V.log_softmax(dim=-1)
-        values, ids = logprobs_V.topk(min(count, raw_V.numel()))
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        return Logprobs(token_id, float(logprobs_V[token_id]), top)
+
+def _logprobs(
+    raw_NV: torch.Tensor, token_ids_N: torch.Tensor, rows: Sequence[SampleRow]
+) -> SampledLogprobs | None:
+    asked = [(n, row.params.logprobs) for n, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return None
+    rows_L, counts = [n for n, _ in asked], [count for _, count in asked]
+    logprobs_LV = raw_NV[rows_L].log_softmax(dim=-1)
+    chosen_L1 = logprobs_LV.gather(1, token_ids_N[rows_L][:, None])
+    top = logprobs_LV.topk(min(max(counts), raw_NV.shape[1]))
+    return SampledLogprobs(rows_L, counts, chosen_L1[:, 0], top.values, top.indices)
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
 
 
-def _softmax(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+def _softmax(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """softmax(scores / temperature): [N, V]."""
     temperature_N1 = _column([row.params.temperature for row in rows], scores_NV.device).float()
     # The largest score becomes 0 before the division, so that a tiny temperature cannot overflow.
     return ((scores_NV - scores_NV.amax(dim=-1, keepdim=True)) / temperature_N1).softmax(dim=-1)
 
 
-def _uniforms(rows: Seq[SampleRow], device: torch.device) -> torch.Tensor:
+def _uniforms(rows: Sequence[SampleRow], device: torch.device) -> torch.Tensor:
     return _column([uniform(row.seed, row.position) for row in rows], device)
 
 
-def _draw(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+def _draw(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """One token id for each row, from the whole distribution: [N]."""
     return _invert(_softmax(scores_NV, rows), _uniforms(rows, scores_NV.device))
 
 
-def _draw_cut(scores_NV: torch.Tensor, rows: Seq[SampleRow]) -> torch.Tensor:
+def _draw_cut(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """One token id for each row, from the distribution cut by top-k, top-p and min-p: [N]."""
     device, vocabulary = scores_NV.device, scores_NV.shape[1]
     probs_NV, ids_NV = _softmax(scores_NV, rows).sort(dim=-1, descending=True, stable=True)

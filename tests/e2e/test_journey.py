@@ -22,7 +22,7 @@ def curl(*arguments: str) -> str:
 
 
 def test_train_upload_call_replace_delete(bundled: Server, tmp_path: Path) -> None:
-    printed = train(tmp_path / "pirate")
+    printed = train(tmp_path / "pirate", "--steps", "100")
     assert "curl" in printed
     train(tmp_path / "worse", "--steps", "5", "--seed", "3")
     forms = {

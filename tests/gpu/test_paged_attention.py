@@ -47,6 +47,7 @@ class Step:
         cache = LayerCache(
             torch.randn(sum(counts), kv_heads, block_size, k_dim, device="cuda").to(dtype),
             torch.randn(sum(counts), kv_heads, block_size, v_dim, device="cuda").to(dtype),
+            LayerCacheSpec(kv_heads, k_dim, v_dim, heads),
         )
         tables = torch.zeros(len(runs), max(counts), dtype=torch.int32)
         order = torch.randperm(sum(counts)).int()
@@ -79,9 +80,7 @@ class Step:
         )
 
     def backend(self) -> PagedTritonAttention:
-        _, kv_heads, _, k_dim = self.cache.k.shape
-        spec = LayerCacheSpec(kv_heads, k_dim, self.cache.v.shape[3], self.query.shape[1])
-        return PagedTritonAttention([spec], self.query.dtype)
+        return PagedTritonAttention([self.cache.spec], self.query.dtype)
 
     def forward(self, **options: Any) -> torch.Tensor:
         backend = self.backend()

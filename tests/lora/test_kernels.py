@@ -13,6 +13,7 @@ from server.lora.segments import Segments
 from tests.lora.kernels import apply, random_arena
 
 Mix = tuple[tuple[tuple[int, float], ...], int]
+KERNELS: list[LoraKernels] = [ReferenceKernels(), *map(CpuKernels, libraries())]
 
 
 def random_mixes(generator: torch.Generator, slots: int, segments: int, longest: int) -> list[Mix]:
@@ -61,11 +62,13 @@ def test_cpu_kernels_take_modules_side_by_side() -> None:
     assert segments is not None
     x = torch.randn(segments.num_tokens, 16, generator=generator)
     expected = torch.randn(segments.num_tokens, sum(widths), generator=generator)
-    out = expected.clone()
+    before = expected.clone()
     for module, part in enumerate(expected.split(widths, dim=1)):
         apply(ReferenceKernels(), part, x, module, segments, arena)
-    apply(cpu_kernels(torch.float32), out, x, 0, segments, arena, widths)
-    torch.testing.assert_close(out, expected)
+    for kernels in KERNELS:
+        out = before.clone()
+        apply(kernels, out, x, 0, segments, arena, widths)
+        torch.testing.assert_close(out, expected)
 
 
 def test_float32_reference_is_close_to_float64() -> None:
@@ -82,12 +85,13 @@ def test_rows_may_be_strided() -> None:
     arena = random_arena([[8]], [(32, 64)], torch.float32, seed=1)
     segments = Segments.build([(((0, 1.0),), 5)])
     assert segments is not None
-    x, out = torch.randn(5, 40)[:, :32], torch.zeros(5, 100)
-    expected = torch.zeros(5, 64)
+    x, expected = torch.randn(5, 40)[:, :32], torch.zeros(5, 64)
     apply(ReferenceKernels(), expected, x, 0, segments, arena)
-    apply(cpu_kernels(torch.float32), out[:, :64], x, 0, segments, arena)
-    torch.testing.assert_close(out[:, :64], expected)
-    assert (out[:, 64:] == 0).all()
+    for kernels in KERNELS:
+        out = torch.zeros(5, 100)
+        apply(kernels, out[:, :64], x, 0, segments, arena)
+        torch.testing.assert_close(out[:, :64], expected)
+        assert (out[:, 64:] == 0).all()
 
 
 def test_no_mix_is_no_segments() -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.devices.cpu.attention import PagedCpuAttention, paged_cpu_attention
+from server.devices.cpu.attention import PagedCpuAttention, compiled_attention
 from server.devices.cpu.native import libraries, library
-from server.model.attention.interface import AttentionBackend, AttentionOptions, AttentionPlan, LayerCache
+from server.model.attention.interface import (
+    AttentionBackend,
+    AttentionOptions,
+    AttentionPlan,
+    LayerCache,
+    LayerCacheSpec,
+)
 from server.model.attention.paged_reference import PagedReferenceAttention
 
 
@@ -70,11 +76,12 @@ def check(
     sink = random(heads[0]) if sinks else None
     options = AttentionOptions(0.21, window, softcap, sink)
 
-    wide = LayerCache(k_cache.double(), v_cache.double())
+    spec = LayerCacheSpec(heads[1], *dims, heads[0])
+    wide = LayerCache(k_cache.double(), v_cache.double(), spec)
     expected = PagedReferenceAttention(torch.float64).forward(
         query.double(), key.double(), value.double(), wide, plan, options
     )
-    cache = LayerCache(k_cache.clone(), v_cache.clone())
+    cache = LayerCache(k_cache.clone(), v_cache.clone(), spec)
     got = backend.forward(query, key, value, cache, plan, options)
     assert got.shape == (tokens, heads[0], dims[1])
     assert got.is_contiguous()
@@ -123,4 +130,4 @@ def test_reference_without_compiled_kernels() -> None:
 def test_compiled_kernel_is_used_here() -> None:
     if library() is None:
         pytest.skip("no compiler on this machine")
-    assert isinstance(paged_cpu_attention(torch.bfloat16), PagedCpuAttention)
+    assert isinstance(compiled_attention(torch.bfloat16), PagedCpuAttention)

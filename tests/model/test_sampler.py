@@ -8,7 +8,7 @@ import torch
 
 from server.messages import SamplingParams
 from server.model.logits import PROCESSORS, SampleRow, wanted
-from server.model.sampler import Sampler, uniform
+from server.model.sampler import SampledTokens, Sampler, uniform
 
 VOCAB = 50
 
@@ -30,11 +30,16 @@ def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def sample(logits_NV: torch.Tensor, rows: list[SampleRow]) -> SampledTokens:
+    sampled = Sampler().sample(logits_NV, rows)
+    return sampled.on_host(sampled.tensors())
+
+
 def frequencies(logits_V: torch.Tensor, **params: object) -> torch.Tensor:
     """How often each token is drawn over many positions: [V]."""
     draws = 20_000
     rows = [row(seed=5, position=i, **params) for i in range(draws)]
-    ids = Sampler().sample(logits_V.expand(draws, -1), rows).token_ids
+    ids = sample(logits_V.expand(draws, -1), rows).token_ids
     return torch.bincount(torch.tensor(ids), minlength=VOCAB) / draws
 
 
@@ -51,7 +56,7 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
 
 def test_temperature_zero_is_the_argmax() -> None:
     batch = logits(rows=4)
-    sampled = Sampler().sample(batch, [row(temperature=0.0)] * 4)
+    sampled = sample(batch, [row(temperature=0.0)] * 4)
     assert sampled.token_ids == batch.argmax(-1).tolist()
 
 
@@ -92,8 +97,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
         row(seed=7, min_tokens=3, stop_token_ids=(2,)),
     ]
-    together = Sampler().sample(batch, rows).token_ids
-    alone = [Sampler().sample(batch[i : i + 1], rows[i : i + 1]).token_ids[0] for i in range(8)]
+    together = sample(batch, rows).token_ids
+    alone = [sample(batch[i : i + 1], rows[i : i + 1]).token_ids[0] for i in range(8)]
     assert together == alone
 
 
@@ -104,7 +109,7 @@ def test_penalties_and_bias() -> None:
 
     def pick(**params: object) -> int:
         given = {name: params.pop(name) for name in ("prompt", "output") if name in params}
-        return Sampler().sample(flat, [row(**given, **greedy, **params)]).token_ids[0]  # type: ignore[arg-type]
+        return sample(flat, [row(**given, **greedy, **params)]).token_ids[0]  # type: ignore[arg-type]
 
     assert pick() == 7
     assert pick(output=[7], presence_penalty=0.5) == 8
@@ -121,14 +126,14 @@ def test_penalties_and_bias() -> None:
 def test_eos_is_banned_until_the_minimum_length() -> None:
     sure = torch.zeros(1, VOCAB)
     sure[0, 1] = 50.0
-    assert Sampler().sample(sure, [row(min_tokens=2)]).token_ids != [1]
-    assert Sampler().sample(sure, [row(min_tokens=2, output=[5, 6])]).token_ids == [1]
-    assert Sampler().sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
+    assert sample(sure, [row(min_tokens=2)]).token_ids != [1]
+    assert sample(sure, [row(min_tokens=2, output=[5, 6])]).token_ids == [1]
+    assert sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:
     batch = logits(4)
-    found = Sampler().sample(batch, [row(temperature=0.0, logprobs=3, logit_bias={11: 100.0})]).logprobs[0]
+    found = sample(batch, [row(temperature=0.0, logprobs=3, logit_bias={11: 100.0})]).logprobs[0]
     want = batch[0].log_softmax(-1)
     assert found is not None
     assert found.token_id == 11
@@ -141,16 +146,16 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
 def test_bad_logits_are_told_row_by_row(bad: float) -> None:
     batch = logits(5, rows=3)
     batch[1, 17] = bad
-    sampled = Sampler().sample(batch, [row(temperature=0.0), row(), row(seed=3)])
+    sampled = sample(batch, [row(temperature=0.0), row(), row(seed=3)])
     assert sampled.finite == [True, False, True]
-    good = Sampler().sample(batch[[0, 2]], [row(temperature=0.0), row(seed=3)])
+    good = sample(batch[[0, 2]], [row(temperature=0.0), row(seed=3)])
     assert [sampled.token_ids[0], sampled.token_ids[2]] == good.token_ids
 
 
 def test_extreme_temperatures_stay_finite() -> None:
     batch = logits(6) * 1e4
     for temperature in (1e-6, 1e6):
-        (token,) = Sampler().sample(batch, [row(temperature=temperature)]).token_ids
+        (token,) = sample(batch, [row(temperature=temperature)]).token_ids
         assert 0 <= token < VOCAB
 
 
@@ -169,7 +174,7 @@ def test_every_option_that_changes_logits_is_one_processor() -> None:
 
 def test_what_a_processor_keeps_stays_with_the_sequence() -> None:
     asked = row(temperature=0.0, logit_bias={33: 50.0})
-    assert Sampler().sample(logits(), [asked]).token_ids == [33]
+    assert sample(logits(), [asked]).token_ids == [33]
     kept = asked.state["logit_bias"]
-    assert Sampler().sample(logits(1), [asked]).token_ids == [33]
+    assert sample(logits(1), [asked]).token_ids == [33]
     assert asked.state["logit_bias"] is kept

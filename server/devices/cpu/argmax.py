@@ -11,7 +11,7 @@ from server.devices.cpu.native import SUFFIXES, library
 from server.model.sampler import torch_argmax
 
 
-def argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+def argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operators.argmax`. Compiled where it can be, else torch's."""
     lib = library()
     if lib is not None and scores_NV.dtype in SUFFIXES and scores_NV.stride(1) == 1:
@@ -19,11 +19,10 @@ def argmax(scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
     return torch_argmax(scores_NV)
 
 
-def _compiled(function: Callable[..., None], scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+def _compiled(function: Callable[..., None], scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = scores_NV.shape
-    indices = (ctypes.c_int64 * rows)()
-    finite = (ctypes.c_bool * rows)()
-    matrix = ctypes.c_void_p(scores_NV.data_ptr()), ctypes.c_int64(scores_NV.stride(0))
-    sizes = ctypes.c_int64(rows), ctypes.c_int64(width)
-    function(*matrix, *sizes, indices, finite, ctypes.c_int64(torch.get_num_threads()))
-    return list(indices), list(finite)
+    indices_N, finite_N = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (scores_NV, indices_N, finite_N)]
+    sizes = [ctypes.c_int64(size) for size in (scores_NV.stride(0), rows, width)]
+    function(pointers[0], *sizes, *pointers[1:], ctypes.c_int64(torch.get_num_threads()))
+    return indices_N, finite_N

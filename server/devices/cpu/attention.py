@@ -7,8 +7,7 @@ import ctypes
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, library
-from server.model.attention.interface import AttentionBackend, AttentionOptions, AttentionPlan, LayerCache
-from server.model.attention.paged_reference import PagedReferenceAttention
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, paged_cache
 
 
 class PlanStruct(Mirror):
@@ -41,6 +40,30 @@ class AttentionStruct(Mirror):
     )
 
 
+class Plans:
+    """The plan of the step at hand, as compiled code takes it."""
+
+    def __init__(self) -> None:
+        self._plan: AttentionPlan | None = None
+        self._struct = PlanStruct()
+
+    def struct(self, plan: AttentionPlan, block_size: int) -> PlanStruct:
+        """Valid until it is asked for another step's."""
+        if self._plan is not plan:
+            self._struct = PlanStruct(
+                plan.query_starts.data_ptr(),
+                plan.context_lens.data_ptr(),
+                plan.block_tables.data_ptr(),
+                plan.slot_mapping.data_ptr(),
+                plan.num_seqs,
+                plan.block_tables.stride(0),
+                plan.slot_mapping.numel(),
+                block_size,
+            )
+            self._plan = plan  # keeps the tensors behind the pointers alive
+        return self._struct
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -48,14 +71,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 class PagedCpuAttention:
     """`AttentionBackend` in devices/cpu/native/attention.h."""
 
+    new_cache = staticmethod(paged_cache)
+
     def __init__(self, lib: ctypes.CDLL) -> None:
         compare(lib, PlanStruct, AttentionStruct)
         self._functions = {dtype: lib[f"chorus_attention_{suffix}"] for dtype, suffix in SUFFIXES.items()}
         for function in self._functions.values():
             function.restype = None
             function.argtypes = [ctypes.POINTER(PlanStruct), ctypes.POINTER(AttentionStruct), ctypes.c_int64]
-        self._prepared: AttentionPlan | None = None
-        self._plan = PlanStruct()
+        self._plans = Plans()
 
     def prepare(self, plan: AttentionPlan) -> AttentionPlan:
         """See `AttentionBackend.prepare`: adds nothing."""
@@ -92,32 +116,12 @@ class PagedCpuAttention:
             options.softcap or 0.0,
             None if sinks is None else sinks.data_ptr(),
         )
-        self._functions[query.dtype](self.struct(plan, cache.k.shape[2]), call, torch.get_num_threads())
+        struct = self._plans.struct(plan, cache.k.shape[2])
+        self._functions[query.dtype](struct, call, torch.get_num_threads())
         return out
 
-    def struct(self, plan: AttentionPlan, block_size: int) -> PlanStruct:
-        """The step's plan for compiled code; valid until it is asked for another step's."""
-        if self._prepared is not plan:
-            self._prepare(plan, block_size)
-        return self._plan
 
-    def _prepare(self, plan: AttentionPlan, block_size: int) -> None:
-        self._plan = PlanStruct(
-            plan.query_starts.data_ptr(),
-            plan.context_lens.data_ptr(),
-            plan.block_tables.data_ptr(),
-            plan.slot_mapping.data_ptr(),
-            plan.num_seqs,
-            plan.block_tables.stride(0),
-            plan.slot_mapping.numel(),
-            block_size,
-        )
-        self._prepared = plan  # keeps the tensors behind the pointers alive
-
-
-def paged_cpu_attention(dtype: torch.dtype) -> AttentionBackend:
-    """The compiled kernel where it is there and knows `dtype`, the reference elsewhere."""
+def compiled_attention(dtype: torch.dtype) -> PagedCpuAttention | None:
+    """The compiled kernel, where it is there and knows `dtype`."""
     lib = library()
-    if lib is None or dtype not in SUFFIXES:
-        return PagedReferenceAttention()
-    return PagedCpuAttention(lib)
+    return None if lib is None or dtype not in SUFFIXES else PagedCpuAttention(lib)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +10,24 @@ from torch import nn
 
 from server.config import Settings
 from server.devices.cpu.argmax import argmax
-from server.devices.cpu.attention import PagedCpuAttention, paged_cpu_attention
+from server.devices.cpu.attention import compiled_attention
 from server.devices.cpu.layers import fuse_layers
 from server.devices.cpu.linear import packed
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
 from server.lora.copies import Copies, HostCopies
-from server.model.attention.interface import AttentionOptions, LayerCache
+from server.lora.kernels.reference import ReferenceKernels
+from server.model.attention.backends import NewBackend, open_attention
+from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCache
+from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes
 from server.model.loader import LoadedModel
+
+# By name, the fastest first.
+_ATTENTION: Mapping[str, NewBackend] = {
+    "compiled": lambda specs, dtype: compiled_attention(dtype),
+    "reference": lambda specs, dtype: PagedReferenceAttention(),
+}
 
 # All three stores come out of the same memory, and the operating system and its page cache want some.
 _KV, _ARENA, _HOST = 0.25, 0.20, 0.10
@@ -30,7 +39,7 @@ _PROMPT_TOKENS_PER_CORE = 256  # of a step: fewer cost throughput, more make str
 class CpuOperators:
     """The compiled kernels."""
 
-    attention: PagedCpuAttention
+    attention: AttentionBackend
     lora: CpuKernels
 
     def linear(self, linear: nn.Module) -> nn.Module:
@@ -44,8 +53,11 @@ class CpuOperators:
     ) -> DecoderLayers:
         return fuse_layers(layers, caches, options, self.attention, self.lora)
 
-    def argmax(self, scores_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return argmax(scores_NV)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        return lambda: list(tensors)
 
 
 class CpuDevice:
@@ -55,11 +67,10 @@ class CpuDevice:
     arena_slots = 64
     copies: Copies = HostCopies()
 
-    def operators(self, loaded: LoadedModel) -> Operators:
-        attention, lora = paged_cpu_attention(loaded.dtype), cpu_kernels(loaded.dtype)
-        if isinstance(attention, PagedCpuAttention) and isinstance(lora, CpuKernels):
-            return CpuOperators(attention, lora)
-        return PlainOperators(attention, lora)
+    def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
+        backend = open_attention(attention, _ATTENTION, loaded.cache_specs.values(), loaded.dtype)
+        lora = cpu_kernels(loaded.dtype)
+        return PlainOperators(backend, ReferenceKernels()) if lora is None else CpuOperators(backend, lora)
 
     def graphs(self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int) -> None:
         return None

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from server.devices.cpu.attention import AttentionStruct, PagedCpuAttention, PlanStruct
+from server.devices.cpu.attention import AttentionStruct, PagedCpuAttention, Plans, PlanStruct
 from server.devices.cpu.linear import LinearStruct, PackedLinear
 from server.devices.cpu.lora import CpuKernels, SegmentsStruct
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
 from server.lora.linear import LoraLinear
-from server.model.attention.interface import AttentionOptions, LayerCache
+from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers, Tables
 from server.model.layer_reader import Layer, LayerReader, Norm, NotFusable
 from server.model.step import Step
@@ -62,6 +62,7 @@ class _Decoder(Mirror):
         ("layers", ctypes.POINTER(LayerStruct)),
         ("num_layers", ctypes.c_int64),
         ("hidden_size", ctypes.c_int64),
+        ("stretch", ctypes.c_int64),
         ("plan", ctypes.POINTER(PlanStruct)),
         ("segments", ctypes.POINTER(SegmentsStruct)),
         ("cos", ctypes.POINTER(ctypes.c_void_p)),
@@ -105,13 +106,16 @@ class _Pointers:
 
 
 class FusedLayers(DecoderLayers):
-    """`DecoderLayers` in devices/cpu/native/decoder.cpp."""
+    """`DecoderLayers` in devices/cpu/native/decoder.cpp: one call a step.
+
+    Where `attention` is not the compiled one, a call for each stretch between two attentions.
+    """
 
     def __init__(
         self,
         layers: list[Layer],
         widths: _Widths,
-        attention: PagedCpuAttention,
+        attention: AttentionBackend,
         kernels: CpuKernels,
         lib: ctypes.CDLL,
     ) -> None:
@@ -120,7 +124,9 @@ class FusedLayers(DecoderLayers):
         self._keep_alive: list[torch.Tensor] = []
         self._layers = (LayerStruct * len(layers))(*(_struct(layer, self._keep_alive) for layer in layers))
         self._widths = widths
-        self._attention, self._kernels = attention, kernels
+        self._attention = None if isinstance(attention, PagedCpuAttention) else attention
+        self._attentions = [(layer.cache, layer.options) for layer in layers]
+        self._kernels, self._plans = kernels, Plans()
         self._block_size = layers[0].cache.k.shape[2]
         self._function = lib[f"chorus_decoder_{SUFFIXES[dtype]}"]
         self._function.restype = None
@@ -166,7 +172,8 @@ class FusedLayers(DecoderLayers):
             self._layers,
             len(self._layers),
             self._widths.hidden,
-            ctypes.pointer(self._attention.struct(step.attention, self._block_size)),
+            -1,
+            ctypes.pointer(self._plans.struct(step.attention, self._block_size)),
             None
             if lora is None
             else ctypes.pointer(self._kernels.struct(lora.tokens, lora.arena, self._widths.side_by_side)),
@@ -180,6 +187,19 @@ class FusedLayers(DecoderLayers):
             hidden.data_ptr(),
             *(buffer.data_ptr() for buffer in self._buffers.values()),
         )
+        if self._attention is None:
+            self._function(decoder, torch.get_num_threads())
+        else:
+            self._in_stretches(decoder, self._attention, step)
+
+    def _in_stretches(self, decoder: _Decoder, attention: AttentionBackend, step: Step) -> None:
+        qkv_TW = self._buffers["qkv"][: step.attention.slot_mapping.numel()]
+        for index, (cache, options) in enumerate(self._attentions):
+            decoder.stretch = index
+            self._function(decoder, torch.get_num_threads())
+            attended = attention.forward(*cache.spec.split(qkv_TW), cache, step.attention, options)
+            decoder.attended = attended.data_ptr()
+        decoder.stretch = len(self._attentions)
         self._function(decoder, torch.get_num_threads())
 
     def _reserve(self, rows: int) -> None:
@@ -201,7 +221,7 @@ def fuse_layers(
     layers: nn.ModuleList,
     caches: Mapping[int, LayerCache],
     options: Mapping[int, AttentionOptions],
-    attention: PagedCpuAttention,
+    attention: AttentionBackend,
     kernels: CpuKernels,
 ) -> FusedLayers:
     """`layers` as compiled code; its `slots` are for their place. Raises NotFusable.
@@ -276,10 +296,10 @@ def _attention_struct(layer: Layer, keep_alive: list[torch.Tensor]) -> Attention
     return AttentionStruct(
         k_cache=cache.k.data_ptr(),
         v_cache=cache.v.data_ptr(),
-        heads=layer.heads,
-        kv_heads=cache.k.shape[1],
-        k_dim=cache.k.shape[3],
-        v_dim=cache.v.shape[3],
+        heads=cache.spec.num_heads,
+        kv_heads=cache.spec.num_kv_heads,
+        k_dim=cache.spec.k_head_dim,
+        v_dim=cache.spec.v_head_dim,
         window=options.sliding_window or 0,
         scale=options.scale,
         softcap=options.softcap or 0.0,

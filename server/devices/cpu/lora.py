@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
-from server.lora.kernels.interface import ArenaView, Begun, LoraKernels, Modules, Part
-from server.lora.kernels.reference import ReferenceKernels
+from server.lora.kernels.interface import ArenaView, Begun, Modules, Part
 from server.lora.segments import Segments
 
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
@@ -147,9 +146,7 @@ def _at_least(buffer: torch.Tensor, elements: int) -> torch.Tensor:
     return buffer if buffer.numel() >= elements else torch.empty(elements)
 
 
-def cpu_kernels(dtype: torch.dtype) -> LoraKernels:
-    """The compiled kernels where they are there and know `dtype`, the reference elsewhere."""
+def cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
+    """The compiled kernels, where they are there and know `dtype`."""
     lib = library()
-    if lib is None or dtype not in SUFFIXES:
-        return ReferenceKernels()
-    return CpuKernels(lib)
+    return None if lib is None or dtype not in SUFFIXES else CpuKernels(lib)

@@ -36,6 +36,7 @@ from server.model.attention.interface import (
     AttentionWork,
     LayerCache,
     LayerCacheSpec,
+    paged_cache,
 )
 
 
@@ -249,6 +250,8 @@ class PagedTritonAttention:
     `layers`: what it will attend for; one list of items serves them all. `programs` is how many programs fill
     the chip; default: two for each multiprocessor. Raises RuntimeError without Triton.
     """
+
+    new_cache = staticmethod(paged_cache)
 
     def __init__(
         self, layers: Collection[LayerCacheSpec], dtype: torch.dtype, programs: int | None = None

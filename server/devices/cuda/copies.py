@@ -1,11 +1,11 @@
-"""Copies from the host beside a GPU's steps: page-locked memory, and a stream for each thread that copies."""
+"""Copies between the host and a GPU beside its steps: page-locked memory, a stream for each thread."""
 
 # torch has no type hints for its streams and events:
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -64,6 +64,21 @@ class _CudaLane:
             copied.record(self._stream)
         # Not the stream's own synchronize: torch.cuda.set_sync_debug_mode refuses that on every thread.
         copied.synchronize()
+
+
+def begin_read(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """See `Operators.read`."""
+    copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[torch.Tensor]:
+        copied.synchronize()
+        return copies
+
+    return read
 
 
 def _unlock_pages(address: int) -> None:

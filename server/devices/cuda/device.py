@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -10,15 +10,23 @@ from torch import nn
 
 from server.config import Settings
 from server.devices.cuda.attention import PagedTritonAttention
-from server.devices.cuda.copies import CudaCopies
+from server.devices.cuda.copies import CudaCopies, begin_read
 from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
 from server.devices.cuda.layers import triton_layers
 from server.devices.cuda.lora import TritonKernels
 from server.lora.copies import Copies
+from server.model.attention.backends import NewBackend, open_attention
 from server.model.attention.interface import AttentionOptions, LayerCache
+from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes, StepGraphs
 from server.model.loader import LoadedModel
+
+# By name, the fastest first. A step with the reference is never captured: it waits for the device.
+_ATTENTION: Mapping[str, NewBackend] = {
+    "triton": PagedTritonAttention,
+    "reference": lambda specs, dtype: PagedReferenceAttention(),
+}
 
 _USE = 0.90  # of what is free after the weights
 _ARENA = 0.20  # of what is left for KV and adapters
@@ -38,6 +46,9 @@ class CudaOperators(PlainOperators):
     ) -> DecoderLayers:
         return triton_layers(layers, caches, options, self.attention)
 
+    def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        return begin_read(tensors)
+
 
 class CudaDevice:
     """See `Device`."""
@@ -51,9 +62,9 @@ class CudaDevice:
     def copies(self) -> Copies:
         return CudaCopies(self.torch_device)
 
-    def operators(self, loaded: LoadedModel) -> Operators:
-        attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
-        return CudaOperators(attention, TritonKernels())
+    def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
+        backend = open_attention(attention, _ATTENTION, loaded.cache_specs.values(), loaded.dtype)
+        return CudaOperators(backend, TritonKernels())
 
     def graphs(
         self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int

@@ -236,6 +236,8 @@ class DecodeGraphs:
             to[name][count : size + 1] = starts[-1]
         self._fill_work(plan, size)
         self._inputs.memory.copy_(self._host.memory, non_blocking=True)
+        if batch.carried is not None:
+            batch.carried.put_into(self._inputs.tensors["token_ids"])
         # Only as wide as the longest context: the whole table of a model with a long context is megabytes.
         live_tables = plan.block_tables[:, : self._tables.shape[1]]
         tables = self._host_tables[: live_tables.numel()].view_as(live_tables)

@@ -78,20 +78,18 @@ class _TritonLayer:
         self._backend = backend
         self._head_norm = _head_norm(layer)
         self._qkv, self._gate_up = _JointLinear(layer.qkv), _JointLinear(layer.gate_up)
-        _, self._kv_heads, _, self._k_dim = layer.cache.k.shape
 
     def attention(
         self, normed_TH: torch.Tensor, tables: Tables | None, positions_T: torch.Tensor, step: Step
     ) -> torch.Tensor:
         """The normed input -> what attention adds to the sum, before its own norm: both [T, hidden_size]."""
-        layer, kv_heads, dim = self.layer, self._kv_heads, self._k_dim
+        layer, spec = self.layer, self.layer.cache.spec
         qkv_TW = self._qkv(normed_TH, step)
-        norm_rotate(qkv_TW, layer.heads, kv_heads, dim, self._head_norm, tables, positions_T)
-        q_end, k_end = layer.heads * dim, (layer.heads + kv_heads) * dim
+        norm_rotate(
+            qkv_TW, spec.num_heads, spec.num_kv_heads, spec.k_head_dim, self._head_norm, tables, positions_T
+        )
         attended = self._backend.forward(
-            qkv_TW[:, :q_end].view(-1, layer.heads, dim),
-            qkv_TW[:, q_end:k_end].view(-1, kv_heads, dim),
-            qkv_TW[:, k_end:].view(-1, kv_heads, layer.cache.v.shape[3]),
+            *spec.split(qkv_TW),
             layer.cache,
             step.attention,
             layer.options,
@@ -108,11 +106,12 @@ def _head_norm(layer: Layer) -> HeadNorm | None:
     q, k = layer.q_norm, layer.k_norm
     if q is None and k is None:
         return None
-    kv_heads, dim = layer.cache.k.shape[1], layer.cache.k.shape[3]
+    spec = layer.cache.spec
+    dim = spec.k_head_dim
     if q is None or k is None or q.eps != k.eps:
         raise NotFusable("its query and key are normed in different ways")
     widths = q.weight.numel(), k.weight.numel()
-    if widths not in ((dim, dim), (layer.heads * dim, kv_heads * dim)):
+    if widths not in ((dim, dim), (spec.num_heads * dim, spec.num_kv_heads * dim)):
         raise NotFusable("its query and key are normed neither by the head nor as a whole")
     return HeadNorm(torch.cat([q.weight, k.weight]), q.eps, per_head=widths == (dim, dim))
 

@@ -20,6 +20,7 @@ from server.model.attention.interface import (
     AttentionPlan,
     LayerCache,
     LayerCacheSpec,
+    paged_cache,
 )
 from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.step import Step
@@ -109,10 +110,7 @@ class ProbeStep:
             max_query_len=longest,
             max_context_len=longest,
         )
-        cache = LayerCache(
-            key.new_zeros(len(self._lengths), key.shape[1], longest, key.shape[2]),
-            value.new_zeros(len(self._lengths), value.shape[1], longest, value.shape[2]),
-        )
+        cache = paged_cache(self.specs[layer], len(self._lengths), longest, key.dtype, device)
         return PagedReferenceAttention().forward(query, key, value, cache, plan, options)
 
 

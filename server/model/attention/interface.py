@@ -31,13 +31,38 @@ class LayerCacheSpec:
     def elements_per_token(self) -> int:
         return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
 
+    def split(self, qkv_TW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value side by side -> views: [T, heads, k_dim], [T, kv_heads, k_dim or v_dim]."""
+        k_begin = self.num_heads * self.k_head_dim
+        v_begin = k_begin + self.num_kv_heads * self.k_head_dim
+        return (
+            qkv_TW[:, :k_begin].view(-1, self.num_heads, self.k_head_dim),
+            qkv_TW[:, k_begin:v_begin].view(-1, self.num_kv_heads, self.k_head_dim),
+            qkv_TW[:, v_begin:].view(-1, self.num_kv_heads, self.v_head_dim),
+        )
+
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's share of the paged cache: block b holds tokens [b * block_size, (b + 1) * block_size)."""
+    """One layer's share of the paged cache: block b holds tokens [b * block_size, (b + 1) * block_size).
 
-    k: torch.Tensor  # [blocks, kv_heads, block_size, k_head_dim]
-    v: torch.Tensor  # [blocks, kv_heads, block_size, v_head_dim]
+    The first dimension is the block. How a block is laid out is the affair of the backend that made it.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    spec: LayerCacheSpec
+
+
+def paged_cache(
+    spec: LayerCacheSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> LayerCache:
+    """Zeros: k [blocks, kv_heads, block_size, k_head_dim], v [blocks, kv_heads, block_size, v_head_dim]."""
+    k, v = (
+        torch.zeros(num_blocks, spec.num_kv_heads, block_size, dim, dtype=dtype, device=device)
+        for dim in (spec.k_head_dim, spec.v_head_dim)
+    )
+    return LayerCache(k, v, spec)
 
 
 @dataclass(frozen=True)
@@ -95,6 +120,17 @@ class AttentionPlan:
 
 class AttentionBackend(Protocol):
     """Writes a step's K and V into the paged cache and attends over each sequence's context."""
+
+    def new_cache(
+        self,
+        spec: LayerCacheSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        """An empty cache for one layer, as `forward` wants it; `paged_cache` for those who do not mind."""
+        ...
 
     def prepare(self, plan: AttentionPlan) -> AttentionPlan:
         """The plan of a step on the host, with what this backend adds to it; called once before `forward`s.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache
+from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, paged_cache
 
 
 class PagedReferenceAttention:
     """`AttentionBackend` that gathers each sequence's context; `dtype` is what it computes in."""
+
+    new_cache = staticmethod(paged_cache)
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

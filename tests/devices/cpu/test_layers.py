@@ -31,18 +31,25 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels o
 
 
 def runner(
-    folder: Path, change: Callable[[PreTrainedModel], None] = lambda _: None, **settings: object
+    folder: Path,
+    change: Callable[[PreTrainedModel], None] = lambda _: None,
+    attention: str = "auto",
+    **settings: object,
 ) -> Runner:
     loaded = load(settings_for(folder, **settings))
     change(loaded.model)
     proof = probe(loaded.model, loaded.vocab_size, loaded.device)[2]  # of the model as it is now
-    return Runner(replace(loaded, proof=proof), CpuDevice().operators(loaded), num_blocks=8, block_size=8)
+    operators = CpuDevice().operators(loaded, attention)
+    return Runner(replace(loaded, proof=proof), operators, num_blocks=8, block_size=8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["compiled", "reference"])
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt_oss"])
-def test_layers_of_llamas_relatives_are_fused(architecture: str, dtype: str, tmp_path: Path) -> None:
-    assert runner(build(architecture, tmp_path / "model"), dtype=dtype).fused
+def test_layers_of_llamas_relatives_are_fused(
+    architecture: str, attention: str, dtype: str, tmp_path: Path
+) -> None:
+    assert runner(build(architecture, tmp_path / "model"), attention=attention, dtype=dtype).fused
 
 
 def test_a_model_that_caps_its_logits_keeps_its_own_forward(
@@ -78,14 +85,18 @@ def test_a_mixture_of_experts_is_left_to_torch(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])  # phi3 has gate and up in one linear
+@pytest.mark.parametrize("attention", ["compiled", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_part_of_an_adapter_reaches_fused_layers(architecture: str, dtype: str, tmp_path: Path) -> None:
+def test_every_part_of_an_adapter_reaches_fused_layers(
+    architecture: str, attention: str, dtype: str, tmp_path: Path
+) -> None:
     folder = build(architecture, tmp_path / "model")
-    fused, loaded = runner(folder, dtype=dtype), load(settings_for(folder, dtype="float32"))
+    fused = runner(folder, attention=attention, dtype=dtype)
+    loaded = load(settings_for(folder, dtype="float32"))
     usual = Runner(
         loaded, PlainOperators(PagedReferenceAttention(), ReferenceKernels()), num_blocks=8, block_size=8
     )
-    assert fused.fused
+    assert fused.fast_paths == {"fused": True, "flat": True, "graphs": False}
     assert not usual.fused
     shapes = [(target.in_features, target.out_features) for target in usual.targets]
     ranks = [[(3 * slot + module) % 7 for module in range(len(shapes))] for slot in range(3)]

@@ -23,7 +23,7 @@ def cuda_operators(loaded: LoadedModel, lora: LoraKernels | None = None) -> Cuda
 
 
 class InterpretedCuda(CpuDevice):
-    def operators(self, loaded: LoadedModel) -> Operators:
+    def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
         return cuda_operators(loaded)
 
 

@@ -53,6 +53,7 @@ class Step:
         cache = LayerCache(
             torch.full((blocks, kv_heads, block_size, k_dim), torch.nan),
             torch.full((blocks, kv_heads, block_size, v_dim), torch.nan),
+            LayerCacheSpec(kv_heads, k_dim, v_dim, kv_heads * ratio),
         )
         free = torch.randperm(blocks, generator=generator).tolist()
         tables = torch.zeros(len(runs), max(counts) + 1, dtype=torch.int32)
@@ -94,9 +95,7 @@ class Step:
         )
 
     def backend(self, programs: int = 8) -> PagedTritonAttention:
-        _, kv_heads, _, k_dim = self.cache.k.shape
-        spec = LayerCacheSpec(kv_heads, k_dim, self.cache.v.shape[3], self.query.shape[1])
-        return PagedTritonAttention([spec], self.query.dtype, programs)
+        return PagedTritonAttention([self.cache.spec], self.query.dtype, programs)
 
 
 def reference(

@@ -32,6 +32,7 @@ struct ChorusLayer {
 struct ChorusDecoder {  // one step; T = plan->num_tokens
     const ChorusLayer* layers;
     int64_t num_layers, hidden_size;
+    int64_t stretch;  // what lies before attention `stretch` and after the one before it; -1 = all, attention too
     const ChorusPlan* plan;
     const ChorusSegments* segments;  // null = base model only
     const void* const* cos;          // of each layer: [rows, rotary_dim]
@@ -44,7 +45,7 @@ struct ChorusDecoder {  // one step; T = plan->num_tokens
     void* hidden;     // [T, hidden_size]: the embedded tokens; without a final norm, then the last layer's output
     float* residual;  // [T, hidden_size]
     void* normed;     // [T, hidden_size]
-    void* qkv;        // [T, heads * k_dim + kv_heads * (k_dim + v_dim)]
+    void* qkv;        // [T, heads * k_dim + kv_heads * (k_dim + v_dim)]; where others attend, K is as they want it
     void* attended;   // [T, heads * v_dim]
     void* projected;  // [T, hidden_size]
     void* activated;  // [T, intermediate size]
@@ -82,22 +83,33 @@ class Forward {  // one thread's walk through the layers
         : me_(me), d_(d), tokens_(d.plan->num_tokens), segments_(d.segments), sample_rows_(d.sample_rows) {}
 
     void run() {
-        for (int64_t l = 0; l < d_.num_layers; l++) {
-            const ChorusLayer& layer = d_.layers[l];
-            enter(l == 0 ? nullptr : &d_.layers[l - 1], layer);
-            const int64_t qkv = linear_with_lora(layer.qkv, layer.num_qkv, d_.normed, d_.qkv);
-            heads(layer, qkv, static_cast<const T*>(d_.cos[l]), static_cast<const T*>(d_.sin[l]));
-            attend(layer, qkv);
-            if (l + 1 == d_.num_layers) keep_sampled();
-            linear_with_lora(&layer.output, 1, d_.attended, d_.projected);
-            between(layer);
-            gate_up(layer);
-            linear_with_lora(&layer.down, 1, d_.activated, d_.projected);
+        if (d_.stretch >= 0) return stretch(d_.stretch);
+        for (int64_t l = 0; l <= d_.num_layers; l++) {
+            stretch(l);
+            if (l < d_.num_layers) attend(d_.layers[l]);
         }
-        leave(d_.layers[d_.num_layers - 1]);
     }
 
   private:
+    // Layer l up to its attention, after the rest of the layer before.
+    void stretch(int64_t l) {
+        const ChorusLayer* previous = l > 0 ? &d_.layers[l - 1] : nullptr;
+        if (previous) {
+            if (l == d_.num_layers) keep_sampled();
+            linear_with_lora(&previous->output, 1, d_.attended, d_.projected);
+            between(*previous);
+            gate_up(*previous);
+            linear_with_lora(&previous->down, 1, d_.activated, d_.projected);
+        }
+        if (l == d_.num_layers) return leave(*previous);
+        const ChorusLayer& layer = d_.layers[l];
+        enter(previous, layer);
+        linear_with_lora(layer.qkv, layer.num_qkv, d_.normed, d_.qkv);
+        heads(layer, static_cast<const T*>(d_.cos[l]), static_cast<const T*>(d_.sin[l]));
+    }
+
+    static int64_t qkv_width(const ChorusAttention& a) { return a.heads * a.k_dim + a.kv_heads * (a.k_dim + a.v_dim); }
+
     float* space(int64_t n) {
         if (int64_t(row_.size()) < n) row_.resize(size_t(n));
         return row_.data();
@@ -208,15 +220,14 @@ class Forward {  // one thread's walk through the layers
     // What it adds to the i-th of them; null = nothing.
     const LoraDelta<T>* delta(int64_t i) const { return segments_ && deltas_[i].any() ? &deltas_[i] : nullptr; }
 
-    // The outputs of `count` linears of the same x, side by side in y, with what LoRA adds. Returns y's width.
-    int64_t linear_with_lora(const ChorusLinear* linears, int64_t count, const void* x_from, void* y_to) {
+    // The outputs of `count` linears of the same x, side by side in y, with what LoRA adds.
+    void linear_with_lora(const ChorusLinear* linears, int64_t count, const void* x_from, void* y_to) {
         const T* x = static_cast<const T*>(x_from);
         T* y = static_cast<T*>(y_to);
         const int64_t width = begin_lora(linears, count, x);
         for (int64_t i = 0, column = 0; i < count; column += linears[i++].out)
             linear(me_, linears[i], x, linears[i].in, tokens_, y + column, width, delta(i));
         me_.barrier();
-        return width;
     }
 
     // activated = activation(gate) * up
@@ -243,10 +254,11 @@ class Forward {  // one thread's walk through the layers
             rms_norm(x, heads * dim, norm.weight, norm.eps);
     }
 
-    // Norms and rotates Q in place, and K on its way into the cache, with V.
-    void heads(const ChorusLayer& layer, int64_t width, const T* cos_rows, const T* sin_rows) {
+    // Norms and rotates Q in place, and K on its way into the cache, with V; in place too, where others attend.
+    void heads(const ChorusLayer& layer, const T* cos_rows, const T* sin_rows) {
         const ChorusAttention& a = layer.attention;
-        const int64_t dim = a.k_dim, rotary = layer.rotary_dim;
+        const int64_t dim = a.k_dim, rotary = layer.rotary_dim, width = qkv_width(a);
+        const bool into_cache = d_.stretch < 0;
         rows(tokens_, [&](int64_t t) {
             float* x = space(a.heads * dim + 2 * rotary);
             float *cos = x + a.heads * dim, *sin = cos + rotary;
@@ -264,17 +276,18 @@ class Forward {  // one thread's walk through the layers
             norm_heads(x, a.kv_heads, dim, layer.k_norm, layer.qk_norm_width);
             for (int64_t h = 0; h < a.kv_heads; h++) {
                 rotate(x + h * dim, rotary, cos, sin);
-                convert(x + h * dim, dim, cache_row<T>(*d_.plan, a, t, h, 0));
+                convert(x + h * dim, dim, into_cache ? cache_row<T>(*d_.plan, a, t, h, 0) : k + h * dim);
+                if (!into_cache) continue;
                 std::memcpy(cache_row<T>(*d_.plan, a, t, h, 1), v + h * a.v_dim, size_t(a.v_dim) * sizeof(T));
             }
         });
         me_.barrier();
     }
 
-    void attend(const ChorusLayer& layer, int64_t width) {
+    void attend(const ChorusLayer& layer) {
         ChorusAttention a = layer.attention;
         a.query = d_.qkv;
-        a.q_token = width;
+        a.q_token = qkv_width(a);
         a.q_head = a.k_dim;
         a.out = d_.attended;
         attention(me_, *d_.plan, a, scratch_);
@@ -310,6 +323,6 @@ CHORUS_LAYOUT(ChorusLayer, &S::attention_in, &S::attention_out, &S::mlp_in, &S::
               &S::qk_norm_width, &S::qkv, &S::output, &S::gate_up, &S::down, &S::num_qkv, &S::num_gate_up,
               &S::attention, &S::rotary_dim, &S::gelu, &S::residual_multiplier)
 
-CHORUS_LAYOUT(ChorusDecoder, &S::layers, &S::num_layers, &S::hidden_size, &S::plan, &S::segments, &S::cos, &S::sin,
-              &S::positions, &S::final_norm, &S::sample_rows, &S::num_samples, &S::sampled, &S::hidden,
+CHORUS_LAYOUT(ChorusDecoder, &S::layers, &S::num_layers, &S::hidden_size, &S::stretch, &S::plan, &S::segments, &S::cos,
+              &S::sin, &S::positions, &S::final_norm, &S::sample_rows, &S::num_samples, &S::sampled, &S::hidden,
               &S::residual, &S::normed, &S::qkv, &S::attended, &S::projected, &S::activated)
