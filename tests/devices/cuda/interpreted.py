@@ -11,15 +11,19 @@ from server.devices.cuda.graphs import Capture, DecodeGraphs
 from server.devices.cuda.lora import TritonKernels
 from server.engine.engine import Engine
 from server.lora.kernels.interface import LoraKernels
-from server.model.device import Operators
+from server.model.device import Operators, PlainOperators
 from server.model.loader import LoadedModel, load
 from server.model.memory import memory_sizes
 from tests.engine.harness import settings_for
 
 
+class InterpretedOperators(CudaOperators):
+    read = PlainOperators.read  # there is no page-locked memory
+
+
 def cuda_operators(loaded: LoadedModel, lora: LoraKernels | None = None) -> CudaOperators:
     attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
-    return CudaOperators(attention, lora or TritonKernels(max_mix_rank=16))
+    return InterpretedOperators(attention, lora or TritonKernels(max_mix_rank=16))
 
 
 class InterpretedCuda(CpuDevice):
