@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 
@@ -33,7 +34,7 @@ from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemorySizes, memory_sizes, token_budget
-from server.model.runner import Runner
+from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
 from server.scheduling.prompt_group import sequences_of
@@ -100,6 +101,8 @@ class Engine:
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
         )
+        self._runs_beside_host = device.runs_beside_host
+        self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
         self._arrivals = 0
         self._steps = 0
         self._refused: list[TokenOutput] = []
@@ -135,23 +138,26 @@ class Engine:
         self._settled = False
 
     def step(self) -> tuple[list[TokenOutput], list[AdapterResult]]:
-        """Plan and run one step. Returns the new tokens and the answers to adapter calls."""
+        """Plan and launch one step. Returns the new tokens, which are the last step's where the device works
+        beside the host, and the answers to adapter calls.
+        """
         self._wakeup.clear()
         landed = self._residency.poll()
         results = self._answer_calls()
         outputs, self._refused = self._refused, []
+        if not self._scheduler.can_plan_ahead:
+            outputs += self._read(but=0)
         plan = self._scheduler.plan()
         outputs += plan.failed
-        if plan.runs:
-            outputs += self._run(plan)
-            self._steps += 1
+        may_wait = self._launch(plan) if plan.runs else False
+        outputs += self._read(but=1 if may_wait else 0)
         self._settled = not (landed or results or outputs or plan.runs)
         return outputs, results
 
     def idle_ms(self) -> int | None:
         """0: call `step` now; n: adapters are on their way, call it when one landed (`wait`) or after n ms;
         None: nothing to do."""
-        if self._refused or self._scheduler.runnable:
+        if self._refused or self._in_flight or self._scheduler.runnable:
             return 0
         if not (self._calls or self._residency.pending or self._scheduler.has_work):
             return None
@@ -222,15 +228,29 @@ class Engine:
 
     # -- one step
 
-    def _run(self, plan: StepPlan) -> list[TokenOutput]:
-        batch = self._batches.build(plan.runs, plan.copies)
-        results = self._runner.launch(batch, self._arena.view()).collect()
-        # Ended before `update`, so that none of their blocks is offered for reuse.
-        failed = [
-            self._scheduler.fail(plan.runs[run].seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
-            for run in results.broken
-        ]
-        return failed + self._scheduler.update(plan, results.token_ids, results.logprobs)
+    def _launch(self, plan: StepPlan) -> bool:
+        """Give the device the step. Returns whether the next may be launched before this one is read."""
+        unread = self._in_flight[-1][1].token_ids if self._in_flight else None
+        batch = self._batches.build(plan.runs, plan.copies, unread)
+        self._in_flight.append((plan, self._runner.launch(batch, self._arena.view())))
+        self._steps += 1
+        if batch.must_be_read or not self._runs_beside_host:
+            return False
+        self._scheduler.launched(plan)
+        return True
+
+    def _read(self, but: int) -> list[TokenOutput]:
+        """What the steps in flight gave, all but the newest `but`; waits for them."""
+        outputs: list[TokenOutput] = []
+        while len(self._in_flight) > but:
+            plan, pending = self._in_flight.popleft()
+            results = pending.collect()
+            # Ended before `update`, so that none of their blocks is offered for reuse.
+            broken = [plan.runs[run].seq.request_id for run in results.broken]
+            failed = (self._scheduler.fail(name, ErrorCode.NON_FINITE, _NON_FINITE) for name in broken)
+            outputs += (output for output in failed if output is not None)
+            outputs += self._scheduler.update(plan, results.token_ids, results.logprobs)
+        return outputs
 
     def _answer_calls(self) -> list[AdapterResult]:
         """Answers to those adapter calls that have come to an end; the others are asked again next step."""

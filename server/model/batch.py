@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from operator import itemgetter
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
-from server.model.logits import SampleRow
+from server.model.logits import SampleRow, reads_output
 from server.scheduling.sequence import MixKey, Sequence
 from server.scheduling.step_plan import ScheduledRun
 
@@ -24,12 +24,15 @@ class Carried:
     """Tokens of a batch that the step before sampled, on the device: the host has not read them yet."""
 
     places: torch.Tensor  # [C] int64, indices into T
-    token_ids: torch.Tensor  # [C] int64, on the device
+    rows: torch.Tensor  # [C] int64, the row of the step before that gave each
+    token_ids: torch.Tensor  # [rows of the step before] int64, on the device
 
     def put_into(self, token_ids_T: torch.Tensor) -> None:
         """Each in its place of a batch's tokens on the device."""
-        places_C = self.places.to(token_ids_T.device, non_blocking=True)
-        token_ids_T.index_copy_(0, places_C, self.token_ids)
+        places_C, rows_C = (
+            tensor.to(token_ids_T.device, non_blocking=True) for tensor in (self.places, self.rows)
+        )
+        token_ids_T.index_copy_(0, places_C, self.token_ids.index_select(0, rows_C))
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Batch:
     # [B, 2] int64: blocks to copy before anything is computed, from and to
     copies: torch.Tensor | None = None
     carried: Carried | None = None
+    must_be_read: bool = False  # whether the host must know its tokens before it can launch the next
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`, with all its tokens; itself where nothing is missing there."""
@@ -85,17 +89,25 @@ class BatchBuilder:
         self._eos_token_ids = eos_token_ids
         self._last: _Last | None = None
 
-    def build(self, runs: abc.Sequence[ScheduledRun], copies: abc.Sequence[tuple[int, int]] = ()) -> Batch:
+    def build(
+        self,
+        runs: abc.Sequence[ScheduledRun],
+        copies: abc.Sequence[tuple[int, int]] = (),
+        unread: torch.Tensor | None = None,
+    ) -> Batch:
         """The batch of a step, valid until the next is built.
 
         Runs of one mix are neighbours, those of the base model come last. `copies`: see `StepPlan`.
+        `unread`: the tokens on the device that the last batch built gave, where the host has not read them.
         """
-        if self._last is not None and self._follow(runs, self._last):
-            batch = self._advanced(runs, self._last.batch)
+        last = self._last
+        if last is not None and self._follow(runs, last):
+            batch = self._advanced(runs, last.batch)
         else:
             batch = self._built(runs)
+        carried = None if last is None or unread is None else _carried(runs, last.runs, unread)
         self._last = _Last(runs, [run.seq.block_ids for run in runs], batch)
-        return replace(batch, copies=torch.tensor(copies)) if copies else batch
+        return replace(batch, copies=torch.tensor(copies) if copies else None, carried=carried)
 
     def _follow(self, runs: abc.Sequence[ScheduledRun], last: _Last) -> bool:
         """Whether each run is one token, the one after the last step's, in the same blocks and some more.
@@ -164,6 +176,7 @@ class BatchBuilder:
         if len(rows_N) < query_starts[-1]:  # not every token's logits are wanted
             sample_segments = self._segments([(run.mix, run.rows) for run in runs if run.rows])
 
+        samples = [_sample_row(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()]
         return Batch(
             token_ids=torch.from_numpy(
                 np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
@@ -181,8 +194,9 @@ class BatchBuilder:
             ),
             segments=segments,
             sample_segments=sample_segments,
-            samples=[_sample_row(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()],
+            samples=samples,
             rows=rows_S.tolist(),
+            must_be_read=bool((rows_S > 1).any()) or any(map(reads_output, samples)),
         )
 
     def _segments(self, runs: abc.Iterable[tuple[MixKey, int]]) -> Segments | None:
@@ -206,6 +220,19 @@ class _Last:
     runs: abc.Sequence[ScheduledRun]
     block_ids: list[list[int]]
     batch: Batch
+
+
+def _carried(
+    runs: abc.Sequence[ScheduledRun], last: abc.Sequence[ScheduledRun], unread_N: torch.Tensor
+) -> Carried | None:
+    """The last tokens of runs whose sequences have an unread one, which a run of the step before gave."""
+    rows_of = {run.seq: row - 1 for run, row in zip(last, accumulate(run.rows for run in last), strict=True)}
+    ends = accumulate(run.num_tokens for run in runs)
+    places = [(end - 1, rows_of[run.seq]) for run, end in zip(runs, ends, strict=True) if run.seq.num_unread]
+    if not places:
+        return None
+    places_C, rows_C = torch.tensor(places).unbind(1)
+    return Carried(places_C, rows_C, unread_N)
 
 
 def _sample_row(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:

@@ -128,6 +128,11 @@ class Device(Protocol):
         ...
 
     @property
+    def runs_beside_host(self) -> bool:
+        """Whether a step that was launched is computed while the host goes on."""
+        ...
+
+    @property
     def copies(self) -> Copies: ...
 
     def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:

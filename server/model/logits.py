@@ -37,6 +37,8 @@ class SampleRow:
 class LogitsProcessor(Protocol):
     """One option's effect on logits."""
 
+    reads_output: bool  # whether it needs to know every token before the one to be drawn
+
     def wants(self, row: SampleRow) -> bool:
         """Whether the row's logits change by it."""
         ...
@@ -48,6 +50,8 @@ class LogitsProcessor(Protocol):
 
 class RepetitionPenalty:
     """Over prompt and output (Keskar et al. 2019)."""
+
+    reads_output = True
 
     def wants(self, row: SampleRow) -> bool:
         return row.params.repetition_penalty != 1.0
@@ -62,8 +66,10 @@ class RepetitionPenalty:
 class CountPenalties:
     """Presence and frequency penalties, over the output, as OpenAI's."""
 
+    reads_output = True
+
     def wants(self, row: SampleRow) -> bool:
-        return bool(row.params.presence_penalty or row.params.frequency_penalty) and len(row.output) > 0
+        return bool(row.params.presence_penalty or row.params.frequency_penalty)
 
     def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
         counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
@@ -72,6 +78,8 @@ class CountPenalties:
 
 class LogitBias:
     """A number added to the logit of each token that the request names."""
+
+    reads_output = False
 
     def wants(self, row: SampleRow) -> bool:
         return bool(row.params.logit_bias)
@@ -87,6 +95,8 @@ class LogitBias:
 
 class MinimumLength:
     """No token that would end the sequence before `min_tokens`."""
+
+    reads_output = False
 
     def wants(self, row: SampleRow) -> bool:
         return len(row.tokens) - row.num_prompt_tokens < row.params.min_tokens
@@ -110,6 +120,11 @@ PROCESSORS: tuple[LogitsProcessor, ...] = (
 def wanted(row: SampleRow) -> list[LogitsProcessor]:
     """Those that change the row's logits, in order; none for most rows."""
     return [processor for processor in PROCESSORS if processor.wants(row)]
+
+
+def reads_output(row: SampleRow) -> bool:
+    """Whether a token is drawn from the row only where all before it are known."""
+    return any(processor.reads_output and processor.wants(row) for processor in PROCESSORS)
 
 
 def processed(logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 Continuous batching (Yu et al. 2022, Orca) under a token budget with chunked prefill (Agrawal et al. 2024,
 Sarathi-Serve) over paged KV blocks, with arena room for adapters as a third thing that an admitted sequence
-must have. Holds no tensor and starts no thread: a step is `plan`, the runner's work, `update`.
+must have. Holds no tensor and starts no thread: a step is `plan`, the runner's work, `update`. Where the
+device works beside the host, `launched` lets the next step be planned before this one's tokens are known.
 """
 
 from __future__ import annotations
 
 import time
 from collections import abc
-from itertools import chain
 
 from server.messages import ErrorCode, Logprobs, TokenOutput
 from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
@@ -17,7 +17,8 @@ from server.scheduling.adapter_turns import AdapterTurns
 from server.scheduling.block_pool import BlockPool, extend_hashes
 from server.scheduling.policy import FirstComeFirstServed, Policy
 from server.scheduling.prompt_group import SharedPrompts
-from server.scheduling.sequence import MixKey, Sequence, State
+from server.scheduling.running import Running
+from server.scheduling.sequence import Sequence, State
 from server.scheduling.step_plan import ScheduledRun, StepPlan
 from server.scheduling.waiting_line import WaitingLine
 
@@ -60,12 +61,9 @@ class Scheduler:
 
         self._sequences: dict[str, Sequence] = {}  # all that have not ended
         self._line = WaitingLine(patience_s)
-        self._running: dict[Sequence, None] = {}  # in order of admission
-        self._mixes: dict[MixKey, list[Sequence]] = {}  # the running ones that use adapters
-        self._base: list[Sequence] = []  # the running ones that use none
-        self._prefilling: list[Sequence] = []  # the running ones with more than one token to compute
-        self._growing: list[Sequence] = []  # their next token starts a block that they do not have yet
+        self._running = Running(pool.block_size)
         self._prompts = SharedPrompts(pool)
+        self._in_flight: list[tuple[StepPlan, list[bool]]] = []  # oldest first, with the runs that count
 
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far; prefix hits not counted
@@ -105,6 +103,11 @@ class Scheduler:
         """Whether `plan` may have something to run. If not, all there is waits for adapters: plan again
         when a copy has landed, or after a moment."""
         return bool(self._running) or len(self._line) > self._line.for_adapter
+
+    @property
+    def can_plan_ahead(self) -> bool:
+        """Whether the next plan needs no token of those in flight: nobody would have to make room."""
+        return self._running.growing <= self._pool.available
 
     # -- coming and going
 
@@ -147,9 +150,12 @@ class Scheduler:
         self._end(seq)
         return True
 
-    def fail(self, request_id: str, code: ErrorCode, message: str) -> TokenOutput:
-        """End it now, whatever its state, with an error. Raises KeyError when it is not here (any more)."""
-        seq = self._sequences[request_id]
+    def fail(self, request_id: str, code: ErrorCode, message: str) -> TokenOutput | None:
+        """End it now, whatever its state, with an error. None when it is not here (any more)."""
+        seq = self._sequences.get(request_id)
+        return None if seq is None else self._fail(seq, code, message)
+
+    def _fail(self, seq: Sequence, code: ErrorCode, message: str) -> TokenOutput:
         self._end(seq)
         return _error(seq, code, message)
 
@@ -166,10 +172,12 @@ class Scheduler:
 
     def preempt_youngest(self) -> bool:
         """Send the youngest running sequence back to the line, to be recomputed later; nothing of it is
-        lost. False when at most one runs."""
+        lost. False when at most one runs. Raises RuntimeError while a step is in flight."""
+        if self._in_flight:
+            raise RuntimeError("a sequence in flight cannot be preempted: tokens of it are not known yet")
         if len(self._running) < 2:
             return False
-        seq = max(self._running, key=lambda candidate: candidate.order)
+        seq = self._running.youngest
         self._stop(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
@@ -180,24 +188,14 @@ class Scheduler:
     def _start(self, seq: Sequence) -> None:
         self._line.remove(seq)
         seq.state = State.RUNNING
-        self._running[seq] = None
-        (self._mixes.setdefault(seq.mix_key, []) if seq.mix_key else self._base).append(seq)
-        if seq.num_tokens - seq.num_computed > 1:
-            self._prefilling.append(seq)
+        self._running.add(seq)
         self._prompts.started(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """A running sequence gives back what it holds; the caller sets its new state."""
-        del self._running[seq]
-        if seq.mix_key:
-            self._mixes[seq.mix_key].remove(seq)
-            if not self._mixes[seq.mix_key]:
-                del self._mixes[seq.mix_key]
+        self._running.remove(seq)
+        if seq.adapters:
             self._gate.release(seq.adapters)
-        else:
-            self._base.remove(seq)
-        if seq in self._prefilling:
-            self._prefilling.remove(seq)
         self._pool.release(seq.block_ids)
         seq.block_ids = []
         self._prompts.stopped(seq)
@@ -207,50 +205,24 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step, possibly of no runs. Blocks of every run are allocated, adapters acquired."""
         self._grow()
-        tokens = self._max_num_batched_tokens - (len(self._running) - len(self._prefilling))
         failed: list[TokenOutput] = []
         if self._line and len(self._running) < self._max_num_seqs:
-            tokens_to_prefill = sum(seq.num_tokens - seq.num_computed for seq in self._prefilling)
-            if tokens > tokens_to_prefill:
-                failed = self._admit(tokens - tokens_to_prefill)
-                tokens = self._max_num_batched_tokens - (len(self._running) - len(self._prefilling))
-        return StepPlan(self._runs(self._chunks(tokens)), failed, self._prompts.copies)
+            tokens = self._max_num_batched_tokens - self._running.decoding - self._running.tokens_to_prefill
+            if tokens > 0:
+                failed = self._admit(tokens)
+        tokens = self._max_num_batched_tokens - self._running.decoding
+        return StepPlan(self._running.runs(tokens), failed, self._prompts.copies)
 
     def _grow(self) -> None:
         """A block for each sequence that needs one more, oldest first; prompts kept for choices yet to
         start make way when there is none, then the youngest. The oldest always goes on, so there is no
         livelock."""
-        growing, self._growing = self._growing, []
-        if len(growing) > self._pool.available:
-            growing.sort(key=lambda seq: seq.order)
-        for seq in growing:
+        for seq in self._running.take_growing():
             while seq.state is State.RUNNING and not self._pool.available:
                 if not (self._prompts.make_room() or self.preempt_youngest()):
                     break
             if seq.state is State.RUNNING:
                 seq.block_ids += self._pool.allocate(1)
-
-    def _chunks(self, tokens: int) -> dict[Sequence, int]:
-        """Shares `tokens` out among the prefilling sequences, first admitted first."""
-        chunks = {}
-        for seq in self._prefilling:
-            chunks[seq] = min(seq.num_tokens - seq.num_computed, tokens)
-            tokens -= chunks[seq]
-            if not tokens:
-                break
-        return chunks
-
-    def _runs(self, chunks: dict[Sequence, int]) -> list[ScheduledRun]:
-        runs: list[ScheduledRun] = []
-        for seq in chain(*self._mixes.values(), self._base):
-            start = seq.num_computed
-            known = seq.num_tokens - start
-            if known == 1:
-                runs.append(ScheduledRun(seq, seq.mix_key, start, 1, rows=1))
-            elif seq in chunks:
-                ends = chunks[seq] == known
-                runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], rows=int(ends)))
-        return runs
 
     def _admit(self, tokens: int) -> list[TokenOutput]:
         """Start waiting sequences while there are places, tokens, blocks and adapters for them.
@@ -260,7 +232,7 @@ class Scheduler:
         """
         failed: list[TokenOutput] = []
         now = self._clock()
-        turns = AdapterTurns(self._gate, self._line, self._mixes.values(), now)
+        turns = AdapterTurns(self._gate, self._line, self._running.mixes, now)
         for seq in self._line.in_order(self._policy, now, turns.passed_over):
             if tokens <= 0 or len(self._running) == self._max_num_seqs:
                 turns.end(first_not_tried=seq)
@@ -269,7 +241,7 @@ class Scheduler:
                 continue
             if answer.status is AcquireStatus.FAILED:
                 code = answer.error or ErrorCode.ADAPTER_LOAD_FAILED
-                failed.append(self.fail(seq.request_id, code, answer.message))
+                failed.append(self._fail(seq, code, answer.message))
                 continue
             if not self._take_blocks(seq):
                 turns.give_back(seq)
@@ -327,6 +299,27 @@ class Scheduler:
 
     # -- after the step
 
+    def launched(self, plan: StepPlan) -> None:
+        """The device has the step, and will do it before all that it is given later: plan on from there.
+
+        Each run that samples gets a place for its token, which `update` brings. Only for plans whose runs
+        have one row at most. Updates come in the order of launches.
+        """
+        counts = [run.seq.state is State.RUNNING and run.seq.num_computed == run.start for run in plan.runs]
+        for run, counted in zip(plan.runs, counts, strict=True):
+            seq = run.seq
+            if plan.copies:
+                self._prompts.copied(seq)
+            if not counted:
+                continue
+            if run.start < seq.num_prompt_tokens:
+                end = min(run.start + run.num_tokens, seq.num_prompt_tokens)
+                self.prompt_tokens += end - run.start
+            self._running.advance(run)
+            if seq.group is not None and seq.num_computed >= seq.num_prompt_tokens:
+                self._prompts.computed(seq)
+        self._in_flight.append((plan, counts))
+
     def update(
         self,
         plan: StepPlan,
@@ -339,50 +332,43 @@ class Scheduler:
         Raises ValueError when there are not as many lists as runs."""
         if len(token_ids) != len(plan.runs):
             raise ValueError(f"{len(token_ids)} tokens for {len(plan.runs)} runs")
+        if not self._in_flight:
+            self.launched(plan)
+        launched, counts = self._in_flight.pop(0)
+        if launched is not plan:
+            raise ValueError("steps are updated in the order in which they were launched")
         outputs: list[TokenOutput] = []
         for at, run in enumerate(plan.runs):
-            seq = run.seq
-            if plan.copies:
-                self._prompts.copied(seq)
-            if seq.state is not State.RUNNING or seq.num_computed != run.start:
-                continue
-            self._computed(seq, run.num_tokens)
-            if token_ids[at]:
-                outputs.append(self._sampled(seq, token_ids[at], logprobs[at] if logprobs else ()))
+            if counts[at] and run.seq.state is State.RUNNING:
+                self._offer_blocks(run)
+                if token_ids[at]:
+                    outputs.append(self._sampled(run, token_ids[at], logprobs[at] if logprobs else ()))
         return outputs
 
-    def _computed(self, seq: Sequence, num_tokens: int) -> None:
-        """K and V of the next `num_tokens` are in the cache: offer the blocks they filled for reuse."""
-        start = seq.num_computed
-        seq.num_computed = end = start + num_tokens
-        if start < seq.num_prompt_tokens:
-            self.prompt_tokens += min(end, seq.num_prompt_tokens) - start
-        if seq.num_tokens - start > 1 and seq.num_tokens - end <= 1:
-            self._prefilling.remove(seq)
-        if seq.group is not None and end >= seq.num_prompt_tokens:
-            self._prompts.computed(seq)
-        block_size = self._pool.block_size
-        if self._pool.prefix_caching and end // block_size > start // block_size:
+    def _offer_blocks(self, run: ScheduledRun) -> None:
+        """Those that the run filled, for reuse: their tokens are known now."""
+        seq, block_size, end = run.seq, self._pool.block_size, run.start + run.num_tokens
+        if self._pool.prefix_caching and end // block_size > run.start // block_size:
             extend_hashes(seq.block_hashes, seq.tokens[:end], seq.mix_key, block_size)
-            for i in range(start // block_size, end // block_size):
+            for i in range(run.start // block_size, end // block_size):
                 self._pool.register(seq.block_ids[i], seq.block_hashes[i])
 
     def _sampled(
-        self, seq: Sequence, tokens: abc.Iterable[int], logprobs: abc.Sequence[Logprobs]
+        self, run: ScheduledRun, tokens: abc.Iterable[int], logprobs: abc.Sequence[Logprobs]
     ) -> TokenOutput:
-        """Append the tokens, up to one that ends it."""
-        first, reason, taken = seq.num_generated == 0, None, []
+        """Give its sequence the tokens, up to one that ends it."""
+        seq, reason, taken = run.seq, None, []
+        first = seq.num_generated == seq.num_unread
         for token in tokens:
-            seq.append(token)
+            reason = seq.take(token)
             taken.append(token)
-            reason = seq.finish_reason()
             if reason is not None:
                 break
         self.generated_tokens += len(taken)
         if reason is not None:
             self._end(seq)
-        elif seq.num_computed == len(seq.block_ids) * self._pool.block_size:
-            self._growing.append(seq)
+        elif run.rows > 1:
+            self._running.moved_on(seq)
         return TokenOutput(
             seq.request_id,
             taken,

@@ -16,6 +16,8 @@ from server.messages import AdapterRef, FinishReason, Fork, Request, SamplingPar
 Tokens = npt.NDArray[np.int64]
 MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
 
+UNREAD = -1  # stands for a token that is not known yet
+
 
 def _seed(seed: int | None) -> int:
     return secrets.randbits(63) if seed is None else seed
@@ -52,6 +54,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
+        "num_unread",
         "order",
         "request_id",
         "sampling",
@@ -72,6 +75,7 @@ class Sequence:
 
         self._buffer: Tokens = np.array(request.prompt_token_ids, dtype=np.int64)
         self.num_prompt_tokens = self.num_tokens = len(self._buffer)
+        self.num_unread = 0  # tokens at the end that the device has taken and the host has not read
         self.last_token: int = request.prompt_token_ids[-1] if request.prompt_token_ids else -1
 
         self.state = State.WAITING
@@ -111,6 +115,31 @@ class Sequence:
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
+    @property
+    def is_full(self) -> bool:
+        """Whether its newest token is the last one that it may have."""
+        return self.num_tokens >= self.max_length
+
+    def expect(self) -> None:
+        """Count a generated token before it is known: `take` fills it in."""
+        self.append(UNREAD)
+        self.num_unread += 1
+
+    def take(self, token: int) -> FinishReason | None:
+        """The next generated token: one that was expected, or one more. Returns why it is the last one."""
+        if self.num_unread:
+            place = self.num_tokens - self.num_unread
+            self._buffer[place] = token
+            self.num_unread -= 1
+            if not self.num_unread:
+                self.last_token = token
+        else:
+            place = self.num_tokens
+            self.append(token)
+        if token in self.stop_ids and place - self.num_prompt_tokens + 1 >= self.sampling.min_tokens:
+            return "stop"
+        return "length" if place + 1 >= self.max_length else None
+
     def append(self, token: int) -> None:
         """Add a generated token."""
         if self.num_tokens == len(self._buffer):
@@ -120,14 +149,6 @@ class Sequence:
         self._buffer[self.num_tokens] = token
         self.num_tokens += 1
         self.last_token = token
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why the newest token is the last one; None: go on."""
-        if self.last_token in self.stop_ids and self.num_generated >= self.sampling.min_tokens:
-            return "stop"
-        if self.num_tokens >= self.max_length:
-            return "length"
-        return None
 
 
 class PromptGroup:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from server.devices.cpu.device import CpuDevice
 from server.engine.engine import Engine
 from server.messages import (
     AdapterRef,
@@ -26,6 +27,12 @@ from tests.engine.harness import adapter_ref, assert_at_rest, busy, greedy, make
 from tests.model.tiny_models import VOCAB, add_adapter, build, targets_of
 
 RANK = 4
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "beside"])
+def runs_beside_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a step is launched before the one before is read."""
+    monkeypatch.setattr(CpuDevice, "runs_beside_host", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -354,13 +361,13 @@ def test_unload_waits_for_the_last_use(model: Path, adapter: Path, engines: list
     engines.append(engine)
     ref = adapter_ref(adapter)
     engine.add(greedy("r", prompt(5, 1), 6, [ref]))
+    outputs = []
     while not engine.stats().running:
-        engine.step()
+        outputs += engine.step()[0]
     engine.unload_adapter(UnloadAdapter(1, ref.digest))
-    outputs, answers = engine.step()
+    more, answers = engine.step()
     assert [a.residency for a in answers] == ["arena"], "unloaded under a running request"
-    tokens = 1 + len(outputs) + len(tokens_of(run(engine)["r"]))
-    assert tokens == 6
+    assert len(tokens_of([*outputs, *more, *run(engine)["r"]])) == 6
     engine.unload_adapter(UnloadAdapter(2, ref.digest))
     assert [a.residency for a in results(engine)] == ["host"]
 

@@ -117,13 +117,17 @@ def next_token(tokens: list[int], mix: MixKey) -> int:
 
 class FakeModel:
     """Keeps, for each place in the paged cache, what K and V there would depend on: the tokens up to it
-    and the adapter mix. Fails when a run reads a place that holds anything else than its own past."""
+    and the adapter mix. Fails when a run reads a place that holds anything else than its own past.
+
+    Knows the tokens that it gave even where the scheduler has not read them yet."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.cache: dict[tuple[int, int], object] = {}
         self.num_blocks = num_blocks
         self.computed: Counter[str] = Counter()  # tokens, by request
+        self.computed_of_prompt: Counter[str] = Counter()
+        self._given: dict[Sequence, list[int]] = {}
 
     def __call__(self, plan: StepPlan) -> list[list[int]]:
         for source, target in plan.copies:
@@ -133,13 +137,21 @@ class FakeModel:
             for position in range(run.start, run.start + run.num_tokens):
                 self.cache[self._place(run.seq, position)] = self._past(run.seq, position)
             self.computed[run.seq.request_id] += run.num_tokens
+            of_prompt = min(run.num_tokens, run.seq.num_prompt_tokens - run.start)
+            self.computed_of_prompt[run.seq.request_id] += max(0, of_prompt)
         sampled = []
         for run in plan.runs:
             end = run.start + run.num_tokens
             for position in range(end):
                 assert self.cache[self._place(run.seq, position)] == self._past(run.seq, position)
-            sampled.append([next_token(run.seq.tokens.tolist(), run.mix)] * run.rows)
+            sampled.append([next_token(self._tokens(run.seq), run.mix)] * run.rows)
+        for run, tokens in zip(plan.runs, sampled, strict=True):
+            self._given.setdefault(run.seq, []).extend(tokens)
         return sampled
+
+    def _tokens(self, seq: Sequence) -> list[int]:
+        known: list[int] = seq.tokens[: seq.num_tokens - seq.num_unread].tolist()
+        return known + (self._given[seq][-seq.num_unread :] if seq.num_unread else [])
 
     def _place(self, seq: Sequence, position: int) -> tuple[int, int]:
         block = seq.block_ids[position // self.block_size]
@@ -147,7 +159,7 @@ class FakeModel:
         return block, position % self.block_size
 
     def _past(self, seq: Sequence, position: int) -> object:
-        return seq.mix_key, tuple(seq.tokens[: position + 1].tolist())
+        return seq.mix_key, tuple(self._tokens(seq)[: position + 1])
 
 
 def alone(request: Request, max_model_len: int) -> tuple[list[int], str]:
@@ -178,7 +190,9 @@ def request(
 
 
 class Harness:
-    """A scheduler with a fake gate, model and clock; `step` runs one plan and collects what comes out."""
+    """A scheduler with a fake gate, model and clock; `step` runs one plan and collects what comes out.
+
+    `ahead`: a step is planned and launched before the one before is read, where the scheduler can."""
 
     def __init__(
         self,
@@ -192,6 +206,7 @@ class Harness:
         max_num_batched_tokens: int = 32,
         max_model_len: int = 256,
         patience_s: float = 2.0,
+        ahead: bool = False,
     ) -> None:
         self.clock = Clock()
         self.seconds_per_step = seconds_per_step
@@ -209,6 +224,8 @@ class Harness:
             patience_s=patience_s,
             clock=self.clock,
         )
+        self.ahead = ahead
+        self.in_flight: list[tuple[StepPlan, list[list[int]]]] = []
         self.sequences: dict[str, Sequence] = {}
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
@@ -237,12 +254,25 @@ class Harness:
     def step(self) -> StepPlan:
         self.clock.now += self.seconds_per_step
         self.gate.tick()
+        if not self.scheduler.can_plan_ahead:
+            self.read()
         plan = self.scheduler.plan()
         for run in plan.runs:
             self.started.setdefault(run.seq.request_id, self.clock())
         self.collect(plan.failed)
-        self.collect(self.scheduler.update(plan, self.model(plan)))
+        tokens = self.model(plan)
+        if self.ahead:
+            self.scheduler.launched(plan)
+        self.read()
+        self.in_flight.append((plan, tokens))
+        if not self.ahead:
+            self.read()
         return plan
+
+    def read(self) -> None:
+        """What the steps in flight gave."""
+        while self.in_flight:
+            self.collect(self.scheduler.update(*self.in_flight.pop(0)))
 
     def drain(self, limit: int = 2000) -> int:
         """Step until nothing is left; returns how many steps that took."""

@@ -35,6 +35,7 @@ class Life:
     prefix_caching: bool
     arrivals: float  # mean, each step
     troubles: float  # chance of an abort, a failure or a lost step, each step
+    ahead: bool = False  # whether steps are planned before the one before is read
 
 
 LIVES = st.builds(
@@ -51,6 +52,7 @@ LIVES = st.builds(
     prefix_caching=st.booleans(),
     arrivals=st.floats(0.1, 2.0),
     troubles=st.sampled_from([0.0, 0.0, 0.3]),
+    ahead=st.booleans(),
 )
 
 
@@ -67,6 +69,7 @@ class TraceHarness(Harness):
             max_num_batched_tokens=life.budget,
             max_model_len=40,
             patience_s=0.5,
+            ahead=life.ahead,
         )
         self.life = life
         self.rng = random.Random(life.seed)
@@ -104,10 +107,15 @@ class TraceHarness(Harness):
             assert self.scheduler.abort(victim)
             self.gone.add(victim)
         elif kind == 1:
-            self.collect([self.scheduler.fail(victim, ErrorCode.INTERNAL, "by chance")])
+            failed = self.scheduler.fail(victim, ErrorCode.INTERNAL, "by chance")
+            assert failed is not None
+            self.collect([failed])
         elif kind == 2:
+            if not self.scheduler.can_plan_ahead:
+                self.read()
             self.collect(self.scheduler.plan().failed)  # the step is lost
         else:
+            self.read()
             self.scheduler.preempt_youngest()
 
     def step(self) -> StepPlan:
@@ -120,7 +128,7 @@ class TraceHarness(Harness):
         self.check_books()
         if oldest and oldest.state is not State.FINISHED:
             assert oldest.state is State.RUNNING, "the oldest is never preempted"
-            assert oldest.num_computed > before or prefilling
+            assert oldest.num_computed > before or prefilling or oldest.is_full
         return plan
 
     def check_plan(self, plan: StepPlan) -> None:
@@ -213,11 +221,12 @@ def test_every_token_is_computed_or_taken_from_the_cache_once(life: Life) -> Non
             taken = h.outputs[name][0].cached_tokens
             assert taken < prompt
             assert taken % life.block_size == 0
-            shared = 0
-            if seq.group is not None and h.model.computed[name] == len(h.tokens(name)):
-                shared = prompt - 1 - taken  # all but the last token are another choice's
-            assert h.model.computed[name] + taken + shared == prompt + len(h.tokens(name)) - 1
-            computed += prompt - taken - shared
+            of_prompt = h.model.computed_of_prompt[name]
+            # all but the last token may be another choice's
+            assert of_prompt + taken == prompt or (seq.group is not None and of_prompt == 1)
+            for_nothing = h.model.computed[name] - of_prompt - (len(h.tokens(name)) - 1)
+            assert for_nothing in ((0, 1) if life.ahead and h.reason(name) == "stop" else (0,))
+            computed += of_prompt
             cached += taken
     assert h.scheduler.prompt_tokens >= computed
     assert h.scheduler.cached_prompt_tokens >= cached

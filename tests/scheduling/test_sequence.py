@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from server.messages import AdapterRef, Request, SamplingParams
-from server.scheduling.sequence import Sequence, State
+from server.scheduling.sequence import UNREAD, Sequence, State
 
 
 def make(prompt: list[int], adapters: tuple[AdapterRef, ...] = (), **sampling: object) -> Sequence:
@@ -69,7 +69,20 @@ def test_seed_is_the_requests_or_drawn() -> None:
 def test_finish_reason(sampling: dict[str, object], tokens: list[int], expected: str | None) -> None:
     seq = make([1, 2, 3], **sampling)
     seq.limit(eos_token_ids=frozenset({0}), max_model_len=10)
-    for token in tokens:
-        assert token == tokens[-1] or seq.finish_reason() is None
-        seq.append(token)
-    assert seq.finish_reason() == expected
+    assert [seq.take(token) for token in tokens] == [*[None] * (len(tokens) - 1), expected]
+
+
+def test_tokens_are_expected_before_they_are_taken() -> None:
+    seq = make([1, 2], stop_token_ids=(9,))
+    seq.expect()
+    seq.expect()
+    assert (seq.num_tokens, seq.num_unread, seq.last_token) == (4, 2, UNREAD)
+    assert seq.take(7) is None
+    assert (seq.tokens.tolist(), seq.num_unread, seq.last_token) == ([1, 2, 7, UNREAD], 1, UNREAD)
+    assert seq.take(9) == "stop"
+    assert (seq.tokens.tolist(), seq.num_unread, seq.last_token) == ([1, 2, 7, 9], 0, 9)
+    assert seq.take(8) is None
+    assert not seq.is_full
+    seq.expect()
+    assert seq.is_full
+    assert seq.take(8) == "length"

@@ -65,6 +65,7 @@ class CpuDevice:
 
     torch_device = torch.device("cpu")
     arena_slots = 64
+    runs_beside_host = False
     copies: Copies = HostCopies()
 
     def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:

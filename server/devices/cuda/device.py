@@ -54,6 +54,7 @@ class CudaDevice:
     """See `Device`."""
 
     arena_slots = 4096  # when they grow, every graph is captured again
+    runs_beside_host = True
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device

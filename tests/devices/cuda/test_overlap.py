@@ -7,7 +7,6 @@ is read when it is collected.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,8 @@ import torch
 
 from server.engine.engine import Engine
 from server.messages import Request, SamplingParams
-from server.model.batch import BatchBuilder, Carried
-from server.model.runner import StepResults
-from server.scheduling.sequence import Sequence as Seq
-from server.scheduling.step_plan import ScheduledRun
 from tests.devices.cuda.interpreted import capture, make_interpreted
-from tests.engine.harness import adapter_ref, run, tokens_of
+from tests.engine.harness import adapter_ref, run
 from tests.model.tiny_models import add_adapter, build, targets_of
 
 triton = pytest.importorskip("triton")
@@ -74,61 +69,70 @@ def on_a_device_that_may_not_be_read(engine: Engine, monkeypatch: pytest.MonkeyP
     return unread
 
 
-def ahead(engine: Engine, requests: list[Request]) -> list[StepResults]:
-    """STEPS steps of the requests, each launched before the last one is read."""
-    runner, arena = engine._runner, engine._arena.view()
-    batches = BatchBuilder(engine._residency.slot, runner._block_size, ())
-    sequences = [Seq(request, 0.0, i) for i, request in enumerate(requests)]
-    for seq in sequences:
-        seq.block_ids = engine._pool.allocate(4)
-    prompts = [ScheduledRun(seq, seq.mix_key, 0, seq.num_tokens, rows=1) for seq in sequences]
-    pending, results = runner.launch(batches.build(prompts), arena), []
-    for _ in range(STEPS - 1):
-        for seq in sequences:
-            seq.append(-1)  # nobody knows yet
-        runs = [ScheduledRun(seq, seq.mix_key, seq.num_tokens - 1, 1, rows=1) for seq in sequences]
-        carried = Carried(torch.arange(len(sequences)), pending.token_ids)
-        following = runner.launch(replace(batches.build(runs), carried=carried), arena)
-        results.append(pending.collect())
-        pending = following
-    return [*results, pending.collect()]
+def requests(adapter: Path, **options: object) -> list[Request]:
+    def params(**of_one: object) -> SamplingParams:
+        return SamplingParams(STEPS, ignore_eos=True, **({"temperature": 0.0} | options | of_one))  # type: ignore[arg-type]  # free-form
+
+    return [
+        Request("adapted", [5, 6, 7], params(), (adapter_ref(adapter),)),
+        Request("drawn", [8, 9], params(temperature=0.9, top_p=0.8, seed=3, logprobs=2)),
+        Request("greedy", [8, 9, 3, 1], params()),
+    ]
+
+
+def serve(engine: Engine, asked: list[Request]) -> dict[str, list[tuple[int, list[int]]]]:
+    """Each request's tokens, and the likeliest ones beside them."""
+    for request in asked:
+        engine.add(request)
+    outputs = run(engine)
+    return {
+        request.request_id: [
+            (token, [other for found in output.logprobs or () for other, _ in found.top])
+            for output in outputs[request.request_id]
+            for token in output.token_ids
+        ]
+        for request in asked
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return build("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    return add_adapter(model, tmp_path / "adapter", seed=1, rank=4, target_modules=targets_of("llama"))
 
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_step_is_launched_before_the_one_before_is_read(
-    captured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captured: bool, model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = build("llama", tmp_path / "model")
-    adapter = add_adapter(folder, tmp_path / "adapter", seed=1, rank=4, target_modules=targets_of("llama"))
-    greedy = SamplingParams(STEPS, temperature=0.0, ignore_eos=True)
-    drawn = SamplingParams(STEPS, temperature=0.9, top_p=0.8, seed=3, logprobs=2, ignore_eos=True)
-    requests = [
-        Request("adapted", [5, 6, 7], greedy, (adapter_ref(adapter),)),
-        Request("drawn", [8, 9], drawn),
-        Request("greedy", [8, 9, 3, 1], greedy),
-    ]
-    engine = make_interpreted(folder, max_model_len=64, max_num_seqs=4)
-    for request in requests:
-        engine.add(request)
-    outputs = run(engine)
-
+    engine = make_interpreted(model, max_model_len=64, max_num_seqs=4)
+    want = serve(engine, requests(adapter))
+    monkeypatch.setattr(engine, "_runs_beside_host", True)
     unread = on_a_device_that_may_not_be_read(engine, monkeypatch)
     if captured:
         capture(engine, lambda work: work, most=4)
         assert engine.fast_paths["graphs"]
-    steps = ahead(engine, requests)
-    engine.close()
-    for place, request in enumerate(requests):
-        want = outputs[request.request_id]
-        assert [step.token_ids[place] for step in steps] == [[token] for token in tokens_of(want)]
-    logprobs = [found for output in outputs["drawn"] for found in output.logprobs or ()]
-    for step, want_one in zip(steps, logprobs, strict=True):
-        (got,) = step.logprobs[1]
-        assert got.token_id == want_one.token_id
-        assert got.logprob == pytest.approx(want_one.logprob, abs=1e-4)
-        assert [token for token, _ in got.top] == [token for token, _ in want_one.top]
+    assert serve(engine, requests(adapter)) == want
     assert unread.events == [
         "launched 0",
         *(event for n in range(1, STEPS) for event in (f"launched {n}", f"read {n - 1}")),
         f"read {STEPS - 1}",
     ]
+    engine.close()
+
+
+def test_a_penalty_waits_for_the_tokens_that_it_counts(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_interpreted(model, max_model_len=64, max_num_seqs=4)
+    want = serve(engine, requests(adapter, frequency_penalty=0.7))
+    monkeypatch.setattr(engine, "_runs_beside_host", True)
+    unread = Unread()
+    monkeypatch.setattr(type(engine._runner._operators), "read", lambda self, tensors: unread(tensors))
+    assert serve(engine, requests(adapter, frequency_penalty=0.7)) == want
+    assert unread.events == [event for n in range(STEPS) for event in (f"launched {n}", f"read {n}")]
+    engine.close()

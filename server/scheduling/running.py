@@ -1,0 +1,113 @@
+"""The sequences that run: under which adapters, and how far each is."""
+
+from __future__ import annotations
+
+from collections import abc
+from itertools import chain
+
+from server.scheduling.sequence import MixKey, Sequence
+from server.scheduling.step_plan import ScheduledRun
+
+
+class Running:
+    """Keeps at hand what a plan asks for each step, so that no plan looks at every sequence twice."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._sequences: dict[Sequence, None] = {}  # in order of admission
+        self._mixes: dict[MixKey, list[Sequence]] = {}  # those that use adapters
+        self._base: list[Sequence] = []  # those that use none
+        self._prefilling: list[Sequence] = []  # those with more than one token to compute
+        self._growing: list[Sequence] = []  # their next token starts a block that they do not have yet
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def mixes(self) -> abc.Collection[list[Sequence]]:
+        """Those that use adapters, by mix."""
+        return self._mixes.values()
+
+    @property
+    def decoding(self) -> int:
+        """How many have one token to compute."""
+        return len(self._sequences) - len(self._prefilling)
+
+    @property
+    def tokens_to_prefill(self) -> int:
+        return sum(seq.num_tokens - seq.num_computed for seq in self._prefilling)
+
+    @property
+    def growing(self) -> int:
+        """How many want a block before their next step."""
+        return len(self._growing)
+
+    @property
+    def youngest(self) -> Sequence:
+        return max(self._sequences, key=lambda candidate: candidate.order)
+
+    def add(self, seq: Sequence) -> None:
+        self._sequences[seq] = None
+        (self._mixes.setdefault(seq.mix_key, []) if seq.mix_key else self._base).append(seq)
+        if seq.num_tokens - seq.num_computed > 1:
+            self._prefilling.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        del self._sequences[seq]
+        if seq.mix_key:
+            self._mixes[seq.mix_key].remove(seq)
+            if not self._mixes[seq.mix_key]:
+                del self._mixes[seq.mix_key]
+        else:
+            self._base.remove(seq)
+        if seq in self._prefilling:
+            self._prefilling.remove(seq)
+
+    def take_growing(self) -> list[Sequence]:
+        """Those that want a block, oldest first. The caller gives each one, or takes it out."""
+        growing, self._growing = self._growing, []
+        return sorted(growing, key=lambda seq: seq.order)
+
+    def runs(self, tokens: int) -> list[ScheduledRun]:
+        """One token of each that decodes, and `tokens` shared out among the others, first admitted first.
+
+        Runs of one mix are neighbours, those of the base model come last. One whose last token is on its way
+        from the device does not run.
+        """
+        chunks = self._chunks(tokens)
+        runs: list[ScheduledRun] = []
+        for seq in chain(*self._mixes.values(), self._base):
+            start = seq.num_computed
+            known = seq.num_tokens - start
+            if known == 1:
+                if not seq.is_full:
+                    runs.append(ScheduledRun(seq, seq.mix_key, start, 1, rows=1))
+            elif seq in chunks:
+                ends = chunks[seq] == known
+                runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], rows=int(ends)))
+        return runs
+
+    def _chunks(self, tokens: int) -> dict[Sequence, int]:
+        chunks = {}
+        for seq in self._prefilling:
+            chunks[seq] = min(seq.num_tokens - seq.num_computed, tokens)
+            tokens -= chunks[seq]
+            if not tokens:
+                break
+        return chunks
+
+    def advance(self, run: ScheduledRun) -> None:
+        """Its tokens are computed, or will be before anything that is given to the device from now on."""
+        seq = run.seq
+        was_prefilling = seq.num_tokens - seq.num_computed > 1
+        seq.num_computed += run.num_tokens
+        if was_prefilling and seq.num_tokens - seq.num_computed <= 1:
+            self._prefilling.remove(seq)
+        if run.rows == 1:
+            seq.expect()
+            self.moved_on(seq)
+
+    def moved_on(self, seq: Sequence) -> None:
+        """It has a further token to compute: see whether that needs a block."""
+        if not seq.is_full and seq.num_computed == len(seq.block_ids) * self._block_size:
+            self._growing.append(seq)
