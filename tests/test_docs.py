@@ -101,7 +101,7 @@ def test_every_error_code_is_described() -> None:
     for kind in kinds(ChorusError):
         if kind.__module__ == "server.errors" and kind.code is not None:
             assert f"`{kind.code}`" in API
-    for path in (ROOT / "server" / "api").glob("*.py"):
+    for path in (ROOT / "server" / "api").rglob("*.py"):
         for code in re.findall(r'\bcode="([a-z_]+)"', path.read_text("utf-8")):
             assert f"`{code}`" in API, path.name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 
 from server.errors import InvalidAdapter
 from server.lora.kernels.interface import Part
-from server.lora.layout import Layout
-from server.peft.format import WEIGHTS_NAME, LoraModule, TensorSpan
+from server.lora.layout import Layout, parts_of_module
+from server.peft.format import WEIGHTS_NAME, TensorSpan
 
 # Elements per torch operation, just under what torch would spread over threads: packing runs beside a model
 # step, and a second team of threads on the same cores makes both many times slower.
@@ -25,21 +26,22 @@ def pack(folder: Path, layout: Layout, image_E: torch.Tensor) -> None:
     is not as long as it was when judged.
     """
     modules = list(layout.modules())
-    scratch = torch.empty(max(max(m.a.nbytes, m.b.nbytes) for m in modules), dtype=torch.uint8)
+    scratch = torch.empty(max(span.nbytes for module in modules for span in module.spans), dtype=torch.uint8)
     end = 0
     with (folder / WEIGHTS_NAME).open("rb", buffering=0) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes != layout.file_bytes:
             raise _changed(f"has {nbytes} bytes, it had {layout.file_bytes} when it was judged")
         for module in modules:
-            a_start, b_start = layout.offsets[module.target, [Part.A, Part.B]].tolist()
-            a = image_E[a_start : a_start + module.a.shape[0] * module.a.shape[1]]
-            b_RO = image_E[b_start : b_start + module.b.shape[0] * module.b.shape[1]].view(module.rank, -1)
-            image_E[end:a_start].zero_()
-            image_E[a_start + a.numel() : b_start].zero_()
-            end = b_start + b_RO.numel()
-            _read_a(file.fileno(), module, a, scratch)
-            _read_b(file.fileno(), module, b_RO, scratch)
+            starts = layout.offsets[module.target].tolist()
+            for part, span in parts_of_module(module):
+                image_E[end : starts[part]].zero_()
+                end = starts[part] + math.prod(span.shape)
+                room = image_E[starts[part] : end]
+                if part is Part.A:
+                    _read_a(file.fileno(), span, room, scratch)
+                else:
+                    _read_b(file.fileno(), span, module.scaling, room, scratch)
     image_E[end:].zero_()
 
 
@@ -53,28 +55,32 @@ def _dtype(span: TensorSpan) -> torch.dtype:
     return dtype
 
 
-def _read_a(fd: int, module: LoraModule, out: torch.Tensor, scratch: torch.Tensor) -> None:
-    if out.dtype == _dtype(module.a):
-        _read(fd, module.a, out.view(torch.uint8))
+def _read_a(fd: int, span: TensorSpan, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    if out.dtype == _dtype(span):
+        _read(fd, span, out.view(torch.uint8))
     else:
-        source = _read(fd, module.a, scratch[: module.a.nbytes]).view(_dtype(module.a))
+        source = _read(fd, span, scratch[: span.nbytes]).view(_dtype(span))
         for there, here in zip(torch.split(out, _SERIAL), torch.split(source, _SERIAL), strict=True):
             there.copy_(here)
 
 
-def _read_b(fd: int, module: LoraModule, out_RO: torch.Tensor, scratch: torch.Tensor) -> None:
-    """B [out, rank] times scaling, transposed. The product is made in float32 and rounded once."""
-    scaled = _read(fd, module.b, scratch[: module.b.nbytes]).view(_dtype(module.b))
-    if scaled.dtype == out_RO.dtype:
+def _read_b(fd: int, span: TensorSpan, scaling: float, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    """B [out, rank] or its bias [out], times scaling, transposed: [rank, out] in `out`, or [out].
+
+    The product is made in float32 and rounded once.
+    """
+    scaled = _read(fd, span, scratch[: span.nbytes]).view(_dtype(span))
+    if scaled.dtype == out.dtype:
         for piece in torch.split(scaled, _SERIAL):
-            piece.mul_(module.scaling)  # torch multiplies half precision by a number in float32
+            piece.mul_(scaling)  # torch multiplies half precision by a number in float32
     else:
-        source, scaled = scaled, torch.empty(scaled.numel(), dtype=out_RO.dtype)
+        source, scaled = scaled, torch.empty(scaled.numel(), dtype=out.dtype)
         for there, here in zip(torch.split(scaled, _SERIAL), torch.split(source, _SERIAL), strict=True):
-            there.copy_(here.float().mul_(module.scaling))
+            there.copy_(here.float().mul_(scaling))
     # NumPy transposes several times faster, and on one thread. It has no bfloat16: move the bits.
-    bits = torch.int32 if out_RO.dtype == torch.float32 else torch.int16
-    np.copyto(out_RO.view(bits).numpy(), scaled.view(bits).view(-1, module.rank).T.numpy())
+    bits = torch.int32 if out.dtype == torch.float32 else torch.int16
+    out_RO = out.view(bits).view(*reversed(span.shape)).numpy()
+    np.copyto(out_RO, scaled.view(bits).view(span.shape).numpy().T)
 
 
 def _read(fd: int, span: TensorSpan, out: torch.Tensor) -> torch.Tensor:

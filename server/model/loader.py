@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from server.config import Settings
+from server.model.attention.backends import Layers
 from server.model.attention.hf import NAME, ProbeStep, UnsupportedModel
 from server.model.attention.interface import AttentionOptions, LayerCacheSpec
 from server.model.proof import LENGTHS, InFloat32, Proof, probe_ids, probe_positions, relative_error
@@ -47,6 +48,10 @@ class LoadedModel:
     parameters: int
     weights_bytes: int
     load_seconds: float
+
+    @property
+    def attention_layers(self) -> Layers:
+        return Layers(self.cache_specs.values(), self.attention_options.values(), self.dtype)
 
 
 def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:

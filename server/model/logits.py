@@ -44,7 +44,10 @@ class LogitsProcessor(Protocol):
         ...
 
     def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        """Change the scores [vocabulary] of a row that wants it, in place, on their device."""
+        """Change the scores [vocabulary] of a row that wants it, in place, on their device.
+
+        Some may be -inf already, by a processor before.
+        """
         ...
 
 

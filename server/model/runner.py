@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from server.lora.kernels.interface import ArenaView
 from server.lora.linear import CurrentLora, LoraStep, wrap_linears
 from server.messages import Logprobs, LoraTarget
-from server.model.attention.hf import PagedStep
+from server.model.attention.hf import PagedStep, UnsupportedModel
 from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, NotCapturable, Operators, Prepare, StepGraphs
@@ -98,6 +98,8 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
         self.fused = self._fuse(loaded, operators)
+        if not self.fused and (objection := self._objection()):
+            raise UnsupportedModel(f"served over the paged cache, the model's logits differ: {objection}")
 
     @torch.inference_mode()
     def _fuse(self, loaded: LoadedModel, operators: Operators) -> bool:
@@ -113,17 +115,22 @@ class Runner:
             return False
         del decoder.layers
         decoder.layers = fused.slots()
-        batch, rows_N = self._probe().prompts()
-        if objection := self._proof.objection(self.logits(batch, None), rows_N):
+        if objection := self._objection():
             log.warning("the decoder layers run as torch modules: fused, their logits differ: %s", objection)
             del decoder.layers
             decoder.layers = layers
             return False
-        self._flatten(loaded, fused, batch)
+        self._flatten(loaded, fused)
         return True
 
-    def _flatten(self, loaded: LoadedModel, fused: DecoderLayers, batch: Batch) -> None:
+    def _objection(self) -> str | None:
+        """Why prompts do not get the model's own logits; None where they do."""
+        batch, rows_N = self._probe().prompts()
+        return self._proof.objection(self.logits(batch, None), rows_N)
+
+    def _flatten(self, loaded: LoadedModel, fused: DecoderLayers) -> None:
         """Leave out transformers' outer forward too, where the logits are the same without it."""
+        batch, _ = self._probe().prompts()
         try:
             flat = FlatModel(loaded.model, fused, loaded.max_model_len)
             with _large_logits(loaded.model, self._proof.usual):  # which show what bends or caps them

@@ -27,6 +27,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
+_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"  # the tensors of a module
 _CHUNK_BYTES = 1 << 18  # stays in the second-level cache
 
 # safetensors dtype -> its name in torch, bytes, and the exponent bits that are all set in NaN and Inf
@@ -50,14 +51,20 @@ class TensorSpan:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The delta of one Linear: `scaling * B A`, A as [rank, in_features], B as [out_features, rank]."""
+    """The delta of one Linear: `scaling * (B A x + bias)`."""
 
     target: int  # index into the targets that the adapter was judged against
     name: str
     rank: int
     scaling: float
-    a: TensorSpan
-    b: TensorSpan
+    a: TensorSpan  # [rank, in_features]
+    b: TensorSpan  # [out_features, rank]
+    bias: TensorSpan | None = None  # [out_features]
+
+    @property
+    def spans(self) -> tuple[TensorSpan, ...]:
+        """Of all that there are."""
+        return (self.a, self.b) if self.bias is None else (self.a, self.b, self.bias)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def judge(folder: Path, targets: Sequence[LoraTarget], limits: Limits) -> LoraAd
     widest = max(modules, key=lambda module: module.rank)
     if limits.max_rank is not None and widest.rank > limits.max_rank:
         raise bad(widest.a.name, f"has rank {widest.rank}, the limit of this server is {limits.max_rank}")
-    spans = [span for module in modules for span in (module.a, module.b)]
+    spans = [span for module in modules for span in module.spans]
     return LoraAdapter(
         modules=modules,
         rank=widest.rank,
@@ -118,7 +125,7 @@ def check_finite(folder: Path, adapter: LoraAdapter) -> None:
     masks = {name: (np.dtype(f"<u{width}"), mask) for name, width, mask in _DTYPES.values()}
     raw = bytearray(_CHUNK_BYTES)
     scratch = np.empty(_CHUNK_BYTES, np.uint8)
-    spans = [span for module in adapter.modules for span in (module.a, module.b)]
+    spans = [span for module in adapter.modules for span in module.spans]
     with (folder / WEIGHTS_NAME).open("rb", buffering=0) as file:
         for span in sorted(spans, key=lambda span: span.offset):
             dtype, mask = masks[span.dtype]
@@ -235,16 +242,15 @@ def _span(name: str, entry: object, start: int) -> TensorSpan:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`base_model.model.<module>.lora_A.weight` -> (module, "A")."""
-    stem = name.removesuffix(".weight").removesuffix(".default")
-    module, _, part = stem.rpartition(".")
-    if name.endswith(".weight") and name.startswith(_PREFIX) and part in ("lora_A", "lora_B"):
-        return module.removeprefix(_PREFIX), part[-1]
+    """`base_model.model.<module>.lora_A.weight` -> (module, "lora_A.weight")."""
+    stem, _, kind = name.rpartition(".")
+    module, _, matrix = stem.removesuffix(".default").rpartition(".")
+    part = f"{matrix}.{kind}"
+    if name.startswith(_PREFIX) and part in (_A, _B, _BIAS):
+        return module.removeprefix(_PREFIX), part
     for mark, what in (
         ("lora_magnitude_vector", "belongs to DoRA, which is not supported"),
         ("lora_embedding_", "belongs to an embedding; only Linear layers can have an adapter"),
-        ("lora_B.bias", "is a bias, which is not supported"),
-        ("lora_B.default.bias", "is a bias, which is not supported"),
     ):
         if mark in name:
             raise bad(name, what)
@@ -261,27 +267,34 @@ def _split(name: str) -> tuple[str, str]:
 def _match(
     tensors: Mapping[str, TensorSpan], targets: Sequence[LoraTarget], rules: Rules
 ) -> tuple[LoraModule, ...]:
-    halves: dict[str, dict[str, TensorSpan]] = {}
+    parts: dict[str, dict[str, TensorSpan]] = {}
     for name, span in tensors.items():
         module, part = _split(name)
-        if part in halves.setdefault(module, {}):
+        if part in parts.setdefault(module, {}):
             raise bad(name, "is there twice, with and without `default`")
-        halves[module][part] = span
+        parts[module][part] = span
     columns = {target.name: column for column, target in enumerate(targets)}
     modules = []
-    for name, pair in halves.items():
-        span = next(iter(pair.values()))
+    wanted = {_A, _B, _BIAS} if rules.lora_bias else {_A, _B}
+    for name, found in parts.items():
+        span = next(iter(found.values()))
         if name not in columns:
             raise bad(span.name, "changes a module that is not a Linear layer of the base model")
-        if len(pair) != 2:
-            raise bad(span.name, f"has no partner lora_{'B' if 'A' in pair else 'A'}.weight")
+        if _BIAS in found.keys() - wanted:
+            raise bad(found[_BIAS].name, "is a bias, and the config does not say lora_bias")
+        if missing := sorted(wanted - found.keys()):
+            raise bad(span.name, f"has no partner {missing[0]}")
         if not rules.targets(name):
             raise bad(span.name, "changes a module that target_modules and exclude_modules leave out")
         target = targets[columns[name]]
         rank, scaling = rules.rank_and_scaling(name)
-        _check_shape(pair["A"], [rank, target.in_features], f"[rank {rank}, {target.in_features} inputs]")
-        _check_shape(pair["B"], [target.out_features, rank], f"[{target.out_features} outputs, rank {rank}]")
-        modules.append(LoraModule(columns[name], name, rank, scaling, pair["A"], pair["B"]))
+        inputs, outputs = target.in_features, target.out_features
+        _check_shape(found[_A], [rank, inputs], f"[rank {rank}, {inputs} inputs]")
+        _check_shape(found[_B], [outputs, rank], f"[{outputs} outputs, rank {rank}]")
+        if rules.lora_bias:
+            _check_shape(found[_BIAS], [outputs], f"[{outputs} outputs]")
+        spans = found[_A], found[_B], found.get(_BIAS)
+        modules.append(LoraModule(columns[name], name, rank, scaling, *spans))
     return tuple(sorted(modules, key=lambda module: module.target))
 
 

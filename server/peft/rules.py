@@ -22,7 +22,6 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained embedding rows",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "a bias in lora_B",
     "megatron_config": "Megatron layers",
     "use_qalora": "QALoRA",
     "target_parameters": "LoRA on bare parameters (for example of experts)",
@@ -37,7 +36,7 @@ _UNSUPPORTED = {
 # Fields read below, and fields that say how the adapter was made or trained but not what it computes.
 _KNOWN = {
     "peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
-    "use_rslora", "target_modules", "exclude_modules", "base_model_name_or_path",
+    "use_rslora", "lora_bias", "target_modules", "exclude_modules", "base_model_name_or_path",
     "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "layers_to_transform",
     "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "runtime_config", "ensure_weight_tying",
@@ -55,7 +54,7 @@ def bad(param: str, message: str) -> InvalidAdapter:
 
 
 def check_fields(config: Mapping[str, object]) -> None:
-    """Refuse, by name, whatever would make this adapter compute something else than `scaling * B A`."""
+    """Refuse, by name, whatever would make it compute something else than `scaling * (B A x + bias)`."""
     if config.get("peft_type") != "LORA":
         raise bad("peft_type", "must be LORA")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -83,9 +82,8 @@ class Rules:
         self._deadline = time.monotonic() + _REGEX_SECONDS
         self.rank = _rank("r", config.get("r"))
         self.alpha = _alpha("lora_alpha", config.get("lora_alpha"))
-        self._use_rslora = config.get("use_rslora") or False
-        if not isinstance(self._use_rslora, bool):
-            raise bad("use_rslora", "must be true or false")
+        self._use_rslora = _flag("use_rslora", config.get("use_rslora"))
+        self.lora_bias = _flag("lora_bias", config.get("lora_bias"))  # whether each lora_B has a bias
         self._ranks = [
             (pattern, _rank(f"rank_pattern[{key}]", value))
             for key, pattern, value in self._patterns("rank_pattern", config)
@@ -160,6 +158,13 @@ class Rules:
         except TimeoutError:
             pass
         raise bad(field, "holds patterns that take too long to match")
+
+
+def _flag(field: str, value: object) -> bool:
+    value = value or False
+    if not isinstance(value, bool):
+        raise bad(field, "must be true or false")
+    return value
 
 
 def _rank(field: str, value: object) -> int:

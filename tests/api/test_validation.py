@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from server.api.inference import schemas
 from server.errors import InvalidRequest
+from server.messages import SamplingParams
 from tests.api.face_site import Site, open_site
 from tests.api.fake_engine import VOCABULARY, FakeEngine
 
@@ -146,6 +148,18 @@ async def test_sampling_reaches_the_engine(site: Site) -> None:
     assert (sampling.logit_bias, sampling.seed, sampling.ignore_eos) == ({7: -100}, 3, True)
     await site.complete()
     assert site.engine.requests[1].sampling.temperature == 1.0
+
+
+async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
+    given = {
+        "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 0.2,
+        "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "seed": 3,
+        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2,
+    }  # fmt: skip
+    await site.complete(**given)
+    sampling = msgspec.to_builtins(site.engine.requests[0].sampling)
+    assert sampling == given | {"logit_bias": {7: -100}, "stop_token_ids": (4,)}
+    assert sampling.keys() == set(SamplingParams.__struct_fields__)
 
 
 async def test_context_is_stated(site: Site) -> None:

@@ -37,14 +37,18 @@ def config(**fields: object) -> dict[str, object]:
     } | fields
 
 
-def weights(targets: Sequence[LoraTarget] = TARGETS, rank: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
-    """A and B of every target, float32."""
+def weights(
+    targets: Sequence[LoraTarget] = TARGETS, rank: int = 4, seed: int = 0, bias: bool = False
+) -> dict[str, np.ndarray]:
+    """A and B of every target, and with `bias` one of each B, float32."""
     random = np.random.default_rng(seed)
     tensors = {}
     for target in targets:
         prefix = f"base_model.model.{target.name}"
         tensors[f"{prefix}.lora_A.weight"] = random.standard_normal((rank, target.in_features), np.float32)
         tensors[f"{prefix}.lora_B.weight"] = random.standard_normal((target.out_features, rank), np.float32)
+        if bias:
+            tensors[f"{prefix}.lora_B.bias"] = random.standard_normal(target.out_features, np.float32)
     return tensors
 
 

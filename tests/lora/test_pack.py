@@ -31,19 +31,22 @@ def stored(tensor: np.ndarray, dtype: str) -> torch.Tensor:
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_every_tensor_lies_where_the_offsets_say(tmp_path, dtype, base):
-    """B is transposed and scaled in float32, then rounded once; A is rounded only."""
-    tensors = weights(TARGETS[1:], rank=3)
-    write(tmp_path, tensors, {"r": 3, "lora_alpha": 7}, dtype)
+    """B is transposed and, as its bias, scaled in float32, then rounded once; A is rounded only."""
+    tensors = weights(TARGETS[1:], rank=3, bias=True)
+    write(tmp_path, tensors, {"r": 3, "lora_alpha": 7, "lora_bias": True}, dtype)
     image = packed(tmp_path, dtype=base)
     assert image.layout.ranks.tolist() == [0, 3, 3, 3, 3, 3]
     for module, target in list(enumerate(TARGETS))[1:]:
-        a_start, b_start = image.layout.offsets[module, : Part.GAIN].tolist()
-        assert a_start * base.itemsize % 64 == b_start * base.itemsize % 64 == 0
+        a_start, b_start, gain_start, bias_start = image.layout.offsets[module].tolist()
+        assert gain_start == -1
+        assert all(start * base.itemsize % 64 == 0 for start in (a_start, b_start, bias_start))
         a = stored(tensors[f"base_model.model.{target.name}.lora_A.weight"], dtype)
         b = stored(tensors[f"base_model.model.{target.name}.lora_B.weight"], dtype)
         assert torch.equal(image.data[a_start : a_start + a.numel()], a.flatten().to(base))
         expected = (b * (7 / 3)).T.to(base).flatten()
         assert torch.equal(image.data[b_start : b_start + b.numel()], expected)
+        bias = stored(tensors[f"base_model.model.{target.name}.lora_B.bias"], dtype)
+        assert torch.equal(image.data[bias_start : bias_start + bias.numel()], (bias * (7 / 3)).to(base))
 
 
 def test_tensors_larger_than_one_torch_operation(tmp_path):
@@ -68,12 +71,15 @@ def test_the_size_is_known_before_anything_is_read(tmp_path):
         pack(tmp_path, layout, torch.empty(layout.nbytes, dtype=torch.uint8).view(base))
 
 
-def test_a_layout_says_of_every_module_what_the_judgement_said(tmp_path):
-    kinds = {name: ("BF16", "F16", "F32")[n % 3] for n, name in enumerate(weights())}
-    adapter = judge(write(tmp_path, dtype=kinds), TARGETS, LIMITS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layout_says_of_every_module_what_the_judgement_said(tmp_path, bias):
+    tensors = weights(bias=bias)
+    kinds = {name: ("BF16", "F16", "F32")[n % 3] for n, name in enumerate(tensors)}
+    adapter = judge(write(tmp_path, tensors, {"lora_bias": bias}, kinds), TARGETS, LIMITS)
     modules = Layout.of(adapter, TARGETS, torch.float16).modules()
     for module, judged in zip(modules, adapter.modules, strict=True):
-        for span, was in ((module.a, judged.a), (module.b, judged.b)):
+        assert len(module.spans) == len(judged.spans) == 2 + bias
+        for span, was in zip(module.spans, judged.spans, strict=True):
             assert (span.dtype, span.shape, span.offset) == (was.dtype, was.shape, was.offset)
             assert span.nbytes == was.nbytes
             assert span.name in was.name
@@ -96,7 +102,7 @@ def test_recent_layouts_are_those_loaded_last(tmp_path):
 
 def test_equal_adapters_have_equal_images(tmp_path):
     """No byte of the image is left to chance, the room between tensors included."""
-    write(tmp_path, weights(rank=3), {"r": 3})
+    write(tmp_path, weights(rank=3, bias=True), {"r": 3, "lora_bias": True})
     first, *others = (packed(tmp_path, dtype=torch.bfloat16).data for _ in range(5))
     assert all(torch.equal(image, first) for image in others)  # and there is no NaN, which equals nothing
 
@@ -131,8 +137,11 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, monkeypatch):
             "alpha_pattern": {"v_proj": 1, ".*down_proj": 9},
             "target_modules": ["q_proj", "v_proj", "down_proj"],
         },
+        {"r": 4, "lora_alpha": 7, "lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
     ],
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # PEFT's advice on merging
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")  # PEFT 0.21 of any bias that it saves
 def test_deltas_in_the_arena_are_those_of_peft(tmp_path, fields):
     """A tiny Llama: every Linear's output with the packed adapter is what PEFT's own layer gives."""
     peft = pytest.importorskip("peft")

@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from server.model.attention.backends import NewBackend, open_attention
-from server.model.attention.interface import AttentionBackend, LayerCacheSpec
+from server.devices.cpu import device
+from server.model.attention.backends import Layers, NewBackend, open_attention
+from server.model.attention.hf import UnsupportedModel
+from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCacheSpec
 from server.model.attention.paged_reference import PagedReferenceAttention
 from tests.engine.harness import greedy, make_engine, run, tokens_of
 from tests.model.tiny_models import build
 
-SPECS = [LayerCacheSpec(2, 16, 16, 4)]
+LAYERS = Layers([LayerCacheSpec(2, 16, 16, 4)], [AttentionOptions(0.25)], torch.float32)
+HALF = replace(LAYERS, dtype=torch.float16)
+CAPPED = replace(LAYERS, options=[AttentionOptions(0.25), AttentionOptions(0.25, softcap=30.0)])
 
 
 class Fast(PagedReferenceAttention):
-    """One that is not on every machine, and knows no float16."""
+    """One that knows no float16 and no softcap."""
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        if arguments[-1].sinks is not None:
+            raise ValueError("there is no attention sink here")
+        return super().forward(*arguments)
 
 
-def fast(specs: Collection[LayerCacheSpec], dtype: torch.dtype) -> AttentionBackend | None:
-    assert specs is SPECS
-    return Fast() if dtype is not torch.float16 else None
+def fast(layers: Layers) -> AttentionBackend | None:
+    capped = any(options.softcap is not None for options in layers.options)
+    return None if capped or layers.dtype is torch.float16 else Fast()
 
 
-BACKENDS: dict[str, NewBackend] = {"fast": fast, "reference": lambda specs, dtype: PagedReferenceAttention()}
+BACKENDS: dict[str, NewBackend] = {"fast": fast, "reference": lambda layers: PagedReferenceAttention()}
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "kind"),
+    ("name", "layers", "kind"),
     [
-        ("auto", torch.float32, Fast),
-        ("auto", torch.float16, PagedReferenceAttention),
-        ("fast", torch.float32, Fast),
-        ("reference", torch.float32, PagedReferenceAttention),
+        ("auto", LAYERS, Fast),
+        ("auto", HALF, PagedReferenceAttention),
+        ("auto", CAPPED, PagedReferenceAttention),
+        ("fast", LAYERS, Fast),
+        ("reference", LAYERS, PagedReferenceAttention),
     ],
 )
-def test_a_name_stands_for_a_backend(name: str, dtype: torch.dtype, kind: type) -> None:
-    assert type(open_attention(name, BACKENDS, SPECS, dtype)) is kind
+def test_a_name_stands_for_a_backend(name: str, layers: Layers, kind: type) -> None:
+    assert type(open_attention(name, BACKENDS, layers)) is kind
 
 
 def test_a_backend_that_was_asked_for_is_not_replaced_in_silence() -> None:
-    with pytest.raises(ValueError, match="attention fast was asked for, but it cannot run here"):
-        open_attention("fast", BACKENDS, SPECS, torch.float16)
+    for layers in (HALF, CAPPED):
+        with pytest.raises(ValueError, match="attention fast was asked for, but it cannot run here"):
+            open_attention("fast", BACKENDS, layers)
 
 
 def test_a_wrong_name_lists_the_right_ones() -> None:
     with pytest.raises(ValueError, match=r"attention flash .* has auto, fast, reference"):
-        open_attention("flash", BACKENDS, SPECS, torch.float32)
+        open_attention("flash", BACKENDS, LAYERS)
 
 
 def test_the_engine_takes_the_one_in_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,3 +77,15 @@ def test_the_engine_takes_the_one_in_the_settings(tmp_path: Path, caplog: pytest
     assert outputs["auto"] == outputs["reference"]
     with pytest.raises(ValueError, match=r"attention triton .* has auto, compiled, reference"):
         make_engine(folder, attention="triton")
+
+
+def test_a_backend_that_raises_or_is_wrong_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused layers or not: gpt-oss has none."""
+    monkeypatch.setattr(device, "_ATTENTION", BACKENDS)
+    with pytest.raises(ValueError, match="no attention sink here"):
+        make_engine(build("gpt_oss", tmp_path / "sinks"), attention="fast")
+    monkeypatch.setattr(Fast, "forward", lambda self, query, *_: torch.ones_like(query))
+    with pytest.raises(UnsupportedModel, match=r"off by .* where .* is rounding"):
+        make_engine(build("llama", tmp_path / "llama"), attention="fast")

@@ -63,6 +63,25 @@ def test_an_adapter_on_a_tied_output_head(tmp_path: Path) -> None:
     assert got == expected(model, jobs)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # PEFT's advice on merging
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")  # PEFT 0.21 of any bias that it saves
+def test_a_bias_in_lora_b(architecture: str, tmp_path: Path) -> None:
+    """Beside adapters without one, on layers with and without a bias of their own, fused or not."""
+    model = build(architecture, tmp_path / "model")
+    options = {"rank": 4, "target_modules": targets_of(architecture)}
+    plain = add_adapter(model, tmp_path / "plain", seed=1, **options)
+    biased = add_adapter(model, tmp_path / "biased", seed=2, lora_bias=True, lora_alpha=12, **options)
+    rng = random.Random(3)
+    choices = [biased, None, plain, biased]
+    jobs = [Job([rng.randrange(3, VOCAB) for _ in range(9 + i)], who, 8) for i, who in enumerate(choices)]
+    want = expected(model, jobs)
+    for attention in ("auto", "reference"):
+        engine = make_engine(model, max_num_batched_tokens=16, attention=attention)
+        assert serve(engine, jobs) == want
+        engine.close()
+
+
 @pytest.fixture
 def no_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a compiler, or whose processor can run none of the builds."""

@@ -164,7 +164,7 @@ def test_every_default_of_peft_is_accepted(tmp_path):
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 1]]),
         ("alora_invocation_tokens", [7]),
-        ("lora_bias", True),
+        ("lora_bias", "yes"),
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),
         ("target_parameters", ["experts.gate_up_proj"]),
@@ -301,6 +301,27 @@ def test_a_layer_that_the_base_model_lacks(tmp_path):
     tensors = weights([LoraTarget("model.layers.9.self_attn.q_proj", 12, 20)])
     name = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     refused(write(tmp_path, tensors), name, "not a Linear layer")
+
+
+def test_a_bias_of_b(tmp_path):
+    adapter = judged(write(tmp_path, weights(bias=True), {"lora_bias": True}))
+    assert [module.bias.shape for module in adapter.modules] == [(t.out_features,) for t in TARGETS]
+    assert adapter.parameters == sum(4 * (t.in_features + t.out_features) + t.out_features for t in TARGETS)
+    assert adapter.weight_bytes == 4 * adapter.parameters
+    named = {name.replace("lora_B.", "lora_B.default."): t for name, t in weights(bias=True).items()}
+    assert judged(write(tmp_path, named, {"lora_bias": True})).modules[0].bias is not None
+
+
+def test_a_bias_that_is_not_as_the_config_says(tmp_path):
+    q0_bias = Q0_B.replace("weight", "bias")
+    refused(write(tmp_path, weights(bias=True)), q0_bias, "lora_bias")
+    refused(write(tmp_path, weights(), {"lora_bias": True}), Q0_A, "no partner lora_B.bias")
+    short = weights(bias=True) | {q0_bias: np.zeros(19, np.float32)}
+    refused(write(tmp_path, short, {"lora_bias": True}), q0_bias, "[19]", "[20]")
+    spoilt = weights(bias=True) | {q0_bias: np.full(20, np.nan, np.float32)}
+    adapter = judged(write(tmp_path, spoilt, {"lora_bias": True}))
+    with pytest.raises(InvalidAdapter, match=r"lora_B\.bias"):
+        check_finite(tmp_path, adapter)
 
 
 def test_a_missing_partner(tmp_path):

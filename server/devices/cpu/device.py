@@ -25,8 +25,8 @@ from server.model.loader import LoadedModel
 
 # By name, the fastest first.
 _ATTENTION: Mapping[str, NewBackend] = {
-    "compiled": lambda specs, dtype: compiled_attention(dtype),
-    "reference": lambda specs, dtype: PagedReferenceAttention(),
+    "compiled": lambda layers: compiled_attention(layers.dtype),
+    "reference": lambda layers: PagedReferenceAttention(),
 }
 
 # All three stores come out of the same memory, and the operating system and its page cache want some.
@@ -69,7 +69,7 @@ class CpuDevice:
     copies: Copies = HostCopies()
 
     def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
-        backend = open_attention(attention, _ATTENTION, loaded.cache_specs.values(), loaded.dtype)
+        backend = open_attention(attention, _ATTENTION, loaded.attention_layers)
         lora = cpu_kernels(loaded.dtype)
         return PlainOperators(backend, ReferenceKernels()) if lora is None else CpuOperators(backend, lora)
 

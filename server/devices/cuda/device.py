@@ -24,8 +24,8 @@ from server.model.loader import LoadedModel
 
 # By name, the fastest first. A step with the reference is never captured: it waits for the device.
 _ATTENTION: Mapping[str, NewBackend] = {
-    "triton": PagedTritonAttention,
-    "reference": lambda specs, dtype: PagedReferenceAttention(),
+    "triton": lambda layers: PagedTritonAttention(layers.specs, layers.dtype),
+    "reference": lambda layers: PagedReferenceAttention(),
 }
 
 _USE = 0.90  # of what is free after the weights
@@ -64,7 +64,7 @@ class CudaDevice:
         return CudaCopies(self.torch_device)
 
     def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
-        backend = open_attention(attention, _ATTENTION, loaded.cache_specs.values(), loaded.dtype)
+        backend = open_attention(attention, _ATTENTION, loaded.attention_layers)
         return CudaOperators(backend, TritonKernels())
 
     def graphs(
