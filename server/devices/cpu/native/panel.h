@@ -143,21 +143,74 @@ static void panels_of_columns(const T* const* rows, int n, int64_t columns, T* p
 
 #else
 
+#ifdef __AVX__
+constexpr int kLane = 8, kRowsAtOnce = 4;  // floats of a register; rows whose sums the registers have room for
+#else
+constexpr int kLane = 4, kRowsAtOnce = 2;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLane)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLane)));
+
+template <typename V>
+static inline V load_vector(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+// sum + the inputs of a pair (the input) times their weights in some columns
+static inline Floats add_columns(Floats sum, const float* x, const float* w) {
+    return sum + x[0] * load_vector<Floats>(w);
+}
+static inline Floats add_columns(Floats sum, const bf16* x, const bf16* w) {
+    const Words pairs = load_vector<Words>(w);
+    sum += to_float(x[0]) * (Floats)(pairs << 16);
+    return sum + to_float(x[1]) * (Floats)(pairs & 0xffff0000u);
+}
+
+// C registers of a panel's columns for R rows; `sums` are of whole rows of a panel.
+template <int R, int C, typename T>
+static void some_columns(const T* x, int64_t ldx, const T* w, int64_t in, float* sums) {
+    constexpr int P = Pair<T>::value;
+    Floats acc[R][C];
+    UNROLL
+    for (int i = 0; i < R; i++)
+        UNROLL
+        for (int c = 0; c < C; c++) acc[i][c] = load_vector<Floats>(sums + i * kPanel + c * kLane);
+    const int64_t whole = in / P * P;
+    for (int64_t k = 0; k < whole; k += P, w += kPanel * P)
+        UNROLL
+        for (int c = 0; c < C; c++)
+            UNROLL
+            for (int i = 0; i < R; i++) acc[i][c] = add_columns(acc[i][c], x + i * ldx + k, w + c * kLane * P);
+    if (whole < in)
+        UNROLL
+        for (int i = 0; i < R; i++) {
+            const T last[2] = {x[i * ldx + whole], T{}};
+            UNROLL
+            for (int c = 0; c < C; c++) acc[i][c] = add_columns(acc[i][c], last, w + c * kLane * P);
+        }
+    UNROLL
+    for (int i = 0; i < R; i++)
+        UNROLL
+        for (int c = 0; c < C; c++) std::memcpy(sums + i * kPanel + c * kLane, &acc[i][c], sizeof(Floats));
+}
+
 template <int R, typename T, typename S, typename Y>
 static void panel_rows(const T* x, int64_t ldx, const T* panel, int64_t in, const S* start, int64_t ldstart, Y* y,
-                       int64_t ldy, int columns, const char*, int) {
-    constexpr int P = Pair<T>::value;
-    for (int i = 0; i < R; i++) {
-        float acc[kPanel] = {};
-        for (int j = 0; start && j < columns; j++) acc[j] = to_float(start[i * ldstart + j]);
-        for (int64_t column = 0; column < in; column++) {
-            const float xi = to_float(x[i * ldx + column]);
-            const T* w = panel + (column / P * kPanel) * P + column % P;
-#pragma omp simd
-            for (int j = 0; j < kPanel; j++) acc[j] += xi * to_float(w[j * P]);
-        }
-        for (int j = 0; j < columns; j++) from_float(acc[j], y + i * ldy + j);
-    }
+                       int64_t ldy, int columns, const char* ahead, int lines) {
+    constexpr int kAtOnce = R < kRowsAtOnce ? R : kRowsAtOnce, P = Pair<T>::value;
+    float sums[kAtOnce][kPanel] = {};
+    for (int i = 0; start && i < kAtOnce; i++)
+        for (int j = 0; j < columns; j++) sums[i][j] = to_float(start[i * ldstart + j]);
+    constexpr int kColumns = 2 * kAtOnce <= kRowsAtOnce ? kPanel : kPanel / 2;
+    for (int j = 0; j < kPanel; j += kColumns)
+        some_columns<kAtOnce, kColumns / kLane>(x, ldx, panel + j * P, in, sums[0] + j);
+    for (int i = 0; i < kAtOnce; i++)
+        for (int j = 0; j < columns; j++) from_float(sums[i][j], y + i * ldy + j);
+    if constexpr (R > kAtOnce)
+        panel_rows<R - kAtOnce>(x + kAtOnce * ldx, ldx, panel, in, start ? start + kAtOnce * ldstart : start, ldstart,
+                                y + kAtOnce * ldy, ldy, columns, ahead, lines);
 }
 
 template <typename T>

@@ -29,11 +29,8 @@ static inline void from_float(float x, float* out) { *out = x; }
 static inline void from_float(float x, bf16* out) {  // round to nearest even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        out->bits = uint16_t((bits >> 16) | 0x40);
-        return;
-    }
-    out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+    out->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 // Memory that is read front to back up to `end`, then on from `next`, and asked for a fixed distance ahead of use.
