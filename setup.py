@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 
 COMMON = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
-UNITS = ("argmax", "attention", "decoder", "linear", "lora")
+UNITS = ("attention", "decoder", "linear", "lora", "sampling")
 VARIANTS = {"_generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-march=x86-64-v4", "-mavx512bf16"]

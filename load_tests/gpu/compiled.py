@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,10 +30,13 @@ from triton.runtime.jit import JITFunction
 from server.devices.cuda.attention import PagedTritonAttention
 from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.devices.cuda.lora import TritonKernels
+from server.devices.cuda.sampling import triton_argmax, triton_draw
 from server.lora.kernels.interface import ArenaView, Modules, Part
 from server.lora.segments import Segments
+from server.messages import SamplingParams
 from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, LayerCacheSpec
 from server.model.layer_reader import Norm
+from server.model.sampling import Draws, SampleRow
 
 MULTIPROCESSORS = 132
 
@@ -142,6 +146,17 @@ def launch_layer(
     activate(torch.empty(tokens, 2 * intermediate, dtype=dtype), "gelu")
 
 
+def launch_sampling(dtype: torch.dtype, vocabulary: int = 128256, **cuts: float) -> None:
+    rows = [
+        SampleRow(SamplingParams(1, temperature=0.8, **cuts), 0, 0, np.zeros(1, np.int64), 1)  # type: ignore[arg-type]  # free-form
+    ] * 64
+    draws = Draws.of(rows)
+    assert draws is not None
+    scores = torch.empty(64, vocabulary, dtype=dtype)
+    triton_argmax(scores)
+    triton_draw(scores, draws)
+
+
 MIXED = [1] * 63 + [2000]
 CASES: dict[str, Callable[[], None]] = {
     "lora rows bf16": lambda: launch_lora([1] * 64, torch.bfloat16),
@@ -172,6 +187,8 @@ CASES: dict[str, Callable[[], None]] = {
     "layer fp32, odd widths": lambda: launch_layer(
         torch.float32, hidden=3000, heads=24, dim=80, rotary_dim=32, per_head=True
     ),
+    "sampling bf16": lambda: launch_sampling(torch.bfloat16, top_k=50, top_p=0.9),
+    "sampling fp32, whole": lambda: launch_sampling(torch.float32),
 }
 
 

@@ -234,7 +234,7 @@ class Engine:
         batch = self._batches.build(plan.runs, plan.copies, unread)
         self._in_flight.append((plan, self._runner.launch(batch, self._arena.view())))
         self._steps += 1
-        if batch.must_be_read or not self._runs_beside_host:
+        if not self._runs_beside_host or batch.sampling.must_be_read or max(batch.rows) > 1:
             return False
         self._scheduler.launched(plan)
         return True

@@ -12,8 +12,9 @@ import torch
 
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
-from server.model.logits import SampleRow, reads_output
-from server.scheduling.sequence import MixKey, Sequence
+from server.model.logits import sampling_of
+from server.model.sampling import SampleRow, Sampling
+from server.scheduling.sequence import MixKey
 from server.scheduling.step_plan import ScheduledRun
 
 _SPARE_BLOCKS = 8  # columns of the block tables that sequences may grow into
@@ -45,12 +46,11 @@ class Batch:
     attention: AttentionPlan
     segments: Segments | None  # over the T tokens
     sample_segments: Segments | None  # over the N rows
-    samples: list[SampleRow]  # of the N rows
+    sampling: Sampling  # of the N rows
     rows: list[int]  # how many of the N rows are each run's
     # [B, 2] int64: blocks to copy before anything is computed, from and to
     copies: torch.Tensor | None = None
     carried: Carried | None = None
-    must_be_read: bool = False  # whether the host must know its tokens before it can launch the next
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`, with all its tokens; itself where nothing is missing there."""
@@ -142,8 +142,7 @@ class BatchBuilder:
             block = runs[s].seq.block_ids[at]
             plan.block_tables.numpy()[s, at] = block
             slots_T[s] = block * block_size
-        for row, run in zip(batch.samples, runs, strict=True):
-            row.position, row.tokens = run.seq.num_tokens, run.seq.tokens
+        batch.sampling.advance(run.seq.tokens for run in runs)
         return replace(batch, attention=replace(plan, max_context_len=plan.max_context_len + 1))
 
     def _built(self, runs: abc.Sequence[ScheduledRun]) -> Batch:
@@ -176,7 +175,7 @@ class BatchBuilder:
         if len(rows_N) < query_starts[-1]:  # not every token's logits are wanted
             sample_segments = self._segments([(run.mix, run.rows) for run in runs if run.rows])
 
-        samples = [_sample_row(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()]
+        rows = [SampleRow.of(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()]
         return Batch(
             token_ids=torch.from_numpy(
                 np.concatenate([run.seq.tokens[run.start : run.start + run.num_tokens] for run in runs])
@@ -194,9 +193,8 @@ class BatchBuilder:
             ),
             segments=segments,
             sample_segments=sample_segments,
-            samples=samples,
+            sampling=sampling_of(rows),
             rows=rows_S.tolist(),
-            must_be_read=bool((rows_S > 1).any()) or any(map(reads_output, samples)),
         )
 
     def _segments(self, runs: abc.Iterable[tuple[MixKey, int]]) -> Segments | None:
@@ -233,15 +231,3 @@ def _carried(
         return None
     places_C, rows_C = torch.tensor(places).unbind(1)
     return Carried(places_C, rows_C, unread_N)
-
-
-def _sample_row(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
-    return SampleRow(
-        params=seq.sampling,
-        seed=seq.seed,
-        position=seq.num_tokens,
-        tokens=seq.tokens,
-        num_prompt_tokens=seq.num_prompt_tokens,
-        eos_token_ids=eos_token_ids,
-        state=seq.logits_state,
-    )

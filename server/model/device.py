@@ -20,10 +20,11 @@ from server.model.batch import Batch
 from server.model.decoder_layers import DecoderLayers
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel
-from server.model.sampler import torch_argmax
+from server.model.sampler import SamplingOperators, torch_argmax, torch_draw
+from server.model.sampling import Draws
 
 
-class Operators(Protocol):
+class Operators(SamplingOperators, Protocol):
     """How one model is computed on one device."""
 
     @property
@@ -45,13 +46,6 @@ class Operators(Protocol):
         """All decoder layers as fused code, whose `slots` are for their place. Raises NotFusable.
 
         `options` are each layer's, as a forward showed them.
-        """
-        ...
-
-    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The index of each row's largest score, [N] int64, and whether that is finite, [N] bool.
-
-        It is not in a row with a NaN.
         """
         ...
 
@@ -82,6 +76,9 @@ class PlainOperators:
 
     def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch_argmax(scores_NV)
+
+    def draw(self, scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+        return torch_draw(scores_NV, draws)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         return lambda: [tensor.cpu() for tensor in tensors]

@@ -1,143 +1,149 @@
 """What changes a row's logits before a token is taken from it: penalties, bias, a minimum length.
 
-A sampling option that acts on logits is one `LogitsProcessor` in `PROCESSORS`: whether a row wants it and
-what it then does stand side by side, and the sampler asks no other question.
+A sampling option that acts on logits is one `LogitsProcessor`: which rows want it and what it then does stand
+side by side, and the sampler asks no other question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 
-from server.messages import SamplingParams
-from server.scheduling.sequence import Tokens
-
-
-@dataclass(slots=True)
-class SampleRow:
-    """One row of logits that a token is taken from, and what is known of its sequence."""
-
-    params: SamplingParams
-    seed: int
-    position: int  # of the token to be drawn, in the sequence
-    tokens: Tokens  # prompt and output
-    num_prompt_tokens: int
-    eos_token_ids: tuple[int, ...] = ()
-    state: dict[str, Any] = field(default_factory=dict)  # the sequence's own, which processors keep things in
-
-    @property
-    def output(self) -> Tokens:
-        return self.tokens[self.num_prompt_tokens :]
+from server.model.sampling import Draws, SampleRow, Sampling
+from server.model.token_counts import TokenCounts
 
 
 class LogitsProcessor(Protocol):
     """One option's effect on logits."""
 
-    reads_output: bool  # whether it needs to know every token before the one to be drawn
+    reads_output: ClassVar[bool]  # whether the host must know every token before the one to be drawn
 
-    def wants(self, row: SampleRow) -> bool:
-        """Whether the row's logits change by it."""
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        """Whether the row's logits may change by it. If not, then at no later token either."""
         ...
 
-    def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        """Change the scores [vocabulary] of a row that wants it, in place, on their device.
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        """Change the scores of the R rows that want it, which stand at `at_R`, in place, on their device.
 
-        Some may be -inf already, by a processor before.
+        scores_NV: [N, vocabulary] float32; some may be -inf already, by a processor before. Does not wait for
+        the device.
         """
         ...
 
-
-class RepetitionPenalty:
-    """Over prompt and output (Keskar et al. 2019)."""
-
-    reads_output = True
-
-    def wants(self, row: SampleRow) -> bool:
-        return row.params.repetition_penalty != 1.0
-
-    def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        penalty = row.params.repetition_penalty
-        seen = torch.as_tensor(np.unique(row.tokens), device=scores_V.device)
-        scores = scores_V[seen]
-        scores_V[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        """The tokens that were then taken from those rows, on the device."""
+        ...
 
 
-class CountPenalties:
-    """Presence and frequency penalties, over the output, as OpenAI's."""
+class Penalties:
+    """Repetition penalty over prompt and output (Keskar et al. 2019); presence and frequency penalties over
+    the output, as OpenAI's."""
 
-    reads_output = True
+    reads_output: ClassVar[bool] = False
 
-    def wants(self, row: SampleRow) -> bool:
-        return bool(row.params.presence_penalty or row.params.frequency_penalty)
+    def __init__(self) -> None:
+        self._counts: TokenCounts | None = None
 
-    def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        counts_V = torch.bincount(torch.as_tensor(row.output), minlength=scores_V.numel()).to(scores_V.device)
-        scores_V -= row.params.frequency_penalty * counts_V + row.params.presence_penalty * (counts_V > 0)
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        params = row.params
+        return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        if self._counts is None:
+            self._counts = TokenCounts(scores_NV.shape[1], scores_NV.device)
+        slots_R = self._counts.slots(rows)
+        counts_RV, prompt_RV = self._counts.output[slots_R], self._counts.prompt[slots_R]
+        repetition_R1, presence_R1, frequency_R1 = (
+            torch.tensor([[getattr(row.params, f"{kind}_penalty")] for row in rows]).to(
+                scores_NV.device, non_blocking=True
+            )
+            for kind in ("repetition", "presence", "frequency")
+        )
+        scores_RV, out_RV = scores_NV[at_R], counts_RV > 0
+        weakened_RV = torch.where(scores_RV > 0, scores_RV / repetition_R1, scores_RV * repetition_R1)
+        scores_RV = torch.where(out_RV | prompt_RV, weakened_RV, scores_RV)
+        scores_NV[at_R] = scores_RV - (frequency_R1 * counts_RV + presence_R1 * out_RV)
+
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        assert self._counts is not None
+        self._counts.add(self._counts.slots(rows), token_ids_R)
 
 
 class LogitBias:
     """A number added to the logit of each token that the request names."""
 
-    reads_output = False
+    reads_output: ClassVar[bool] = False
 
-    def wants(self, row: SampleRow) -> bool:
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
         return bool(row.params.logit_bias)
 
-    def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        if "logit_bias" not in row.state:
-            bias = row.params.logit_bias or {}
-            ids = torch.tensor(list(bias), device=scores_V.device)
-            row.state["logit_bias"] = ids, torch.tensor(list(bias.values()), device=scores_V.device)
-        ids, values = row.state["logit_bias"]
-        scores_V[ids] += values
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        for row in rows:
+            if "logit_bias" not in row.state:
+                bias = row.params.logit_bias or {}
+                row.state["logit_bias"] = tuple(
+                    torch.tensor(list(half)).to(scores_NV.device, non_blocking=True)
+                    for half in (bias.keys(), bias.values())
+                )
+        ids, values = zip(*(row.state["logit_bias"] for row in rows), strict=True)
+        at_E = _repeated(at_R, ids)
+        scores_NV.index_put_((at_E, torch.cat(ids)), torch.cat(values), accumulate=True)
+
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        pass
 
 
 class MinimumLength:
     """No token that would end the sequence before `min_tokens`."""
 
-    reads_output = False
+    reads_output: ClassVar[bool] = False
 
-    def wants(self, row: SampleRow) -> bool:
-        return len(row.tokens) - row.num_prompt_tokens < row.params.min_tokens
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        return row.position - row.num_prompt_tokens < row.params.min_tokens
 
-    def apply(self, scores_V: torch.Tensor, row: SampleRow) -> None:
-        if "ending" not in row.state:
-            ending = [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_token_ids)]
-            row.state["ending"] = torch.tensor(ending, dtype=torch.long, device=scores_V.device)
-        scores_V[row.state["ending"]] = float("-inf")
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        for row in rows:
+            if "ending" not in row.state:
+                ending = [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_token_ids)]
+                row.state["ending"] = torch.tensor(ending, dtype=torch.long).to(
+                    scores_NV.device, non_blocking=True
+                )
+        ids = [row.state["ending"] for row in rows]
+        never = scores_NV.new_full((), float("-inf"))
+        scores_NV.index_put_((_repeated(at_R, ids), torch.cat(ids)), never)
 
-
-# In the order in which they act.
-PROCESSORS: tuple[LogitsProcessor, ...] = (
-    RepetitionPenalty(),
-    CountPenalties(),
-    LogitBias(),
-    MinimumLength(),
-)
-
-
-def wanted(row: SampleRow) -> list[LogitsProcessor]:
-    """Those that change the row's logits, in order; none for most rows."""
-    return [processor for processor in PROCESSORS if processor.wants(row)]
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        pass
 
 
-def reads_output(row: SampleRow) -> bool:
-    """Whether a token is drawn from the row only where all before it are known."""
-    return any(processor.reads_output and processor.wants(row) for processor in PROCESSORS)
+def _repeated(at_R: torch.Tensor, of_rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Each row's place as often as it has entries: [E]."""
+    lengths = [len(entries) for entries in of_rows]
+    return torch.cat([at.expand(length) for at, length in zip(at_R, lengths, strict=True)])
 
 
-def processed(logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """The rows' scores in float32 [N, V]: `logits_NV` itself where it is float32 and nobody changes it."""
-    raw_NV = logits_NV.float()
-    changes = [(n, processors) for n, row in enumerate(rows) if (processors := wanted(row))]
-    if not changes:
-        return raw_NV
-    scores_NV = raw_NV.clone()
-    for n, processors in changes:
-        for processor in processors:
-            processor.apply(scores_NV[n], rows[n])
-    return scores_NV
+# In the order in which they act. Each sampler has its own of each, since some keep things on its device.
+PROCESSORS: tuple[type[LogitsProcessor], ...] = (Penalties, LogitBias, MinimumLength)
+
+
+def wanted(row: SampleRow) -> list[type[LogitsProcessor]]:
+    """Those that may change the row's logits, in order; none for most rows."""
+    return [kind for kind in PROCESSORS if kind.wants(row)]
+
+
+def sampling_of(rows: list[SampleRow]) -> Sampling:
+    """How tokens are taken from these rows."""
+    kinds = [wanted(row) for row in rows]
+    return Sampling(
+        rows,
+        Draws.of(rows),
+        changed=[n for n, of_row in enumerate(kinds) if of_row],
+        with_logprobs=[n for n, row in enumerate(rows) if row.params.logprobs is not None],
+        must_be_read=any(kind.reads_output for of_row in kinds for kind in of_row),
+    )

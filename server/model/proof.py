@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from server.model.attention.interface import AttentionPlan
 from server.model.batch import Batch
+from server.model.sampling import Sampling
 
 # The prompts of the probe, in tokens: short ones before a longer one, and one of a single token.
 LENGTHS = (3, 1, 13)
@@ -118,7 +119,7 @@ class PagedProbe:
             ),
             segments=None,
             sample_segments=None,
-            samples=[],
+            sampling=Sampling([]),
             rows=[],
         )
         return batch, at_T[rows_N]

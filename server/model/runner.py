@@ -94,7 +94,7 @@ class Runner:
         self._device, self._proof = loaded.device, loaded.proof
         self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
         self._attention = operators.attention
-        self._operators, self._sampler = operators, Sampler(operators.argmax)
+        self._operators, self._sampler = operators, Sampler(operators)
         self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
         self.fused = self._fuse(loaded, operators)
@@ -160,7 +160,7 @@ class Runner:
         if batch.copies is not None:
             self._copy_blocks(batch.copies.to(self._device, non_blocking=True))
         logits_NV = self.logits(batch, arena)
-        return Pending(self._sampler.sample(logits_NV, batch.samples), batch.rows, self._operators)
+        return Pending(self._sampler.sample(logits_NV, batch.sampling), batch.rows, self._operators)
 
     def _copy_blocks(self, copies_C2: torch.Tensor) -> None:
         """K and V of whole blocks, in all layers."""

@@ -7,27 +7,16 @@ whoever shares its batch, and a preempted one continues as if nothing had happen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from server.messages import Logprobs, SamplingParams
-from server.model.logits import SampleRow, processed, wanted
-
-Argmax = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-_MASK = (1 << 64) - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from (seed, position): SplitMix64's finaliser (Steele et al. 2014), twice."""
-    z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
-    for _ in range(2):
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        z ^= z >> 31
-    return (z >> 11) * 2.0**-53
+from server.messages import Logprobs
+from server.model.logits import PROCESSORS, LogitsProcessor
+from server.model.sampling import Draws, SampleRow, Sampling
 
 
 @dataclass(frozen=True)
@@ -78,106 +67,117 @@ class SampledTokens:
     logprobs: list[Logprobs | None]
 
 
-def torch_argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Operators.argmax`. Where a score is not finite, its index means nothing."""
-    indices_N = scores_NV.argmax(dim=-1)  # of a NaN where there is one
-    return indices_N, torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
+class SamplingOperators(Protocol):
+    """What a device has for taking tokens."""
+
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index of each row's largest score, [N] int64, and whether that is finite, [N] bool.
+
+        It is not in a row with a NaN.
+        """
+        ...
+
+    def draw(self, scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """A token for each row of `draws`, by its own number: [D] int64. scores_NV: any float type.
+
+        The distribution is softmax(scores / temperature) over the tokens that are left: the `top_k` largest,
+        of those the fewest that hold `top_p` of what they hold together (Holtzman et al. 2019), at least
+        `min_p` times as likely as the likeliest. Equal scores stay or go together. The token is the first in
+        the order of the vocabulary up to which there is more than the row's number of the whole.
+        """
+        ...
 
 
 class Sampler:
     """Greedy, temperature, top-k, top-p, min-p, logprobs, after the processors of logits.py."""
 
-    def __init__(self, argmax: Argmax = torch_argmax) -> None:
-        """`argmax`: see `Operators.argmax`."""
-        self._argmax = argmax
+    def __init__(self, operators: SamplingOperators) -> None:
+        self._operators = operators
+        self._processors = [new_processor() for new_processor in PROCESSORS]
 
-    def sample(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> Sampled:
-        """logits_NV: [N, vocabulary], any float type; `rows`: N of them. Does not wait for the device."""
-        if not rows:
+    def sample(self, logits_NV: torch.Tensor, sampling: Sampling) -> Sampled:
+        """logits_NV: [N, vocabulary], any float type. Does not wait for the device."""
+        if not sampling.rows:
             none = logits_NV.new_empty(0)
             return Sampled(none.long(), none.bool())
-        token_ids_N, finite_N = self._argmax(logits_NV)
-        if not any(map(_more_than_greedy, rows)):
-            return Sampled(token_ids_N, finite_N)
-        raw_NV = logits_NV.float()
-        scores_NV = processed(raw_NV, rows)
-        if scores_NV is not raw_NV:
-            token_ids_N, _ = self._argmax(scores_NV)
-        drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
-        # The two ways give a row different tokens, so which one it takes must not depend on its neighbours.
-        for draw, group in (
-            (_draw, [n for n in drawn if not _cuts(rows[n].params)]),
-            (_draw_cut, [n for n in drawn if _cuts(rows[n].params)]),
-        ):
-            if group:
-                picked_NV = scores_NV if len(group) == len(rows) else scores_NV[group]
-                token_ids_N[group] = draw(picked_NV, [rows[n] for n in group])
-        return Sampled(token_ids_N, finite_N, _logprobs(raw_NV, token_ids_N, rows))
+        token_ids_N, finite_N = self._operators.argmax(logits_NV)
+        changes = self._changes(sampling, logits_NV.device)
+        scores_NV = logits_NV
+        if changes:
+            scores_NV = logits_NV.to(torch.float32, copy=True)
+            for processor, at_R, rows in changes:
+                processor.apply(scores_NV, at_R, rows)
+            token_ids_N, _ = self._operators.argmax(scores_NV)
+        if sampling.draws is not None:
+            at_D = torch.from_numpy(sampling.draws.rows).to(logits_NV.device, non_blocking=True)
+            token_ids_N.index_copy_(0, at_D, self._operators.draw(scores_NV, sampling.draws))
+        for processor, at_R, rows in changes:
+            processor.taken(token_ids_N[at_R], rows)
+        return Sampled(token_ids_N, finite_N, _logprobs(logits_NV, token_ids_N, sampling))
+
+    def _changes(
+        self, sampling: Sampling, device: torch.device
+    ) -> list[tuple[LogitsProcessor, torch.Tensor, list[SampleRow]]]:
+        """Each processor that is wanted, where its rows stand, and those."""
+        changes = []
+        for processor in self._processors if sampling.changed else ():
+            at = [n for n in sampling.changed if processor.wants(sampling.rows[n])]
+            if at:
+                at_R = torch.tensor(at).to(device, non_blocking=True)
+                changes.append((processor, at_R, [sampling.rows[n] for n in at]))
+        return changes
 
 
 def _logprobs(
-    raw_NV: torch.Tensor, token_ids_N: torch.Tensor, rows: Sequence[SampleRow]
+    logits_NV: torch.Tensor, token_ids_N: torch.Tensor, sampling: Sampling
 ) -> SampledLogprobs | None:
-    asked = [(n, row.params.logprobs) for n, row in enumerate(rows) if row.params.logprobs is not None]
-    if not asked:
+    rows_L = sampling.with_logprobs
+    if not rows_L:
         return None
-    rows_L, counts = [n for n, _ in asked], [count for _, count in asked]
-    logprobs_LV = raw_NV[rows_L].log_softmax(dim=-1)
-    chosen_L1 = logprobs_LV.gather(1, token_ids_N[rows_L][:, None])
-    top = logprobs_LV.topk(min(max(counts), raw_NV.shape[1]))
+    counts = [sampling.rows[n].params.logprobs or 0 for n in rows_L]
+    at_L = torch.tensor(rows_L).to(logits_NV.device, non_blocking=True)
+    logprobs_LV = logits_NV[at_L].float().log_softmax(dim=-1)
+    chosen_L1 = logprobs_LV.gather(1, token_ids_N[at_L][:, None])
+    top = logprobs_LV.topk(min(max(counts), logits_NV.shape[1]))
     return SampledLogprobs(rows_L, counts, chosen_L1[:, 0], top.values, top.indices)
 
 
-def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
+def torch_argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `SamplingOperators.argmax`. Where a score is not finite, its index means nothing."""
+    indices_N = scores_NV.argmax(dim=-1)  # of a NaN where there is one
+    return indices_N, torch.isfinite(scores_NV.gather(1, indices_N[:, None])[:, 0])
 
 
-def _softmax(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """softmax(scores / temperature): [N, V]."""
-    temperature_N1 = _column([row.params.temperature for row in rows], scores_NV.device).float()
+def torch_draw(scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """See `SamplingOperators.draw`: the reference, in float64 where it sums."""
+    device = scores_NV.device
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)[:, None]
+
+    scores_DV = scores_NV[column(draws.rows)[:, 0]].float()
     # The largest score becomes 0 before the division, so that a tiny temperature cannot overflow.
-    return ((scores_NV - scores_NV.amax(dim=-1, keepdim=True)) / temperature_N1).softmax(dim=-1)
-
-
-def _uniforms(rows: Sequence[SampleRow], device: torch.device) -> torch.Tensor:
-    return _column([uniform(row.seed, row.position) for row in rows], device)
-
-
-def _draw(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """One token id for each row, from the whole distribution: [N]."""
-    return _invert(_softmax(scores_NV, rows), _uniforms(rows, scores_NV.device))
-
-
-def _draw_cut(scores_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """One token id for each row, from the distribution cut by top-k, top-p and min-p: [N]."""
-    device, vocabulary = scores_NV.device, scores_NV.shape[1]
-    probs_NV, ids_NV = _softmax(scores_NV, rows).sort(dim=-1, descending=True, stable=True)
-    top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
-    keep_NV = torch.arange(vocabulary, device=device) < _column([float(k) for k in top_k], device)
-    kept_NV = probs_NV * keep_NV
-    kept_NV = kept_NV / kept_NV.sum(dim=-1, keepdim=True)
-    # Nucleus (Holtzman et al. 2019): a token stays while the mass before it is below top_p.
-    before_NV = kept_NV.double().cumsum(dim=-1) - kept_NV
-    keep_NV &= before_NV < _column([row.params.top_p for row in rows], device)
-    keep_NV &= probs_NV >= probs_NV[:, :1] * _column([row.params.min_p for row in rows], device)
-    keep_NV[:, 0] = True
-    chosen_N1 = _invert(probs_NV * keep_NV, _uniforms(rows, device))[:, None]
-    return ids_NV.gather(1, chosen_N1)[:, 0]
-
-
-def _invert(weights_NV: torch.Tensor, u_N1: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative weight exceeds u times the total: [N]."""
-    cumulative_NV = weights_NV.double().cumsum(dim=-1)
-    target_N1 = u_N1 * cumulative_NV[:, -1:]
-    index_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0]
+    weights_DV = ((scores_DV - scores_DV.amax(dim=-1, keepdim=True)) / column(draws.temperature)).exp()
+    if draws.cuts.any():
+        weights_DV = _cut(weights_DV, *map(column, (draws.top_k, draws.top_p, draws.min_p)))
+    cumulative_DV = weights_DV.double().cumsum(dim=-1)
+    target_D1 = column(draws.uniforms()) * cumulative_DV[:, -1:]
+    index_D = torch.searchsorted(cumulative_DV, target_D1, right=True)[:, 0]
     # Rounding could reach past the last token of positive weight.
-    last_N = weights_NV.shape[1] - 1 - (weights_NV > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(index_N, last_N)
+    last_D = weights_DV.shape[1] - 1 - (weights_DV > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(index_D, last_D)
 
 
-def _cuts(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def _more_than_greedy(row: SampleRow) -> bool:
-    return row.params.temperature > 0 or row.params.logprobs is not None or bool(wanted(row))
+def _cut(
+    weights_DV: torch.Tensor, top_k_D1: torch.Tensor, top_p_D1: torch.Tensor, min_p_D1: torch.Tensor
+) -> torch.Tensor:
+    """The weights, the largest of which is 1, with 0 for those that are left out."""
+    vocabulary = weights_DV.shape[1]
+    sorted_DV = weights_DV.sort(dim=-1, descending=True).values
+    last_D1 = torch.where(top_k_D1 > 0, top_k_D1, vocabulary).clamp(max=vocabulary).long() - 1
+    sorted_DV *= sorted_DV >= sorted_DV.gather(1, last_D1)
+    mass_DV = sorted_DV.double().cumsum(dim=-1)
+    left_out_DV = mass_DV - sorted_DV >= top_p_D1 * mass_DV[:, -1:]  # so much of it is likelier
+    left_out_DV[:, 0] = False
+    smallest_D1 = sorted_DV.masked_fill(left_out_DV | (sorted_DV == 0), 1.0).amin(dim=-1, keepdim=True)
+    return weights_DV * (weights_DV >= torch.maximum(smallest_D1, min_p_D1))

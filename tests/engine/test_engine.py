@@ -362,7 +362,7 @@ def test_unload_waits_for_the_last_use(model: Path, adapter: Path, engines: list
     ref = adapter_ref(adapter)
     engine.add(greedy("r", prompt(5, 1), 6, [ref]))
     outputs = []
-    while not engine.stats().running:
+    while busy(engine) and not engine.stats().running:
         outputs += engine.step()[0]
     engine.unload_adapter(UnloadAdapter(1, ref.digest))
     more, answers = engine.step()

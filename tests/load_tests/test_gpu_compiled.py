@@ -22,6 +22,8 @@ CASES = [
     "mixed bf16",
     "layer bf16",
     "layer bf16, widest",
+    "sampling bf16",
+    "sampling fp32, whole",
 ]
 # The most kernels that a model may compile, at start and for steps with prompts: 1 or 2 s each on a card.
 MOST = {"llama-3.1-8b": (30, 26), "qwen2.5-0.5b": (30, 30)}
@@ -87,7 +89,7 @@ def test_every_kernel_fits_the_chip(compiled: dict[str, list[dict[str, Any]]]) -
     kernels = [kernel for case in compiled.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} == {
         "shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles", "_write", "_attend", "_join",
-        "_add_norm", "_norm_rotate", "_activate"
+        "_add_norm", "_norm_rotate", "_activate", "_argmax", "_draw"
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["stack"] == 0, f"{kernel} spills registers"
@@ -108,6 +110,8 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
         assert by_case["lora rows bf16"][name]["LD.128"] > 0
     for name in ("_add_norm", "_norm_rotate", "_activate"):
         assert by_case["layer bf16"][name]["LD.128"] > 0
+    for name in ("_argmax", "_draw"):
+        assert by_case["sampling bf16"][name]["LD.128"] > 0
 
 
 def test_a_start_compiles_few_kernels() -> None:

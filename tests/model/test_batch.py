@@ -12,6 +12,7 @@ import torch
 
 from server.messages import AdapterRef, Request, SamplingParams
 from server.model.batch import Batch, BatchBuilder
+from server.model.sampling import Sampling
 from server.scheduling.sequence import Sequence
 from server.scheduling.step_plan import ScheduledRun
 
@@ -53,12 +54,12 @@ def values(part: object) -> Iterator[tuple[str, object]]:
         if field.name == "block_tables":
             blocks = -(-part.context_lens // BLOCK_SIZE)
             value = [row[:count].tolist() for row, count in zip(value, blocks, strict=True)]
-        elif field.name == "samples":
+        elif field.name == "rows" and isinstance(part, Sampling):
             value = [[(f, str(getattr(row, f))) for f in row.__slots__] for row in value]
         if is_dataclass(value):
             yield from values(value)
         else:
-            yield field.name, value.tolist() if isinstance(value, torch.Tensor) else value
+            yield field.name, value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
 def assert_same(got: Batch, want: Batch) -> None:

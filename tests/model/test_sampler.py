@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from server.messages import SamplingParams
-from server.model.logits import PROCESSORS, SampleRow, wanted
-from server.model.sampler import SampledTokens, Sampler, uniform
+from server.model.logits import PROCESSORS, Penalties, sampling_of, wanted
+from server.model.sampler import SampledTokens, Sampler, torch_argmax, torch_draw
+from server.model.sampling import SampleRow, uniforms
 
 VOCAB = 50
 
@@ -30,8 +31,13 @@ def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def sample(logits_NV: torch.Tensor, rows: list[SampleRow]) -> SampledTokens:
-    sampled = Sampler().sample(logits_NV, rows)
+class Plain:
+    argmax = staticmethod(torch_argmax)
+    draw = staticmethod(torch_draw)
+
+
+def sample(logits_NV: torch.Tensor, rows: list[SampleRow], sampler: Sampler | None = None) -> SampledTokens:
+    sampled = (sampler or Sampler(Plain())).sample(logits_NV, sampling_of(rows))
     return sampled.on_host(sampled.tensors())
 
 
@@ -44,7 +50,8 @@ def frequencies(logits_V: torch.Tensor, **params: object) -> torch.Tensor:
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
-    values = np.array([uniform(seed, position) for seed in range(100) for position in range(100)])
+    seeds, positions = np.meshgrid(np.arange(100, dtype=np.uint64), np.arange(100, dtype=np.uint64))
+    values = uniforms(seeds.T.ravel(), positions.T.ravel())
     assert len(set(values)) == len(values)
     assert 0 <= values.min() < 0.001
     assert 0.999 < values.max() < 1
@@ -87,7 +94,7 @@ def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     batch = logits(3, rows=8)
-    rows = [
+    rows = lambda: [  # noqa: E731  (made anew: penalties count what was taken)
         row(seed=1, position=9, temperature=0.7),
         row(temperature=0.0),
         row(seed=2, position=4, top_k=5),
@@ -97,8 +104,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
         row(seed=7, min_tokens=3, stop_token_ids=(2,)),
     ]
-    together = sample(batch, rows).token_ids
-    alone = [sample(batch[i : i + 1], rows[i : i + 1]).token_ids[0] for i in range(8)]
+    together = sample(batch, rows()).token_ids
+    alone = [sample(batch[i : i + 1], rows()[i : i + 1]).token_ids[0] for i in range(8)]
     assert together == alone
 
 
@@ -108,7 +115,7 @@ def test_penalties_and_bias() -> None:
     greedy = {"temperature": 0.0}
 
     def pick(**params: object) -> int:
-        given = {name: params.pop(name) for name in ("prompt", "output") if name in params}
+        given = {name: params.pop(name) for name in ("prompt", "output", "position") if name in params}
         return sample(flat, [row(**given, **greedy, **params)]).token_ids[0]  # type: ignore[arg-type]
 
     assert pick() == 7
@@ -120,14 +127,14 @@ def test_penalties_and_bias() -> None:
     assert pick(logit_bias={33: 5.0}) == 33
     assert pick(logit_bias={7: -5.0}) == 8
     assert pick(stop_token_ids=(7,), min_tokens=1) == 8
-    assert pick(stop_token_ids=(7,), min_tokens=1, output=[4]) == 7
+    assert pick(stop_token_ids=(7,), min_tokens=1, position=1, output=[4]) == 7
 
 
 def test_eos_is_banned_until_the_minimum_length() -> None:
     sure = torch.zeros(1, VOCAB)
     sure[0, 1] = 50.0
     assert sample(sure, [row(min_tokens=2)]).token_ids != [1]
-    assert sample(sure, [row(min_tokens=2, output=[5, 6])]).token_ids == [1]
+    assert sample(sure, [row(min_tokens=2, position=2, output=[5, 6])]).token_ids == [1]
     assert sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
 
 
@@ -161,20 +168,47 @@ def test_extreme_temperatures_stay_finite() -> None:
 
 def test_every_option_that_changes_logits_is_one_processor() -> None:
     """Each is wanted by the rows that ask for it and by no others."""
-    asks: list[dict[str, object]] = [
-        {"repetition_penalty": 1.2},
-        {"presence_penalty": 0.1},
-        {"logit_bias": {3: 1.0}},
-        {"min_tokens": 2},
+    asks: list[list[dict[str, object]]] = [
+        [{"repetition_penalty": 1.2}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}],
+        [{"logit_bias": {3: 1.0}}],
+        [{"min_tokens": 2}],
     ]
-    for processor, params in zip(PROCESSORS, asks, strict=True):
-        assert wanted(row(output=[4], **params)) == [processor]
+    for processor, of_it in zip(PROCESSORS, asks, strict=True):
+        for params in of_it:
+            assert wanted(row(position=1, output=[4], **params)) == [processor]
     assert wanted(row(output=[4], temperature=0.3, top_k=2, logprobs=3)) == []
 
 
 def test_what_a_processor_keeps_stays_with_the_sequence() -> None:
-    asked = row(temperature=0.0, logit_bias={33: 50.0})
-    assert sample(logits(), [asked]).token_ids == [33]
+    asked, sampler = row(temperature=0.0, logit_bias={33: 50.0}), Sampler(Plain())
+    assert sample(logits(), [asked], sampler).token_ids == [33]
     kept = asked.state["logit_bias"]
-    assert sample(logits(1), [asked]).token_ids == [33]
+    assert sample(logits(1), [asked], sampler).token_ids == [33]
     assert asked.state["logit_bias"] is kept
+
+
+def test_penalties_count_what_was_taken_before_the_host_knows_it() -> None:
+    flat, sampler = torch.zeros(2, VOCAB), Sampler(Plain())
+    flat[:, 7], flat[:, 8], flat[:, 9] = 1.0, 0.9, 0.8
+    greedy = {"temperature": 0.0, "prompt": [3]}
+    penalised = row(presence_penalty=0.5, **greedy)
+    free = row(**greedy)
+    for expected in (7, 8, 9):
+        assert sample(flat, [free, penalised], sampler).token_ids == [7, expected]
+        penalised.position += 1  # and its tokens are as they were
+
+
+def test_counts_of_a_sequence_that_ended_are_anothers() -> None:
+    flat, sampler = torch.zeros(1, VOCAB), Sampler(Plain())
+    flat[0, 7], flat[0, 8] = 1.0, 0.9
+    for _ in range(20):
+        assert sample(flat, [row(temperature=0.0, presence_penalty=0.5)], sampler).token_ids == [7]
+        assert sample(
+            flat, [row(temperature=0.0, repetition_penalty=2.0, prompt=[7])], sampler
+        ).token_ids == [8]
+    (penalties,) = [p for p in sampler._processors if isinstance(p, Penalties)]
+    assert penalties._counts is not None
+    assert len(penalties._counts.output) == 4
+    together = [row(temperature=0.0, presence_penalty=0.5) for _ in range(9)]
+    assert sample(flat.expand(9, -1), together, sampler).token_ids == [7] * 9
+    assert sample(flat.expand(9, -1), together, sampler).token_ids == [8] * 9

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from server.config import Settings
-from server.devices.cpu.argmax import argmax
 from server.devices.cpu.attention import compiled_attention
 from server.devices.cpu.layers import fuse_layers
 from server.devices.cpu.linear import packed
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
+from server.devices.cpu.sampling import argmax, draw
 from server.lora.copies import Copies, HostCopies
 from server.lora.kernels.reference import ReferenceKernels
 from server.model.attention.backends import NewBackend, open_attention
@@ -22,6 +22,7 @@ from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes
 from server.model.loader import LoadedModel
+from server.model.sampling import Draws
 
 # By name, the fastest first.
 _ATTENTION: Mapping[str, NewBackend] = {
@@ -55,6 +56,9 @@ class CpuOperators:
 
     def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return argmax(scores_NV)
+
+    def draw(self, scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+        return draw(scores_NV, draws)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         return lambda: list(tensors)

@@ -14,6 +14,7 @@ from server.devices.cuda.copies import CudaCopies, begin_read
 from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
 from server.devices.cuda.layers import triton_layers
 from server.devices.cuda.lora import TritonKernels
+from server.devices.cuda.sampling import triton_argmax, triton_draw
 from server.lora.copies import Copies
 from server.model.attention.backends import NewBackend, open_attention
 from server.model.attention.interface import AttentionOptions, LayerCache
@@ -21,6 +22,7 @@ from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes, StepGraphs
 from server.model.loader import LoadedModel
+from server.model.sampling import Draws
 
 # By name, the fastest first. A step with the reference is never captured: it waits for the device.
 _ATTENTION: Mapping[str, NewBackend] = {
@@ -45,6 +47,12 @@ class CudaOperators(PlainOperators):
         options: Mapping[int, AttentionOptions],
     ) -> DecoderLayers:
         return triton_layers(layers, caches, options, self.attention)
+
+    def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return triton_argmax(scores_NV)
+
+    def draw(self, scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+        return triton_draw(scores_NV, draws)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         return begin_read(tensors)

@@ -21,6 +21,7 @@ from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.batch import Batch
 from server.model.device import Forward, NotCapturable, Prepare
+from server.model.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ _NO_SEQUENCES = Batch(
     ),
     segments=None,
     sample_segments=None,
-    samples=[],
+    sampling=Sampling([]),
     rows=[],
 )
 
@@ -308,7 +309,7 @@ class DecodeGraphs:
             ),
             segments=segments if kind.longest else None,
             sample_segments=segments if kind.longest else None,
-            samples=[],
+            sampling=Sampling([]),
             rows=[],
         )
 

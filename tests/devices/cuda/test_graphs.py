@@ -22,6 +22,7 @@ from server.lora.kernels.interface import ArenaView
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan, LayerCacheSpec
 from server.model.batch import Batch
+from server.model.sampling import Sampling
 from tests.devices.cuda import interpreted
 from tests.devices.cuda.interpreted import make_interpreted
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, tokens_of
@@ -169,7 +170,7 @@ def decode_batch(segments: Segments | None, sequences: int, context: int = 5) ->
         ),
         segments=segments,
         sample_segments=segments,
-        samples=[],
+        sampling=Sampling([]),
         rows=[],
     )
 

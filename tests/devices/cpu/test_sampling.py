@@ -1,13 +1,14 @@
-"""The compiled argmax against torch's, for every library that this machine can run."""
+"""The compiled ways to a token against torch's, for every library that this machine can run."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from server.devices.cpu import argmax as module
-from server.devices.cpu.argmax import argmax
+from server.devices.cpu import sampling as module
 from server.devices.cpu.native import libraries
+from server.devices.cpu.sampling import argmax, draw
+from tests.model.draws import assert_draws_as_the_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -50,3 +51,13 @@ def test_a_row_without_a_finite_maximum_is_told(dtype: torch.dtype, monkeypatch:
         indices, finite = argmax(scores)
         assert finite.tolist() == [True, False, False, False, True, False]
         assert indices[4] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 7, 511, 512, 3000, 49152])
+def test_draws_are_those_of_torch(
+    vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lib in [*libraries(), None]:
+        monkeypatch.setattr(module, "library", lambda lib=lib: lib)
+        assert_draws_as_the_reference(draw, vocabulary, dtype, count=400 if vocabulary < 10_000 else 60)
