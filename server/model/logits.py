@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from server.model.sampling import Draws, SampleRow, Sampling
-from server.model.token_counts import TokenCounts
+from server.model.seen_tokens import SeenTokens
 
 
 class LogitsProcessor(Protocol):
@@ -45,7 +45,7 @@ class Penalties:
     reads_output: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._counts: TokenCounts | None = None
+        self._seen: SeenTokens | None = None
 
     @staticmethod
     def wants(row: SampleRow) -> bool:
@@ -53,24 +53,24 @@ class Penalties:
         return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        if self._counts is None:
-            self._counts = TokenCounts(scores_NV.shape[1], scores_NV.device)
-        slots_R = self._counts.slots(rows)
-        counts_RV, prompt_RV = self._counts.output[slots_R], self._counts.prompt[slots_R]
-        repetition_R1, presence_R1, frequency_R1 = (
-            torch.tensor([[getattr(row.params, f"{kind}_penalty")] for row in rows]).to(
-                scores_NV.device, non_blocking=True
-            )
-            for kind in ("repetition", "presence", "frequency")
-        )
-        scores_RV, out_RV = scores_NV[at_R], counts_RV > 0
-        weakened_RV = torch.where(scores_RV > 0, scores_RV / repetition_R1, scores_RV * repetition_R1)
-        scores_RV = torch.where(out_RV | prompt_RV, weakened_RV, scores_RV)
-        scores_NV[at_R] = scores_RV - (frequency_R1 * counts_RV + presence_R1 * out_RV)
+        if self._seen is None:
+            self._seen = SeenTokens(scores_NV.shape[1], scores_NV.device)
+        ids_RL, counts_RL = self._seen.of(rows)
+        penalties = [
+            (row.params.repetition_penalty, row.params.presence_penalty, row.params.frequency_penalty)
+            for row in rows
+        ]
+        of_rows = torch.tensor(penalties, dtype=torch.float32).to(scores_NV.device, non_blocking=True)
+        repetition_R1, presence_R1, frequency_R1 = of_rows[:, :, None].unbind(1)
+        at_R1 = at_R[:, None]
+        scores_RL = scores_NV[at_R1, ids_RL]
+        scores_RL = torch.where(scores_RL > 0, scores_RL / repetition_R1, scores_RL * repetition_R1)
+        scores_RL -= frequency_R1 * counts_RL + presence_R1 * (counts_RL > 0)
+        scores_NV.index_put_((at_R1, ids_RL), scores_RL)  # where a token stands twice, the same twice
 
     def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        assert self._counts is not None
-        self._counts.add(self._counts.slots(rows), token_ids_R)
+        assert self._seen is not None
+        self._seen.add(token_ids_R, rows)
 
 
 class LogitBias:

@@ -15,13 +15,18 @@ VOCAB = 50
 
 
 def row(
-    seed: int = 0, position: int = 0, prompt: Iterable[int] = (), output: Iterable[int] = (), **params: object
+    seed: int = 0,
+    position: int | None = None,
+    prompt: Iterable[int] = (),
+    output: Iterable[int] = (),
+    **params: object,
 ) -> SampleRow:
+    tokens = np.array([*prompt, *output], np.int64)
     return SampleRow(
         SamplingParams(**({"max_tokens": 100} | params)),
         seed,
-        position,
-        np.array([*prompt, *output], np.int64),
+        len(tokens) if position is None else position,
+        tokens,
         len(list(prompt)),
         eos_token_ids=(1,),
     )
@@ -99,8 +104,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         row(temperature=0.0),
         row(seed=2, position=4, top_k=5),
         row(seed=3, position=1, top_p=0.5, temperature=1.3),
-        row(seed=4, position=2, repetition_penalty=1.4, prompt=[3, 4], output=[7, 7]),
-        row(seed=5, position=2, presence_penalty=0.5, frequency_penalty=0.2, output=[7, 7, 8]),
+        row(seed=4, repetition_penalty=1.4, prompt=[3, 4], output=[7, 7]),
+        row(seed=5, presence_penalty=0.5, frequency_penalty=0.2, output=[7, 7, 8]),
         row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
         row(seed=7, min_tokens=3, stop_token_ids=(2,)),
     ]
@@ -115,7 +120,7 @@ def test_penalties_and_bias() -> None:
     greedy = {"temperature": 0.0}
 
     def pick(**params: object) -> int:
-        given = {name: params.pop(name) for name in ("prompt", "output", "position") if name in params}
+        given = {name: params.pop(name) for name in ("prompt", "output") if name in params}
         return sample(flat, [row(**given, **greedy, **params)]).token_ids[0]  # type: ignore[arg-type]
 
     assert pick() == 7
@@ -127,14 +132,14 @@ def test_penalties_and_bias() -> None:
     assert pick(logit_bias={33: 5.0}) == 33
     assert pick(logit_bias={7: -5.0}) == 8
     assert pick(stop_token_ids=(7,), min_tokens=1) == 8
-    assert pick(stop_token_ids=(7,), min_tokens=1, position=1, output=[4]) == 7
+    assert pick(stop_token_ids=(7,), min_tokens=1, output=[4]) == 7
 
 
 def test_eos_is_banned_until_the_minimum_length() -> None:
     sure = torch.zeros(1, VOCAB)
     sure[0, 1] = 50.0
     assert sample(sure, [row(min_tokens=2)]).token_ids != [1]
-    assert sample(sure, [row(min_tokens=2, position=2, output=[5, 6])]).token_ids == [1]
+    assert sample(sure, [row(min_tokens=2, output=[5, 6])]).token_ids == [1]
     assert sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
 
 
@@ -175,7 +180,7 @@ def test_every_option_that_changes_logits_is_one_processor() -> None:
     ]
     for processor, of_it in zip(PROCESSORS, asks, strict=True):
         for params in of_it:
-            assert wanted(row(position=1, output=[4], **params)) == [processor]
+            assert wanted(row(output=[4], **params)) == [processor]
     assert wanted(row(output=[4], temperature=0.3, top_k=2, logprobs=3)) == []
 
 
@@ -202,13 +207,17 @@ def test_counts_of_a_sequence_that_ended_are_anothers() -> None:
     flat, sampler = torch.zeros(1, VOCAB), Sampler(Plain())
     flat[0, 7], flat[0, 8] = 1.0, 0.9
     for _ in range(20):
-        assert sample(flat, [row(temperature=0.0, presence_penalty=0.5)], sampler).token_ids == [7]
+        assert sample(flat, [row(temperature=0.0, presence_penalty=0.5, prompt=[3])], sampler).token_ids == [
+            7
+        ]
         assert sample(
             flat, [row(temperature=0.0, repetition_penalty=2.0, prompt=[7])], sampler
         ).token_ids == [8]
     (penalties,) = [p for p in sampler._processors if isinstance(p, Penalties)]
-    assert penalties._counts is not None
-    assert len(penalties._counts.output) == 4
-    together = [row(temperature=0.0, presence_penalty=0.5) for _ in range(9)]
+    assert penalties._seen is not None
+    assert len(penalties._seen._counts) == 4
+    together = [row(temperature=0.0, presence_penalty=0.5, prompt=[n]) for n in range(9)]
     assert sample(flat.expand(9, -1), together, sampler).token_ids == [7] * 9
+    for asked in together:
+        asked.position += 1
     assert sample(flat.expand(9, -1), together, sampler).token_ids == [8] * 9

@@ -11,6 +11,7 @@ from server.devices.cpu.layers import LayerStruct, NormStruct
 from server.devices.cpu.linear import LinearStruct
 from server.devices.cpu.lora import SegmentsStruct
 from server.devices.cpu.native import Mirror, compare, libraries, library
+from server.devices.cpu.sampling import DrawsStruct
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels on this machine")
 
@@ -39,6 +40,7 @@ class Longer(Mirror):
 def test_every_library_has_the_structs_of_this_code() -> None:
     for lib in libraries():
         compare(lib, PlanStruct, AttentionStruct, SegmentsStruct, LinearStruct, NormStruct, LayerStruct)
+        compare(lib, DrawsStruct)
 
 
 def test_all_mirrors_are_compared() -> None:
@@ -50,6 +52,7 @@ def test_all_mirrors_are_compared() -> None:
         "ChorusNorm",
         "ChorusLayer",
         "ChorusDecoder",
+        "ChorusDraws",
     }
 
 

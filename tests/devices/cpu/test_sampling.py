@@ -60,4 +60,6 @@ def test_draws_are_those_of_torch(
 ) -> None:
     for lib in [*libraries(), None]:
         monkeypatch.setattr(module, "library", lambda lib=lib: lib)
-        assert_draws_as_the_reference(draw, vocabulary, dtype, count=400 if vocabulary < 10_000 else 60)
+        for without in ((), ("top_k",), ("top_k", "top_p", "min_p")):
+            count = 300 if vocabulary < 10_000 else 30
+            assert_draws_as_the_reference(draw, vocabulary, dtype, count, without)

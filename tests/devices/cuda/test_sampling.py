@@ -36,6 +36,16 @@ def test_a_row_without_a_finite_maximum_is_told() -> None:
     assert ((indices >= 0) & (indices < 9000)).all()
 
 
-@pytest.mark.parametrize("vocabulary", [1, 7, 512, 9000])
-def test_draws_are_those_of_torch(vocabulary: int) -> None:
-    assert_draws_as_the_reference(triton_draw, vocabulary, torch.float32, count=60)
+@pytest.mark.parametrize(
+    ("vocabulary", "count", "without"),
+    [
+        (1, 5, ()),
+        (7, 20, ()),
+        (9000, 20, ()),
+        (9000, 10, ("top_k",)),
+        (9000, 10, ("top_p", "min_p")),
+        (9000, 20, ("top_k", "top_p", "min_p")),
+    ],
+)
+def test_draws_are_those_of_torch(vocabulary: int, count: int, without: tuple[str, ...]) -> None:
+    assert_draws_as_the_reference(triton_draw, vocabulary, torch.float32, count, without)
