@@ -102,9 +102,7 @@ class Sampling:
 
     rows: list[SampleRow]
     draws: Draws | None = None
-    changed: list[int] = field(
-        default_factory=list
-    )  # rows whose scores a processor may change, see logits.py
+    changed: list[int] = field(default_factory=list)  # rows that a processor of logits.py may change
     with_logprobs: list[int] = field(default_factory=list)
     must_be_read: bool = False  # whether the host must know the tokens before the next are taken
 

@@ -29,9 +29,8 @@ class SeenTokens:
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         # [slots, L] of prompt and output; a sequence's places beyond its end hold its first token again
         self._ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self._counts = torch.zeros(
-            0, vocabulary, dtype=torch.int32, device=device
-        )  # [slots, V], of the output
+        # [slots, V], of the output
+        self._counts = torch.zeros(0, vocabulary, dtype=torch.int32, device=device)
         self._free: list[int] = []
 
     def of(self, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:

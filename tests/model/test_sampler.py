@@ -99,16 +99,20 @@ def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     batch = logits(3, rows=8)
-    rows = lambda: [  # noqa: E731  (made anew: penalties count what was taken)
-        row(seed=1, position=9, temperature=0.7),
-        row(temperature=0.0),
-        row(seed=2, position=4, top_k=5),
-        row(seed=3, position=1, top_p=0.5, temperature=1.3),
-        row(seed=4, repetition_penalty=1.4, prompt=[3, 4], output=[7, 7]),
-        row(seed=5, presence_penalty=0.5, frequency_penalty=0.2, output=[7, 7, 8]),
-        row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
-        row(seed=7, min_tokens=3, stop_token_ids=(2,)),
-    ]
+
+    def rows() -> list[SampleRow]:
+        """Made anew each time: penalties count what was taken."""
+        return [
+            row(seed=1, position=9, temperature=0.7),
+            row(temperature=0.0),
+            row(seed=2, position=4, top_k=5),
+            row(seed=3, position=1, top_p=0.5, temperature=1.3),
+            row(seed=4, repetition_penalty=1.4, prompt=[3, 4], output=[7, 7]),
+            row(seed=5, presence_penalty=0.5, frequency_penalty=0.2, output=[7, 7, 8]),
+            row(seed=6, logit_bias={4: 3.0, 9: -100.0}),
+            row(seed=7, min_tokens=3, stop_token_ids=(2,)),
+        ]
+
     together = sample(batch, rows()).token_ids
     alone = [sample(batch[i : i + 1], rows()[i : i + 1]).token_ids[0] for i in range(8)]
     assert together == alone

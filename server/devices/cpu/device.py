@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from server.devices.cpu.sampling import argmax, draw
 from server.lora.copies import Copies, HostCopies
 from server.lora.kernels.reference import ReferenceKernels
 from server.model.attention.backends import NewBackend, open_attention
-from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCache
+from server.model.attention.interface import AttentionOptions, LayerCache
 from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes
@@ -37,10 +37,9 @@ _PROMPT_TOKENS_PER_CORE = 256  # of a step: fewer cost throughput, more make str
 
 
 @dataclass(frozen=True)
-class CpuOperators:
+class CpuOperators(PlainOperators):
     """The compiled kernels."""
 
-    attention: AttentionBackend
     lora: CpuKernels
 
     def linear(self, linear: nn.Module) -> nn.Module:
@@ -59,9 +58,6 @@ class CpuOperators:
 
     def draw(self, scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
         return draw(scores_NV, draws)
-
-    def read(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        return lambda: list(tensors)
 
 
 class CpuDevice:

@@ -119,7 +119,7 @@ class FusedLayers(DecoderLayers):
         kernels: CpuKernels,
         lib: ctypes.CDLL,
     ) -> None:
-        dtype = layers[0].cache.k.dtype
+        dtype = _packed(layers[0].qkv[0]).tensors()[0].dtype
         super().__init__([layer.rotary for layer in layers], dtype)
         self._keep_alive: list[torch.Tensor] = []
         self._layers = (LayerStruct * len(layers))(*(_struct(layer, self._keep_alive) for layer in layers))
@@ -127,7 +127,8 @@ class FusedLayers(DecoderLayers):
         self._attention = None if isinstance(attention, PagedCpuAttention) else attention
         self._attentions = [(layer.cache, layer.options) for layer in layers]
         self._kernels, self._plans = kernels, Plans()
-        self._block_size = layers[0].cache.k.shape[2]
+        # Another backend's cache is laid out as it likes, and compiled code leaves it alone.
+        self._block_size = 0 if self._attention else layers[0].cache.k.shape[2]
         self._function = lib[f"chorus_decoder_{SUFFIXES[dtype]}"]
         self._function.restype = None
         self._function.argtypes = [ctypes.POINTER(_Decoder), ctypes.c_int64]
@@ -280,10 +281,15 @@ def _norm_struct(norm: Norm | None) -> NormStruct:
 
 
 def _linear_struct(linear: LoraLinear, keep_alive: list[torch.Tensor]) -> LinearStruct:
+    base = _packed(linear)
+    keep_alive += base.tensors()
+    return base.struct(linear.module)
+
+
+def _packed(linear: LoraLinear) -> PackedLinear:
     if not isinstance(linear.base, PackedLinear):
         raise NotFusable("a Linear is not packed")
-    keep_alive += linear.base.tensors()
-    return linear.base.struct(linear.module)
+    return linear.base
 
 
 def _attention_struct(layer: Layer, keep_alive: list[torch.Tensor]) -> AttentionStruct:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 
-import numpy as np
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, library
@@ -50,7 +49,7 @@ def draw(scores_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
     function(
         ctypes.c_void_p(scores_NV.data_ptr()),
         *(ctypes.c_int64(size) for size in (scores_NV.stride(0), scores_NV.shape[1])),
-        ctypes.byref(DrawsStruct(*(np.ascontiguousarray(a).ctypes.data for a in arrays), len(uniforms))),
+        ctypes.byref(DrawsStruct(*(array.ctypes.data for array in arrays), len(uniforms))),
         ctypes.c_void_p(token_ids_D.data_ptr()),
         ctypes.c_int64(torch.get_num_threads()),
     )

@@ -125,7 +125,7 @@ class TritonLayers(DecoderLayers):
     """
 
     def __init__(self, layers: Sequence[Layer], backend: AttentionBackend) -> None:
-        super().__init__([layer.rotary for layer in layers], layers[0].cache.k.dtype)
+        super().__init__([layer.rotary for layer in layers], _plain(layers[0].qkv[0]).weight.dtype)
         self._layers = [_TritonLayer(layer, backend) for layer in layers]
         self._kept: list[Tables | None] = []
 

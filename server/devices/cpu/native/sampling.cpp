@@ -108,13 +108,12 @@ class Drawer {
         double nearer = 0;  // what all with smaller bits before the prefix count for
         int shift = 31;
         for (const int bits : {11, 10, 10}) {
-            const uint32_t below_prefix = shift < 31 ? prefix >> shift : 0;
             const int next = shift - bits;
             std::fill(buckets_, buckets_ + (1 << bits), 0.0);
             std::fill(seen_, seen_ + (1 << bits), false);
             for (size_t j = 0; j < distance_.size(); j++) {
                 const uint32_t d = distance_[j];
-                if (d > most || (shift < 31 && d >> shift != below_prefix)) continue;
+                if (d > most || d >> shift != prefix >> shift) continue;
                 const uint32_t bucket = (d >> next) & ((1u << bits) - 1);
                 buckets_[bucket] += count(weight_[j]);
                 seen_[bucket] = true;
