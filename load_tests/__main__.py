@@ -1,4 +1,4 @@
-"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face`."""
+"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face | drills`."""
 
 from __future__ import annotations
 
@@ -232,6 +232,40 @@ def report(
 app.add_typer(benchmarks.scaling, name="scaling")
 app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
+
+
+@app.command()
+def drills(
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for drills.json, drills.md, server logs.")
+    ],
+    only: Annotated[str, typer.Option(help="Numbers of cases, as 1,7,40. Default: all.")] = "",
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Base model folder.")] = Path(
+        "models/chorus-tiny"
+    ),
+    adapters: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of adapters to serve.")
+    ] = Path("adapters"),
+) -> None:
+    """Play faults and abuse on a real server; exit status 1 when a promise was broken."""
+    from load_tests.drills import cases as _  # noqa: F401  (makes them known)
+    from load_tests.drills.case import CASES
+    from load_tests.drills.play import play_all, write
+
+    numbers = parsed(counts, only) if only else sorted(CASES)
+    with judged():
+        if unknown := [number for number in numbers if number not in CASES]:
+            raise ValueError(f"no case {unknown[0]}; there are {sorted(CASES)}")
+    console = Console(stderr=True)
+    results = []
+    for result in play_all([CASES[number] for number in numbers], model, adapters, out):
+        results.append(result)
+        write(results, out)
+        seen = "; ".join([result.seen, *result.leaks])
+        console.print(
+            f"{result.number:3} {result.verdict}: {result.title} ({result.longest_ms:.0f} ms) {seen}"
+        )
+    raise typer.Exit(int(any(result.verdict == "broken" for result in results)))
 
 
 if __name__ == "__main__":

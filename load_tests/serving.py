@@ -35,7 +35,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes]
         self.ready_s = 0.0  # from its start until it was ready to serve
-        self._command = list(command)
+        self.command = list(command)
         self._log = log
         self._env = {**os.environ, **(env or {})}
         self._limit_s = ready_within_s
@@ -49,7 +49,7 @@ class ServerProcess:
         began = time.monotonic()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._env, start_new_session=True
+                self.command, stdout=log, stderr=log, env=self._env, start_new_session=True
             )
         try:
             self.wait_ready()
@@ -91,8 +91,12 @@ class ServerProcess:
             raise RuntimeError(f"{self.url}/metrics has no {name}")
         return float(found[1])
 
+    def log_text(self) -> str:
+        """All of its output so far."""
+        return self._log.read_text(errors="replace")
+
     def _tail(self) -> str:
-        return self._log.read_text(errors="replace")[-2000:]
+        return self.log_text()[-2000:]
 
 
 def chorus_serve(

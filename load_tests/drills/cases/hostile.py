@@ -1,0 +1,240 @@
+"""Files that are made to hurt whoever reads them, and a registry that was hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import stat
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from load_tests.drills.case import case, expect
+from load_tests.drills.cases.adapters import changed_config, header, nothing_left
+from load_tests.drills.cases.requests import refused
+from load_tests.drills.site import Site
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MIB = 2**20
+
+
+def _block(name: str, kind: bytes, content: bytes) -> bytes:
+    """One member of a tar archive, its content padded."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def pax_digits() -> bytes:
+    """A PAX header that is one long row of digits."""
+    return gzip.compress(_block("x", tarfile.XHDTYPE, b"1" * 512 * 1024) + bytes(1024))
+
+
+def pax_nested() -> bytes:
+    """PAX headers that follow one another, each with a large value."""
+    value = b"x" * 200_000
+    record = b" comment=" + value + b"\n"
+    record = str(len(record) + 6).encode() + record
+    return gzip.compress(_block("x", tarfile.XHDTYPE, record) * 300 + bytes(1024))
+
+
+def sparse_maps() -> bytes:
+    """A GNU sparse file whose map goes on for ever."""
+    info = tarfile.TarInfo(_WEIGHTS)
+    info.type = tarfile.GNUTYPE_SPARSE
+    buf = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    buf[386:482] = b"00000000001\x0000000000001\x00" * 4
+    buf[482] = 1
+    buf[148:156] = b"        "
+    buf[148:156] = b"%06o\0 " % sum(buf)
+    more = bytearray(b"00000000001\x0000000000001\x00" * 21 + b"\1" + bytes(7))
+    return gzip.compress(bytes(buf) + bytes(more) * 60_000)
+
+
+@case(
+    41, "PAX headers of digits, sparse maps, nested PAX headers", "400 in under 1 s; never parsed in the face"
+)
+async def tar_bombs(site: Site) -> str:
+    loop = asyncio.get_running_loop()
+    seen = []
+    for make in (pax_digits, pax_nested, sparse_maps):
+        archive = make()
+        began = loop.time()
+        answer = await site.upload("bomb", {"a.tar.gz": archive})
+        seconds = loop.time() - began
+        expect(answer.status_code in (400, 413), f"{make.__name__}: {answer.status_code} {answer.text[:100]}")
+        seen.append(f"{make.__name__} ({len(archive) // 1024} KiB) {answer.status_code} in {seconds:.2f} s")
+    await nothing_left(site, "bomb")
+    return "; ".join(seen)
+
+
+def of_rank(site: Site, rank: int) -> dict[str, bytes]:
+    """The sound adapter's first module alone, at another rank."""
+    files = changed_config(site, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={})
+    tensors = load(files[_WEIGHTS])
+    module = sorted(tensors)[0].rpartition(".lora_")[0]
+    inputs = tensors[f"{module}.lora_A.weight"].shape[1]
+    outputs = tensors[f"{module}.lora_B.weight"].shape[0]
+    return files | {
+        _WEIGHTS: save(
+            {
+                f"{module}.lora_A.weight": np.zeros((rank, inputs), np.float16),
+                f"{module}.lora_B.weight": np.zeros((outputs, rank), np.float16),
+            }
+        )
+    }
+
+
+@case(
+    44, "rank 800,000; rank x prompt scratch", "400 at upload, or served within bounded scratch", limit_s=300
+)
+async def huge_ranks(site: Site) -> str:
+    seen = []
+    for rank in (800_000, 20_000, 4096, 512):
+        answer = await site.upload("broad", of_rank(site, rank))
+        if answer.status_code == 201:
+            used = await site.complete("broad", prompt=[5] * 1500, max_tokens=2)
+            expect(used.status_code in (200, 400, 503), f"rank {rank}: {used.status_code} {used.text[:100]}")
+            await site.http.delete("/v1/adapters/broad")
+            seen.append(f"{rank}: 201, used {used.status_code}")
+        else:
+            expect(answer.status_code in (400, 413), f"rank {rank}: {answer.status_code} {answer.text[:100]}")
+            seen.append(f"{rank}: {answer.status_code}")
+    expect(await site.ready(), "the engine is gone")
+    return "; ".join(seen)
+
+
+@case(45, "a 14 MiB safetensors header of a million keys; six at once", "400, typed reading")
+async def million_keys(site: Site) -> str:
+    raw = b'{"t":{"dtype":"F32","shape":[0],"data_offsets":[0,0],' + b",".join(
+        b'"%d":%d' % (i, i) for i in range(900_000)
+    )
+    content = header(raw + b"}}")
+    uploads = [site.upload(f"keys-{k}", site.adapter_files() | {_WEIGHTS: content}) for k in range(6)]
+    for answer in await asyncio.gather(*uploads):
+        expect(answer.status_code in (400, 413), f"{answer.status_code} {answer.text[:100]}")
+    return "six times refused"
+
+
+@case(49, "a PUT that dribbles", "least rate, total time; DELETE wins")
+async def dribbling_put(site: Site) -> str:
+    await site.upload("dribbled", site.adapter_files())
+    _, writer = await site.connect()
+    writer.write(
+        f"PUT /v1/adapters/dribbled HTTP/1.1\r\nhost: {site.host}:{site.port}\r\ncontent-length: 1000000\r\n"
+        "content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+        f'content-disposition: form-data; name="files"; filename="{_WEIGHTS}"\r\n\r\n'.encode()
+    )
+    await asyncio.sleep(1)
+    second = await site.upload("dribbled", site.adapter_files(), "PUT")
+    gone = await site.http.delete("/v1/adapters/dribbled")
+    writer.transport.abort()
+    expect(second.status_code == 200, f"another PUT meanwhile: {second.status_code} {second.text[:100]}")
+    expect(gone.status_code in (200, 202), f"a DELETE meanwhile: {gone.status_code} {gone.text[:100]}")
+    return f"another PUT {second.status_code}, DELETE {gone.status_code}"
+
+
+@case(52, "(?R) in target_modules; 40,000 tiny patterns", "400")
+async def hostile_patterns(site: Site) -> str:
+    wanted = {
+        "target_modules": changed_config(site, target_modules="(a|(?R))*"),
+        "rank_pattern": changed_config(site, rank_pattern={f"a{i}": 4 for i in range(40_000)}),
+        "alpha_pattern": changed_config(site, alpha_pattern={"(?:" * 50 + "a" + ")*" * 50: 4}),
+    }
+    for field, files in wanted.items():
+        answer = await site.upload("pattern", files)
+        expect(field != "alpha_pattern" or answer.status_code < 500, answer.text[:100])
+        if field != "alpha_pattern":
+            refused(answer, 400, field)
+    await site.http.delete("/v1/adapters/pattern")
+    return "400 by name"
+
+
+@case(57, "flipped bytes in a stored blob", "refused with the reason", own_server=True)
+async def flipped_bytes(site: Site) -> str:
+    version = (await site.upload("rotten", site.adapter_files())).json()
+    blob = next((site.data_dir / "adapters").glob(f"*/*/{_WEIGHTS}"))
+    content = bytearray(blob.read_bytes())
+    content[-100] ^= 0x40
+    blob.chmod(0o600)
+    blob.write_bytes(content)
+    answer = await site.complete("rotten")
+    expect(answer.status_code >= 400, f"served: {answer.status_code}; {str(version)[:80]}")
+    return f"{answer.status_code} {answer.json()['error']['message'][:100]}"
+
+
+def _zeroed(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def _truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _foreign(file: Path) -> None:
+    file.write_text("not a database, but a letter\n" * 500)
+
+
+@case(
+    59,
+    "damaged or missing registry",
+    "before the model loads; one sentence with file and remedy; nothing deleted",
+    own_server=True,
+    limit_s=300,
+)
+async def damaged_registry(site: Site) -> str:
+    await site.upload("kept", site.adapter_files())
+    site.face.terminate()
+    await asyncio.to_thread(site.server.process.wait, 60)
+    sound = {path.name: path.read_bytes() for path in site.data_dir.glob("registry.db*")}
+    seen = []
+    damages: list[Callable[[Path], None]] = [_zeroed, _truncated, _foreign, Path.unlink]
+    for damage in damages:
+        for name, content in sound.items():
+            (site.data_dir / name).write_bytes(content)
+        damage(site.data_dir / "registry.db")
+        code, said = await asyncio.to_thread(_start, site)
+        blobs = len(list((site.data_dir / "adapters").glob(f"*/*/{_CONFIG}")))
+        expect(
+            code == 1 and "registry" in said and len(said.splitlines()) == 1,
+            f"{damage.__name__}: {code} {said[:200]}",
+        )
+        expect(blobs == 1, f"{damage.__name__}: {blobs} blobs are left")
+        seen.append(damage.__name__.strip("_"))
+    return f"{', '.join(seen)}: exit 1, one line, as {said.strip()[:160]!r}"
+
+
+def _start(site: Site) -> tuple[int, str]:
+    """Runs the server's command to its end: exit code and standard error."""
+    ended = subprocess.run(site.server.command, capture_output=True, text=True, timeout=60)
+    return ended.returncode, ended.stderr
+
+
+@case(55, "another local user", "0700 folders, 0600 files")
+async def other_users(site: Site) -> str:
+    await site.upload("private", site.adapter_files())
+    await site.complete("private")
+    open_ones = [
+        str(path.relative_to(site.data_dir))
+        for path in [site.data_dir, *site.data_dir.rglob("*")]
+        if stat.S_IMODE(path.lstat().st_mode) & 0o077
+    ]
+    await site.http.delete("/v1/adapters/private")
+    expect(not open_ones, f"open to others: {open_ones[:5]}")
+    return "nothing is open to others"
+
+
+@case(19, "lora_path outside the allowed roots; a source URI to a private address", "403")
+async def outside(site: Site) -> str:
+    for path in ("/etc", "/etc/passwd", "../../etc", str(site.data_dir)):
+        body = {"lora_name": "outside", "lora_path": path}
+        refused(await site.http.post("/v1/load_lora_adapter", json=body), 403, "lora_path")
+    for uri in ("http://127.0.0.1:1/a", "http://169.254.169.254/latest", "https://[::1]/a"):
+        answer = await site.http.post("/v1/adapters", json={"name": "outside", "source": uri})
+        expect(answer.status_code in (400, 403), f"{uri}: {answer.status_code}")
+    return "403"

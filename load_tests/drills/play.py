@@ -1,0 +1,125 @@
+"""Plays cases one after the other, and writes down what was seen."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from load_tests.drills.case import CannotPlay, Case, PromiseBroken
+from load_tests.drills.site import Books, Site
+from load_tests.drills.watch import Watch
+from load_tests.serving import chorus_serve
+
+MOST_HELD_MS = 50.0
+
+Verdict = Literal["kept", "broken", "not played"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one case. `longest_ms`: the longest answer of `/health/live` meanwhile."""
+
+    number: int
+    title: str
+    promise: str
+    verdict: Verdict
+    seen: str
+    longest_ms: float = 0.0
+    memory_mib: tuple[int, int] = (0, 0)  # before and after
+    leaks: list[str] = field(default_factory=list)
+
+
+def play_all(cases: Sequence[Case], model: Path, adapters: Path, out: Path) -> Iterator[Result]:
+    """One server for each set of flags, and one for each case that wants its own; yields as they end.
+
+    `out` gets the servers' logs and data folders.
+    """
+    alone = [case for case in cases if case.own_server or case.model]
+    shared = sorted((case for case in cases if case not in alone), key=_flags)
+    groups = [list(group) for _, group in itertools.groupby(shared, key=_flags)]
+    groups += [[case] for case in alone]
+    for at, group in enumerate(groups):
+        folder = out / f"server-{at}"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            served = group[0].model(model, folder) if group[0].model else model
+        except CannotPlay as reason:
+            yield _unplayed(group[0], reason)
+            continue
+        flags, data_dir = group[0].flags, folder / "data"
+        with chorus_serve(served, data_dir, adapters, flags, folder / "serve.log") as server:
+            for case in group:
+                scratch = folder / f"case-{case.number}"
+                scratch.mkdir()
+                yield asyncio.run(_play(case, Site(server, data_dir, scratch, _first(adapters))))
+
+
+def _unplayed(case: Case, reason: CannotPlay) -> Result:
+    return Result(case.number, case.title, case.promise, "not played", str(reason))
+
+
+def _flags(case: Case) -> tuple[str, ...]:
+    return case.flags
+
+
+def _first(adapters: Path) -> Path:
+    return min(path.parent for path in adapters.glob("*/adapter_config.json"))
+
+
+async def _play(case: Case, site: Site) -> Result:
+    async with site:
+        before = await site.books()
+        with Watch(site.host, site.port) as watch:
+            verdict, seen = await _verdict(case, site)
+        if case.own_server:  # it may be gone, or another
+            return Result(case.number, case.title, case.promise, verdict, seen, watch.longest_ms)
+        after = await site.books()
+        return _judged(case, verdict, seen, watch.longest_ms, before, after)
+
+
+async def _verdict(case: Case, site: Site) -> tuple[Verdict, str]:
+    try:
+        return "kept", await asyncio.wait_for(case.play(site), case.limit_s)
+    except CannotPlay as reason:
+        return "not played", str(reason)
+    except PromiseBroken as seen:
+        return "broken", str(seen)
+    except Exception as error:  # whatever it is, the next case is played
+        traceback.print_exc()
+        return "broken", f"{type(error).__name__}: {error}"
+
+
+def _judged(
+    case: Case, verdict: Verdict, seen: str, longest_ms: float, before: Books, after: Books
+) -> Result:
+    leaks = after.leaks(before)
+    if verdict == "kept" and (leaks or longest_ms > MOST_HELD_MS):
+        verdict = "broken"
+    memory = before.memory_mib, after.memory_mib
+    return Result(case.number, case.title, case.promise, verdict, seen, longest_ms, memory, leaks)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, a row each, by number."""
+    lines = ["| # | case | promise | seen | longest hold, ms | memory, MiB | verdict |", "|" + "---|" * 7]
+    for result in sorted(results, key=lambda result: result.number):
+        seen = "; ".join([result.seen, *result.leaks]).replace("|", "\\|")
+        memory = f"{result.memory_mib[0]} → {result.memory_mib[1]}"
+        lines.append(
+            f"| {result.number} | {result.title} | {result.promise} | {seen} "
+            f"| {result.longest_ms:.0f} | {memory} | {result.verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(results: Sequence[Result], out: Path) -> None:
+    """`drills.json` and `drills.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "drills.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
+    (out / "drills.md").write_text(table(results))

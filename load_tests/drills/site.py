@@ -1,0 +1,152 @@
+"""The server that a drill is played on, and what its books must say afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import psutil
+
+from load_tests.serving import ServerProcess
+
+PROMPT = "Anna saw two red apples =>\n"
+_SETTLES_S = 30.0
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Books:
+    """What an idle server holds. All but `memory_mib` must be as before."""
+
+    running: int
+    waiting: int
+    kv_blocks_held: int
+    staged: int  # entries of the data folder's staging
+    open_files: int  # of the face
+    children: int  # processes
+    memory_mib: int  # PSS of the face and its children
+
+    def leaks(self, before: Books) -> list[str]:
+        """What is more than before, in words."""
+        return [
+            f"{field.name}: {getattr(before, field.name)} before, {getattr(self, field.name)} after"
+            for field in fields(self)
+            if field.name != "memory_mib" and getattr(self, field.name) > getattr(before, field.name)
+        ]
+
+
+class Site:
+    """A server with the base model `base` and a folder of adapters, and ways to ill-treat it.
+
+    `http` keeps no connection open, so that each call is a client of its own.
+    """
+
+    base = "base"
+
+    def __init__(self, server: ServerProcess, data_dir: Path, scratch: Path, adapter: Path) -> None:
+        self.server = server
+        self.data_dir = data_dir
+        self.scratch = scratch  # an empty folder for what a case writes
+        self.adapter = adapter  # a sound one, a folder in PEFT layout
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.http.aclose()
+
+    @property
+    def host(self) -> str:
+        return self.server.url.removeprefix("http://").partition(":")[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.server.url.rpartition(":")[2])
+
+    @property
+    def face(self) -> psutil.Process:
+        return psutil.Process(self.server.pid)
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The child that serves: the one that has worked most."""
+        return max(self.face.children(), key=lambda child: sum(child.cpu_times()[:2]))
+
+    async def complete(self, model: str | None = None, **body: Any) -> httpx.Response:
+        """A short greedy completion, unless `body` says otherwise."""
+        asked = {"model": model or self.base, "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | body
+        return await self.http.post("/v1/completions", json=asked)
+
+    async def upload(
+        self, name: str, files: dict[str, bytes], method: str = "POST", **options: Any
+    ) -> httpx.Response:
+        """Multipart, as the file names say."""
+        parts = [("files", (file, content)) for file, content in files.items()]
+        path = "/v1/adapters" if method == "POST" else f"/v1/adapters/{name}"
+        return await self.http.request(method, path, data={"name": name}, files=parts, **options)
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """Of the sound adapter, by file name."""
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        return {name: (self.adapter / name).read_bytes() for name in names}
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection."""
+        return await asyncio.open_connection(self.host, self.port)
+
+    async def metrics(self) -> dict[str, float]:
+        """Series without labels, or with the model's alone, by name."""
+        text = (await self.http.get("/metrics")).text
+        found = re.findall(r"^([a-z_:]+)(?:\{[^}]*\})? ([0-9.e+-]+)$", text, re.M)
+        return {name: float(value) for name, value in found}
+
+    async def until(self, condition: Any, what: str, seconds: float = _SETTLES_S) -> None:
+        """Waits for an async condition. Raises TimeoutError with `what`."""
+        deadline = time.monotonic() + seconds
+        while not await condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
+            await asyncio.sleep(0.05)
+
+    async def ready(self) -> bool:
+        try:
+            return (await self.http.get("/health/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def idle(self) -> bool:
+        """Whether it is ready and nothing runs or waits; the figures are half a second old at most."""
+        if not await self.ready():
+            return False
+        metrics = await self.metrics()  # a new engine has said nothing yet
+        return metrics.get("vllm:num_requests_running") == metrics.get("vllm:num_requests_waiting") == 0
+
+    async def books(self) -> Books:
+        """When all has ended, or after half a minute as it is."""
+        with contextlib.suppress(TimeoutError):
+            await self.until(self.idle, "the server to be idle")
+        await asyncio.sleep(1.0)  # one heartbeat, and connections that close
+        metrics = await self.metrics()
+        face = self.face
+        family = [face, *face.children(recursive=True)]
+        return Books(
+            running=int(metrics["vllm:num_requests_running"]),
+            waiting=int(metrics["vllm:num_requests_waiting"]),
+            kv_blocks_held=round(metrics["vllm:kv_cache_usage_perc"] * 1e6),
+            staged=len(os.listdir(self.data_dir / "staging")),
+            open_files=face.num_fds(),
+            children=len(family) - 1,
+            memory_mib=sum(process.memory_full_info().pss for process in family) // _MIB,
+        )
