@@ -31,7 +31,10 @@ _LOOPBACK_NAMES = {"localhost"}
 
 @dataclass(frozen=True)
 class HostNames:
-    """Which names the server answers to. `extra` may hold `.example.com`, for all names that end so."""
+    """Which names the server answers to.
+
+    `extra` is what the operator gave, with and without ports. `.example.com` is that and all that end so.
+    """
 
     own: frozenset[str]
     extra: frozenset[str]
@@ -42,8 +45,8 @@ class HostNames:
         bound = settings.host.strip("[]").lower()
         everywhere = _is_address(bound) and ipaddress.ip_address(bound).is_unspecified
         own = _LOOPBACK_NAMES | ({socket.gethostname().lower()} if everywhere else {bound})
-        extra = frozenset(_name_of(name) for name in settings.allowed_hosts)
-        return cls(frozenset(own), extra, everywhere)
+        given = {name.lower() for name in settings.allowed_hosts}
+        return cls(frozenset(own), frozenset(given | {_name_of(name) for name in given}), everywhere)
 
     def has(self, name: str) -> bool:
         if name in self.own or self.lists(name) or ANY in self.extra:
@@ -53,7 +56,7 @@ class HostNames:
         return self.any_address or ipaddress.ip_address(name).is_loopback
 
     def lists(self, name: str) -> bool:
-        """Whether the operator named it."""
+        """Whether the operator gave it; a name with a port only if it was given with that."""
         return name in self.extra or any(
             each.startswith(".") and (name.endswith(each) or name == each[1:]) for each in self.extra
         )
@@ -99,7 +102,7 @@ class BrowserGuard:
             raise Forbidden("sec-fetch-site: pages of other sites may change nothing here.", param="origin")
         for origin in headers.getlist("origin"):
             authority = urlsplit(origin.strip().lower()).netloc if origin.isascii() else ""
-            if not authority or (authority != host and not self._hosts.lists(_name_of(authority))):
+            if not authority or (authority != host and not self._hosts.lists(authority)):
                 raise Forbidden("origin: pages of other sites may change nothing here.", param="origin")
 
     def _check_type(self, headers: Headers, scope: Scope) -> None:

@@ -227,8 +227,8 @@ def print_summary(face: Face, url: str) -> None:
             f"[bold]{face.base.name}[/bold] ({info.model_type}), loaded in {info.load_seconds:.1f} s"
         )
         console.print(table)
-    except OSError as error:  # whoever read the output is gone; the server's work is elsewhere
-        logger.warning("the summary could not be printed: %s", error.strerror)
+    except (OSError, SystemExit):  # rich's word for a broken pipe; but the server's work is elsewhere
+        logger.warning("the summary could not be printed: nobody reads standard output")
         discard_output()
 
 

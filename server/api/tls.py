@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
 from server.base_model import StartError
 from server.config import Settings
@@ -20,50 +21,47 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     _load_certificate(context, settings)
     if authorities is not None:
-        _load_authorities(context, settings)
+        _load_authorities(context, authorities)
     return context
 
 
 def _load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    assert certificate is not None
+    _expect("--ssl-certfile", certificate, "CERTIFICATE")
+    _expect("--ssl-keyfile" if key else "--ssl-certfile", key or certificate, "PRIVATE KEY")
     secret = settings.ssl_keyfile_password
-    password = secret.get_secret_value() if secret else ""
-    assert settings.ssl_certfile is not None
-    for flag, path in (("--ssl-certfile", settings.ssl_certfile), ("--ssl-keyfile", settings.ssl_keyfile)):
-        _readable(flag, path)
-    try:  # a password that is asked for is given as "", or OpenSSL would wait at the terminal for one
-        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: password)
+    password = secret.get_secret_value() if secret else ""  # or OpenSSL would wait at the terminal for one
+    try:
+        context.load_cert_chain(certificate, key, lambda: password)
     except ssl.SSLError as error:
-        key = settings.ssl_keyfile or settings.ssl_certfile
+        if error.reason == "KEY_VALUES_MISMATCH":
+            reason = "the key is not the certificate's"
+        else:
+            reason = f"they cannot be read, perhaps for want of --ssl-keyfile-password ({_words(error)})"
         raise StartError(
-            f"--ssl-certfile {settings.ssl_certfile} and its key {key} do not do: {_reason(error)}"
+            f"--ssl-certfile {certificate} with the key in {key or certificate}: {reason}"
         ) from error
 
 
-def _load_authorities(context: ssl.SSLContext, settings: Settings) -> None:
-    _readable("--ssl-ca-certs", settings.ssl_ca_certs)
+def _load_authorities(context: ssl.SSLContext, path: Path) -> None:
+    _expect("--ssl-ca-certs", path, "CERTIFICATE")
     try:
-        context.load_verify_locations(settings.ssl_ca_certs)
+        context.load_verify_locations(path)
     except ssl.SSLError as error:
-        raise StartError(f"--ssl-ca-certs {settings.ssl_ca_certs}: {_reason(error)}") from error
+        raise StartError(f"--ssl-ca-certs {path}: {_words(error)}") from error
     context.verify_mode = ssl.CERT_REQUIRED
 
 
-def _readable(flag: str, path: object) -> None:
+def _expect(flag: str, path: Path, what: str) -> None:
+    """Raises StartError where the file cannot be read, or has no such block in it."""
     try:
-        if path is not None:
-            open(str(path), "rb").close()
+        data = path.read_bytes()
     except OSError as error:
         raise StartError(f"{flag} {path}: {error.strerror}") from error
+    if f"{what}-----".encode() not in data:
+        raise StartError(f"{flag} {path}: no PEM {what.lower()} in it")
 
 
-def _reason(error: ssl.SSLError) -> str:
-    known = {
-        "KEY_VALUES_MISMATCH": "the key is not the certificate's",
-        "NO_START_LINE": "no PEM certificate or key in it",
-        "NO_CERTIFICATE_OR_CRL_FOUND": "no PEM certificate in it",
-    }
-    if error.reason in known:
-        return known[error.reason]
-    if error.reason is None or "DECRYPT" in error.reason or "PASSWORD" in error.reason:
-        return "the key cannot be read, perhaps for its password (--ssl-keyfile-password)"
-    return error.reason.lower().replace("_", " ")
+def _words(error: ssl.SSLError) -> str:
+    return (error.reason or error.args[-1]).lower().replace("_", " ")

@@ -61,9 +61,14 @@ async def test_its_own_pages_and_programs_do(tmp_path: Path, headers: dict[str, 
 
 async def test_a_page_of_a_name_that_the_operator_gave(tmp_path: Path) -> None:
     """A proxy in front may ask for the server by another name than the browser did."""
-    async with open_site(tmp_path, allowed_hosts="chorus,llm.example") as site:
-        assert (await ask(site, COMPLETE, origin="https://llm.example")).status_code == 200
-        assert (await ask(site, COMPLETE, origin="https://x.llm.example")).status_code == 403
+    async with open_site(tmp_path, allowed_hosts="chorus,llm.example,b.example:8443") as site:
+        for origin, status in {
+            "https://llm.example": 200,
+            "https://x.llm.example": 403,
+            "https://llm.example:81": 403,
+            "https://b.example:8443": 200,
+        }.items():
+            assert (await ask(site, COMPLETE, origin=origin)).status_code == status
 
 
 @pytest.mark.parametrize(
