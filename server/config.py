@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -36,6 +36,24 @@ def _not_empty(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def _split_keys(value: object) -> object:
+    """The text of a variable or flag -> keys. Raises ValueError for what no header could carry."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    keys = [key.strip() for text in texts for key in _text_of(text).split(",")]
+    if not all(re.fullmatch(r"[!-~]{1,512}", key) for key in keys):
+        raise ValueError("a key is 1 to 512 letters, digits and signs of ASCII, without spaces and commas")
+    return tuple(keys)
+
+
+def _text_of(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+ApiKeys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
 Folder = Annotated[Path, BeforeValidator(_not_empty)]  # Path("") is the working directory
 
 
@@ -124,6 +142,10 @@ class Settings(BaseSettings):
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: a free one.")
+    api_key: ApiKeys = Field(
+        (), description="A key that clients must give; it may do everything. Several: again, or with commas."
+    )
+    auth: bool = Field(True, description="--no-auth: ask nobody for a key, whatever keys there are.")
     max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="On SIGTERM, how long running requests may go on, seconds."
@@ -147,6 +169,13 @@ class Settings(BaseSettings):
     def lora_roots(self) -> tuple[Path, ...]:
         """The folders that adapters may be read from when a client names a path."""
         return (*self.allowed_lora_roots, *([self.adapters] if self.adapters else []))
+
+    @field_validator("auth")
+    @classmethod
+    def _one_of_both(cls, auth: bool, info: ValidationInfo) -> bool:
+        if not auth and info.data.get("api_key"):
+            raise ValueError("a key is given, and nobody is to be asked for one; take one of them away")
+        return auth
 
     @field_validator("*", mode="before")
     @classmethod

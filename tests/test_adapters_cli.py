@@ -24,7 +24,7 @@ Run = Callable[..., Result]
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path / "data", adapter_files.settings())
     yield site
-    site.registry.close()
+    site.close()
 
 
 @pytest.fixture

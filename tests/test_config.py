@@ -16,7 +16,7 @@ OPTIONS = [
     "max_header_bytes", "max_adapter_tensors",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",
-    "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
+    "host", "port", "api_key", "auth", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
 ]  # fmt: skip
 
 
