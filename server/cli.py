@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import SettingsError
 
 import server
-from server import adapters_cli
+from server import adapters_cli, keys_cli
 from server.config import Settings
 from server.log import configure
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Chorus: one frozen base model, thousands of LoRA adapters, one batch.",
 )
 app.add_typer(adapters_cli.app, name="adapters")
+app.add_typer(keys_cli.app, name="keys")
 
 
 def main() -> None:

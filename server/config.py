@@ -187,6 +187,11 @@ class Settings(BaseSettings):
         return _not_empty(value) if field.is_required() else field.get_default()
 
 
+def client_key() -> str | None:
+    """The key that the commands show a running server: the first of $CHORUS_API_KEY."""
+    return os.environ.get("CHORUS_API_KEY", "").partition(",")[0].strip() or None
+
+
 def user_data_dir() -> Path:
     """The user's data folder by the XDG convention: $XDG_DATA_HOME, or ~/.local/share."""
     configured = os.environ.get("XDG_DATA_HOME", "")

@@ -11,8 +11,11 @@ import hashlib
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from server.access.caller import Caller, Scope
+
+KeyState = Literal["active", "expired", "revoked"]
 
 _ID_BYTES = 6
 _SECRET_BYTES = 32
@@ -41,6 +44,21 @@ class ApiKey:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
+class KeyView(TypedDict):
+    """What is known of a key. Times are seconds since 1970; `last_used` is written now and then."""
+
+    object: Literal["api_key"]
+    id: str
+    name: str
+    tenant: str
+    scopes: list[Scope]
+    state: KeyState
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used: float | None
+
+
 def new_key() -> tuple[str, str]:
     """An id and the key itself, which is told once and not kept."""
     key_id = secrets.token_hex(_ID_BYTES)
@@ -56,3 +74,19 @@ def id_of(text: str) -> str | None:
 def digest_of(text: str) -> str:
     """Hex SHA-256, of anything."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def view(key: ApiKey, now: float) -> KeyView:
+    """What is shown of it."""
+    return {
+        "object": "api_key",
+        "id": key.id,
+        "name": key.name,
+        "tenant": key.tenant,
+        "scopes": list(key.scopes),
+        "state": "revoked" if key.revoked_at is not None else "active" if key.usable(now) else "expired",
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+        "last_used": key.last_used,
+    }

@@ -12,9 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.access.caller import Scope
 from server.access.keyring import Keyring
-from server.access.keys import ApiKey
+from server.access.keys import KeyView, view
 from server.api.adapters.upload import in_thread
 from server.api.body import read_body
 from server.api.caller import caller_of
@@ -25,8 +24,6 @@ from server.api.paging import Page
 from server.errors import Unavailable
 
 router = APIRouter(tags=["keys"])
-
-KeyState = Literal["active", "expired", "revoked"]
 
 _MAX_JSON_BYTES = 64 * 2**10
 _LISTED = 100
@@ -43,21 +40,6 @@ class KeyBody(pydantic.BaseModel):
     tenant: str | None = None
     scopes: list[str] = pydantic.Field(default=["infer"], max_length=16)
     expires_in_s: float | None = pydantic.Field(None, gt=0, le=_LONGEST_LIFE_S, allow_inf_nan=False)
-
-
-class KeyView(TypedDict):
-    """What is known of a key. Times are seconds since 1970; `last_used` is written now and then."""
-
-    object: Literal["api_key"]
-    id: str
-    name: str
-    tenant: str
-    scopes: list[Scope]
-    state: KeyState
-    created_at: float
-    expires_at: float | None
-    revoked_at: float | None
-    last_used: float | None
 
 
 class NewKeyView(KeyView):
@@ -84,7 +66,7 @@ async def create_key(request: Request) -> Response:
         lambda: keyring.create(body.name, body.scopes, tenant=tenant, lifetime_s=body.expires_in_s)
     )
     headers = {"cache-control": "no-store"}
-    return JSONResponse({**key_view(key, time.time()), "key": text}, 201, headers)
+    return JSONResponse({**view(key, time.time()), "key": text}, 201, headers)
 
 
 @router.get("/v1/keys")
@@ -100,7 +82,7 @@ async def list_keys(request: Request) -> Response:
         ids = [key.id for key in keys]
         start = ids.index(page.after) + 1 if page.after in ids else 0 if not page.after else len(ids)
         now = time.time()
-        return page.encode((key.id, key_view(key, now)) for key in keys[start : start + page.wanted])
+        return page.encode((key.id, view(key, now)) for key in keys[start : start + page.wanted])
 
     return Response(await asyncio.to_thread(encode), media_type="application/json")
 
@@ -111,22 +93,7 @@ async def revoke_key(request: Request, key_id: str) -> Response:
     """It is refused from now on; requests that run by it go on to their end. It stays in the list."""
     keyring = _keyring(request)
     key = await in_thread(lambda: keyring.revoke(key_id))
-    return JSONResponse(key_view(key, time.time()))
-
-
-def key_view(key: ApiKey, now: float) -> KeyView:
-    return {
-        "object": "api_key",
-        "id": key.id,
-        "name": key.name,
-        "tenant": key.tenant,
-        "scopes": list(key.scopes),
-        "state": "revoked" if key.revoked_at is not None else "active" if key.usable(now) else "expired",
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "revoked_at": key.revoked_at,
-        "last_used": key.last_used,
-    }
+    return JSONResponse(view(key, time.time()))
 
 
 def _keyring(request: Request) -> Keyring:

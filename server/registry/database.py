@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ def _inspect(path: Path) -> int:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
     except FileNotFoundError:
-        if (journal := path.with_name(path.name + "-wal")).exists():
+        journal = path.with_name(path.name + "-wal")
+        if journal.exists() and journal.stat().st_size:
             raise DamagedRegistryError(
                 f"{path} is missing, but its {journal.name} is there: {_RESTORE}."
             ) from None
@@ -115,6 +117,8 @@ def _inspect(path: Path) -> int:
         raise DataFolderError(f"{path} cannot be read: {error.strerror}.") from error
     if not magic:
         return 0
+    if not os.access(path, os.W_OK, effective_ids=True):  # SQLite would read it, and leave files that block
+        raise _unusable(path, PermissionError("it is read-only"))
     if magic != _MAGIC:
         raise DamagedRegistryError(f"{path} is damaged or no registry of Chorus: {_RESTORE}.")
     try:
