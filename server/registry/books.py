@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import threading
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from heapq import merge
+from itertools import groupby, islice
 
 from server.registry.catalogue import AdapterId
 from server.registry.records import AdapterBooks, AdapterRecord, AdapterVersion
@@ -24,9 +26,10 @@ class Books:
         self.failed: dict[AdapterId, str] = {}
         self.draining: list[AdapterBooks] = []
         self.load_ms: dict[str, float] = {}  # by digest
+        self._names: dict[str, list[str]] = {}  # of `adapters`, by tenant, sorted: pages are cut from them
 
     def find(self, adapter: AdapterId) -> AdapterBooks | None:
-        """A tenant's own, else the one that another shares. The lock is held."""
+        """A tenant's own, else the one that another shares."""
         return self.adapters.get(adapter) or self.adapters.get(self.shared.get(adapter.name, adapter))
 
     def record(self, adapter: AdapterId) -> AdapterRecord | None:
@@ -44,31 +47,44 @@ class Books:
             last = next((books for books in reversed(self.draining) if books.row.id == adapter), None)
             return last.record("draining", self.load_ms) if last else None
 
+    def add(self, adapter: AdapterId, books: AdapterBooks) -> None:
+        """The lock is held."""
+        self.adapters[adapter] = books
+        insort(self._names.setdefault(adapter.tenant, []), adapter.name)
+
+    def remove(self, adapter: AdapterId) -> AdapterBooks:
+        """Out of sight; it stays in the books while it drains. The lock is held."""
+        names = self._names[adapter.tenant]
+        del names[bisect_left(names, adapter.name)]
+        if self.shared.get(adapter.name) == adapter:
+            del self.shared[adapter.name]
+        books = self.adapters.pop(adapter)
+        self.draining.append(books)
+        return books
+
     def records(self, tenant: str, after: str, most: int | None) -> Iterator[AdapterRecord]:
-        """Of every name that `tenant` sees, whatever its state, sorted. The books may change in between: to
-        hold them for many thousands would hold up every request."""
+        """Of the first `most` names that `tenant` sees after `after`, whatever their state, sorted. The books
+        may change in between: to hold them for many thousands would hold up every request."""
         with self.lock:
-            ids = [*self.adapters, *self.claims, *self.failed, *(books.row.id for books in self.draining)]
-            shared = list(self.shared)
-        names = {each.name for each in ids if each.tenant == tenant}
-        for name in _first(names.union(shared), after, most):
+            passing = [*self.claims, *self.failed, *(books.row.id for books in self.draining)]
+            names = self._later(tenant, after, {each.name for each in passing if each.tenant == tenant})
+        for name in islice(names, most):
             record = self.record(AdapterId(tenant, name))
             if record is not None:
                 yield record
 
     def ready(self, tenant: str, after: str, most: int | None) -> list[AdapterVersion]:
-        """The current version of every name that `tenant` can ask for, sorted by name."""
+        """The current versions of the first `most` names after `after` that `tenant` can ask for, sorted."""
         with self.lock:
-            adapters = list(self.adapters.values())
-            shared = [self.adapters[each] for each in self.shared.values()]
-        own = {books.row.name: books for books in adapters if books.row.tenant == tenant}
-        seen = {books.row.name: books for books in shared} | own
-        names = (name for name, books in seen.items() if books.current.error is None)
-        return [seen[name].current.info for name in _first(names, after, most)]
+            names = self._later(tenant, after, set())
+        found = (self.find(AdapterId(tenant, name)) for name in names)
+        ready = (books.current for books in found if books is not None)
+        return list(islice((version.info for version in ready if version.error is None), most))
 
-
-def _first(names: Iterable[str], after: str, most: int | None) -> list[str]:
-    """The first `most` of those that come after `after`. Not by a sort of all where few are wanted: that
-    would let no other thread run meanwhile."""
-    later = (name for name in names if name > after)
-    return sorted(later) if most is None else heapq.nsmallest(most, later)
+    def _later(self, tenant: str, after: str, others: set[str]) -> Iterator[str]:
+        """The names after `after`, sorted, each once: the tenant's own, what is shared, and `others`. What is
+        done here at once is a copy; the rest is done name by name, so that other threads run meanwhile."""
+        own = self._names.get(tenant, [])
+        rest = sorted(name for name in others.union(self.shared) if name > after)
+        merged = merge(own[bisect_right(own, after) :], rest)
+        return (name for name, _ in groupby(merged))

@@ -241,9 +241,11 @@ class Registry:
             self._store.drop(digest)
             raise
         with self._lock:
-            books = self._books.adapters.setdefault(adapter, AdapterBooks(row))
+            books = old or AdapterBooks(row)
             books.versions[number] = version
             books.row = dataclasses.replace(row, pinned=books.row.pinned)
+            if old is None:
+                self._books.add(adapter, books)
             self._books.failed.pop(adapter, None)
         retired = self._leases.retire(books, beyond)
         return Published(info, "replaced" if old else "created", retired, books.row.pinned)
@@ -261,10 +263,7 @@ class Registry:
         with self._claimed(adapter):
             self._catalogue.delete(adapter)
             with self._lock:
-                books = self._books.adapters.pop(adapter)
-                self._books.draining.append(books)
-                if self._books.shared.get(name) == adapter:
-                    del self._books.shared[name]
+                books = self._books.remove(adapter)
             return self._leases.retire(books, books.versions.values())
 
     def set_pinned(self, name: str, pinned: bool, *, tenant: str = DEFAULT_TENANT) -> None:
@@ -325,7 +324,8 @@ class Registry:
         known = self._catalogue.fact("targets")
         agreed = True
         for row, versions in self._catalogue.load():
-            adapter = self._books.adapters[row.id] = AdapterBooks(row)
+            adapter = AdapterBooks(row)
+            self._books.add(row.id, adapter)
             if row.shared:
                 self._books.shared[row.name] = row.id
             for version_row in versions:
