@@ -43,10 +43,25 @@ def _split(value: object) -> object:
     return [name.strip() for each in values for name in each.split(",") if name.strip()]
 
 
+def _split_keys(value: object) -> object:
+    """The text of a variable or flag -> keys. Raises ValueError for what no header could carry."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    keys = [key.strip() for text in texts for key in _text_of(text).split(",")]
+    if not all(re.fullmatch(r"[!-~]{1,512}", key) for key in keys):
+        raise ValueError("a key is 1 to 512 letters, digits and signs of ASCII, without spaces and commas")
+    return tuple(keys)
+
+
+def _text_of(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 File = Annotated[Path, BeforeValidator(_not_empty)]
+ApiKeys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
 Folder = Annotated[Path, BeforeValidator(_not_empty)]  # Path("") is the working directory
-
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # separated by commas
 
 
@@ -135,6 +150,10 @@ class Settings(BaseSettings):
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: a free one.")
+    api_key: ApiKeys = Field(
+        (), description="A key that clients must give; it may do everything. Several: again, or with commas."
+    )
+    auth: bool = Field(True, description="--no-auth: ask nobody for a key, whatever keys there are.")
     max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
     allowed_hosts: Names = Field(
         (),
@@ -198,6 +217,13 @@ class Settings(BaseSettings):
         """The folders that adapters may be read from when a client names a path."""
         return (*self.allowed_lora_roots, *([self.adapters] if self.adapters else []))
 
+    @field_validator("auth")
+    @classmethod
+    def _one_of_both(cls, auth: bool, info: ValidationInfo) -> bool:
+        if not auth and info.data.get("api_key"):
+            raise ValueError("a key is given, and nobody is to be asked for one; take one of them away")
+        return auth
+
     @field_validator("*", mode="before")
     @classmethod
     def _empty_is_default(cls, value: object, info: ValidationInfo) -> object:
@@ -206,6 +232,11 @@ class Settings(BaseSettings):
             return value
         field = cls.model_fields[info.field_name]
         return _not_empty(value) if field.is_required() else field.get_default()
+
+
+def client_key() -> str | None:
+    """The key that the commands show a running server: the first of $CHORUS_API_KEY."""
+    return os.environ.get("CHORUS_API_KEY", "").partition(",")[0].strip() or None
 
 
 def user_data_dir() -> Path:

@@ -6,6 +6,8 @@ or tensor at fault and never holds a file path or an address.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ChorusError(Exception):
     """An error with a status, shown to the client as `{"error": {message, type, param, code}}`."""
@@ -14,6 +16,7 @@ class ChorusError(Exception):
     type = "server_error"
     code: str | None = None
     retry_after_s: int | None = None
+    challenge: str | None = None  # of `WWW-Authenticate`
 
     def __init__(
         self,
@@ -51,6 +54,27 @@ class Forbidden(ChorusError):
     status = 403
     type = "permission_error"
     code = "forbidden"
+
+
+class Unauthorized(ChorusError):
+    """401: no API key, or (`wrong`) none of this server's. What is wrong with it is not said."""
+
+    status = 401
+    type = "authentication_error"
+
+    def __init__(self, message: str, *, wrong: bool) -> None:
+        super().__init__(message, code="invalid_api_key" if wrong else "missing_api_key")
+        self.challenge = 'Bearer realm="chorus"' + (', error="invalid_token"' if wrong else "")
+
+
+class InsufficientScope(Forbidden):
+    """403: the API key is right and may not do this."""
+
+    code = "insufficient_scope"
+
+    def __init__(self, scopes: Sequence[str]) -> None:
+        super().__init__(f"This API key lacks the scope {' or '.join(scopes)}.")
+        self.challenge = f'Bearer realm="chorus", error="insufficient_scope", scope="{" ".join(scopes)}"'
 
 
 class NotFound(ChorusError):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from click.testing import Result
 from typer.testing import CliRunner
 
 from server.adapters_cli import app
 from tests.api.adapter_app import Site
+from tests.local_server import serving
 from tests.registry import adapter_files
 
 Run = Callable[..., Result]
@@ -25,23 +24,15 @@ Run = Callable[..., Result]
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path / "data", adapter_files.settings())
     yield site
-    site.registry.close()
+    site.close()
 
 
 @pytest.fixture
 def run(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a command against the site."""
     monkeypatch.setenv("COLUMNS", "200")
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(site.app, lifespan="off", ws="none", log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    yield lambda *words: CliRunner().invoke(app, [*words, "--server", address])
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    with serving(site.app) as address:
+        yield lambda *words: CliRunner().invoke(app, [*words, "--server", address])
 
 
 def test_the_journey_of_an_adapter(run: Run, site: Site, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 DRAWING = ROOT / "docs" / "architecture.md"
 WORDS = {"messages", "errors", "config", "log"}  # single files that cross rooms
-TOPS = {"cli", "__main__", "adapters_cli"}  # what starts the rest
+TOPS = {"cli", "__main__", "adapters_cli", "keys_cli", "remote"}  # what starts the rest
 HTTP = {"fastapi", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "triton"}
 SIZED = ("server", "load_tests")

@@ -11,28 +11,34 @@ from contextlib import ExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 import server
-from server.api import errors, health, models
+from server.access.keyring import Keyring
+from server.api import errors, health, keys, models
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
+from server.api.door import Door, check_host
 from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
+from server.api.operation import open_paths
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.border.client import EngineClient, EngineStartFailed
 from server.config import Settings
+from server.registry.data_folder import DataFolder
 from server.registry.registry import Registry
 from server.registry.sources.folders import register_tree
 from server.registry.sources.table import Sources
-from server.registry.store import ContentStore, DataDirInUseError
+from server.registry.store import DataFolderError
 from server.telemetry.metrics import Metrics
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (completions.router, chat.router, models.router, adapters.router, health.router)
+ROUTERS = (
+    completions.router, chat.router, models.router, adapters.router, keys.router, health.router,
+)  # fmt: skip
 
 
 def create_app(
@@ -56,16 +62,17 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        boot = asyncio.create_task(_boot(face, on_ready, on_failed), name="boot")
+        folder = _open_data(face, on_failed)  # before anybody is let in, or a model loaded in vain
+        boot = asyncio.create_task(_boot(face, folder, on_ready, on_failed), name="boot") if folder else None
         try:
             yield
         finally:
-            boot.cancel()
-            await asyncio.gather(boot, return_exceptions=True)
+            if boot is not None:
+                boot.cancel()
+                await asyncio.gather(boot, return_exceptions=True)
             await face.background.close()
             await engine.stop()
-            if face.registry is not None:
-                await asyncio.to_thread(face.registry.close)
+            await asyncio.to_thread(_close, face)
 
     app = DescribedApp(
         *ROUTERS, title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False
@@ -74,6 +81,7 @@ def create_app(
     errors.install(app)
     app.add_middleware(RefuseWhileDraining, drain=face.drain)  # the last added is the first to be asked
     app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS)
+    app.add_middleware(Door, open_paths=open_paths(*ROUTERS))
     app.add_middleware(RequestScope, metrics=metrics)
     return app
 
@@ -90,22 +98,39 @@ def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, C
     return tokenizer, template
 
 
+def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolder | None:
+    """The data folder, and the keys in it. None where that cannot be; `on_failed` knows why then."""
+    try:
+        with ExitStack() as undo:
+            folder = DataFolder(face.settings.data_dir or default_data_dir(face.base.fingerprint))
+            undo.callback(folder.close)
+            static = [key.get_secret_value() for key in face.settings.api_key]
+            keyring = Keyring(static, folder.keys, wanted=face.settings.auth)
+            check_host(face.settings, keyring, folder.store.data_dir)
+            undo.pop_all()
+    except Exception as error:
+        _fail(error, on_failed)
+        return None
+    face.keyring = keyring
+    return folder
+
+
 async def _boot(
-    face: Face, on_ready: Callable[[Face], None] | None, on_failed: Callable[[str], None] | None
+    face: Face,
+    folder: DataFolder,
+    on_ready: Callable[[Face], None] | None,
+    on_failed: Callable[[str], None] | None,
 ) -> None:
     try:
         with ExitStack() as undo:
-            store = _open_store(face)  # first: to load a model in vain may take minutes
-            undo.callback(store.close)
+            undo.callback(folder.close)
+            undo.callback(_close, face)
             await face.engine.start()
             await face.engine.wait_ready()
             undo.pop_all()  # from here on it is the registry's, whose thread ends even if this task does not
-            registry = await asyncio.to_thread(_open_registry, face, store)
+            registry = await asyncio.to_thread(_open_registry, face, folder)
     except Exception as error:
-        expected = isinstance(error, (EngineStartFailed, DataDirInUseError, OSError))
-        logger.log(logging.DEBUG if expected else logging.ERROR, "the start failed", exc_info=error)
-        if on_failed is not None:
-            on_failed(str(error) or type(error).__name__)
+        _fail(error, on_failed)
         return
     face.registry = registry
     try:
@@ -116,22 +141,32 @@ async def _boot(
         on_ready(face)
 
 
-def _open_store(face: Face) -> ContentStore:
-    """Raises DataDirInUseError, OSError."""
-    return ContentStore(face.settings.data_dir or default_data_dir(face.base.fingerprint))
+def _fail(error: Exception, on_failed: Callable[[str], None] | None) -> None:
+    expected = isinstance(error, (EngineStartFailed, DataFolderError, StartError, OSError))
+    logger.log(logging.DEBUG if expected else logging.ERROR, "the start failed", exc_info=error)
+    if on_failed is not None:
+        on_failed(str(error) or type(error).__name__)
 
 
-def _open_registry(face: Face, store: ContentStore) -> Registry:
-    """Takes the store over. Reads and writes files: in a thread."""
+def _open_registry(face: Face, folder: DataFolder) -> Registry:
+    """Takes the folder over. Reads and writes files: in a thread."""
     info = face.engine.info
     if info is None:
-        store.close()
+        folder.close()
         raise EngineStartFailed("the engine ended before it was ready")
     limits = dataclasses.replace(face.settings.limits, max_rank=info.max_mix_rank)
-    registry = Registry.open(store, info.lora_targets, info.parameters, limits, face.base.name)
+    registry = Registry.open(folder, info.lora_targets, info.parameters, limits, face.base.name)
     try:
         register_tree(registry, face.settings.adapters)
     except BaseException:
         registry.close()
         raise
     return registry
+
+
+def _close(face: Face) -> None:
+    """What writes to the data folder, then the folder. In a thread."""
+    if face.keyring is not None:
+        face.keyring.close()
+    if face.registry is not None:
+        face.registry.close()

@@ -41,6 +41,8 @@ def error_response(error: ChorusError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
+    if error.challenge is not None:
+        headers["www-authenticate"] = error.challenge
     if error.status >= 409 and error.status not in _WORTH_A_RETRY:
         headers["x-should-retry"] = "false"  # SDKs try 409 and 5xx again unless told so
     return Response(encode_error(error), error.status, headers, media_type="application/json")

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from server.access.keyring import Keyring
 from server.api.background import Background
 from server.api.drain import Drain
 from server.base_model import BaseModel
 from server.border.client import EngineClient
 from server.config import Settings
 from server.errors import InvalidRequest, Unavailable
-from server.messages import AdapterRef, EngineInfo
+from server.messages import EngineInfo
 from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
@@ -55,6 +56,7 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    keyring: Keyring | None = None  # open when the data folder is
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -103,9 +105,9 @@ class Face:
     async def restore_pins(self, _: object = None) -> None:
         """Bring pinned adapters (back) into the arena, each time an engine is new. Failures are logged."""
         for version in self.registry.pinned() if self.registry else []:
-            result = await self.engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=True)
+            result = await self.engine.load_adapter(version.ref(), pin=True)
             if result.error is not None:
-                logger.error("pinned adapter %s could not be loaded: %s", version.name, result.message)
+                logger.error("pinned adapter %s could not be loaded: %s", version.label, result.message)
 
     def _not_ready(self) -> Unavailable:
         return Unavailable(

@@ -17,7 +17,7 @@ from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()
 
-_PROBE = Operation({200: Status, 503: Status}, quiet=True)
+_PROBE = Operation({200: Status, 503: Status}, quiet=True, scopes=(), open=True)
 
 
 @router.get("/health/live")
@@ -43,7 +43,7 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics")
-@Operation({200: str}, quiet=True)
+@Operation({200: str}, quiet=True, scopes=("metrics",))
 async def metrics(request: Request) -> Response:
     return Response(face_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE})
 

@@ -218,7 +218,7 @@ def print_summary(face: Face, url: str) -> None:
     table.add_row(
         "adapter arena", f"{decimal(info.arena_bytes)}, {info.rank16_adapters:,} adapters of rank 16"
     )
-    table.add_row("adapters", f"{len(list(face.registry.records())):,} registered")
+    table.add_row("adapters", f"{face.registry.size:,} registered")
     table.add_row("context", f"{info.max_model_len:,} tokens")
     table.add_row("ready at", url)
     console = Console(highlight=False)

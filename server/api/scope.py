@@ -67,7 +67,9 @@ class RequestScope:
         operation = Operation.of(scope.get("endpoint"))
         if operation and operation.counted:
             self._metrics.requests.labels(outcome).inc()
-        level = logging.DEBUG if operation and operation.quiet else logging.INFO
+        level = logging.INFO
+        if (operation and operation.quiet) or scope["state"].get("quiet"):
+            level = logging.DEBUG
         shown_path = ascii(scope["path"][:200])[1:-1]  # a log line stays one line
         logger.log(
             level,

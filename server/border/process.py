@@ -11,12 +11,12 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 
 import msgspec
 import zmq
 
+from server.border.private_folder import PrivateFolder
 from server.config import Settings
 from server.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine
 
@@ -56,7 +56,7 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process; returns when it runs, long before it is ready. Raises OSError."""
         self._loop = asyncio.get_running_loop()
-        self._folder = tempfile.TemporaryDirectory(prefix="chorus-")  # mode 0700
+        self._folder = PrivateFolder()
         self._context = zmq.Context()
         try:
             start = self._open_sockets()

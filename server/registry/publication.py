@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 from server.errors import InvalidRequest
 from server.peft.format import LoraAdapter, check_finite
+from server.registry.catalogue import AdapterId
 from server.registry.records import Published
 from server.registry.store import Staging, full_disk_is_refused
 
@@ -17,18 +18,18 @@ _MAX_DESCRIPTION = 1000  # characters
 class Publisher(Protocol):
     """What a publication asks of the registry."""
 
-    def claim(self, name: str, *, create: bool, replace: bool) -> None: ...
+    def claim(self, adapter: AdapterId, *, create: bool, replace: bool) -> None: ...
 
-    def unclaim(self, name: str) -> None: ...
+    def unclaim(self, adapter: AdapterId) -> None: ...
 
     def judge(self, folder: Path) -> LoraAdapter: ...
 
     def commit(
         self,
-        name: str,
+        adapter: AdapterId,
         judged: LoraAdapter,
         staging: Staging,
-        digest: str,
+        content: str,
         *,
         provenance: str,
         description: str | None,
@@ -42,9 +43,12 @@ class Publication:
     Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
     """
 
-    def __init__(self, publisher: Publisher, staging: Staging, *, create: bool, replace: bool) -> None:
+    def __init__(
+        self, publisher: Publisher, staging: Staging, tenant: str, *, create: bool, replace: bool
+    ) -> None:
         self.staging = staging
         self._publisher = publisher
+        self._tenant = tenant
         self._create = create
         self._replace = replace
         self._name: str | None = None
@@ -56,7 +60,7 @@ class Publication:
 
     def claim(self, name: str) -> None:
         """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
-        self._publisher.claim(name, create=self._create, replace=self._replace)
+        self._publisher.claim(self._id(name), create=self._create, replace=self._replace)
         self._name = name
 
     def publish(
@@ -80,7 +84,7 @@ class Publication:
             check_finite(content, adapter)
             digest = sealing.result()
         return self._publisher.commit(
-            self._name,
+            self._id(self._name),
             adapter,
             self.staging,
             digest,
@@ -93,8 +97,11 @@ class Publication:
         """Idempotent."""
         name, self._name = self._name, None
         if name is not None:
-            self._publisher.unclaim(name)
+            self._publisher.unclaim(self._id(name))
         self.staging.discard()
+
+    def _id(self, name: str) -> AdapterId:
+        return AdapterId(self._tenant, name)
 
     def __enter__(self) -> Self:
         return self

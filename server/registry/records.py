@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from server.access.caller import DEFAULT_TENANT
 from server.errors import InvalidRequest
-from server.registry.catalogue import AdapterRow, VersionRow
+from server.messages import AdapterRef
+from server.registry.catalogue import AdapterId, AdapterRow, VersionRow
 
 AdapterState = Literal["validating", "ready", "draining", "failed"]
 
@@ -36,6 +39,17 @@ def split_version(name: str) -> tuple[str, str | None]:
     return base, wanted if at else None
 
 
+def identity(content: str, tenant: str) -> str:
+    """The digest that a version is known by: that of its content, within its tenant.
+
+    So equal files of two tenants are two versions everywhere, in the store, in memory and in prefix keys, and
+    nothing tells one of them (a load that is there already, a quick upload) what the other has.
+    """
+    if tenant == DEFAULT_TENANT:
+        return content
+    return hashlib.sha256(f"chorus tenant 1\n{tenant}\n{content}\n".encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class AdapterVersion:
     """An immutable set of LoRA weights. The digest of its content is its identity, not its name."""
@@ -51,6 +65,21 @@ class AdapterVersion:
     bytes: int  # of the weights
     source: str  # its provenance: "upload", "folder:<name>", "file:<path>", or what another source says
     created_at: float  # seconds since 1970
+    tenant: str = DEFAULT_TENANT
+    content: str = ""  # the digest of its files alone; see `identity`
+
+    @property
+    def id(self) -> AdapterId:
+        return AdapterId(self.tenant, self.name)
+
+    @property
+    def label(self) -> str:
+        """Its name where those of all tenants stand side by side: in figures and logs of the operator."""
+        return self.name if self.tenant == DEFAULT_TENANT else f"{self.tenant}:{self.name}"
+
+    def ref(self, weight: float = 1.0) -> AdapterRef:
+        """What the engine is told of it."""
+        return AdapterRef(self.digest, str(self.path), weight)
 
 
 class Lease:
@@ -96,6 +125,8 @@ class AdapterRecord:
     description: str = ""
     pinned: bool = False
     created_at: float | None = None
+    tenant: str = DEFAULT_TENANT
+    shared: bool = False  # every tenant may use it
 
     @property
     def requests(self) -> int:
@@ -195,4 +226,6 @@ class AdapterBooks:
             description=self.row.description,
             pinned=self.row.pinned,
             created_at=self.row.created_at,
+            tenant=self.row.tenant,
+            shared=self.row.shared,
         )

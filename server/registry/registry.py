@@ -9,20 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
 
+from server.access.caller import DEFAULT_TENANT
 from server.config import Limits
-from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
+from server.errors import ChorusError, Conflict, Forbidden, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
 from server.peft.format import LoraAdapter, judge
-from server.registry.catalogue import AdapterRow, Catalogue
+from server.registry.books import Books
+from server.registry.catalogue import AdapterId, AdapterRow
 from server.registry.counters import Counters
+from server.registry.data_folder import DataFolder
+from server.registry.leases import Leases
 from server.registry.publication import Publication
 from server.registry.records import (
     AdapterBooks,
@@ -33,9 +36,10 @@ from server.registry.records import (
     Retired,
     VersionBooks,
     check_name,
+    identity,
     split_version,
 )
-from server.registry.store import ContentStore, Staging
+from server.registry.store import Staging
 
 KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
 
@@ -47,46 +51,41 @@ class Registry:
 
     def __init__(
         self,
-        store: ContentStore,
-        catalogue: Catalogue,
+        folder: DataFolder,
         targets: Sequence[LoraTarget],
         base_parameters: int,
         limits: Limits,
         base_name: str,
     ) -> None:
         self.base_parameters = base_parameters
-        self._store = store
-        self._catalogue = catalogue
+        self._folder = folder
+        self._store = folder.store
+        self._catalogue = folder.catalogue
         self._targets = tuple(targets)
         self._limits = limits
         self._base_name = base_name
-        self._lock = threading.Lock()
-        self._adapters: dict[str, AdapterBooks] = {}
-        self._claims: set[str] = set()
-        self._failed: dict[str, str] = {}
-        self._draining: list[AdapterBooks] = []
-        self._load_ms: dict[str, float] = {}  # by digest
-        self._counters = Counters(catalogue, self._lock)
+        self._books = Books()
+        self._lock = self._books.lock
+        self._leases = Leases(self._books, folder.store)
+        self._counters = Counters(self._catalogue, self._lock)
 
     @classmethod
     def open(
         cls,
-        store: ContentStore,
+        folder: DataFolder,
         targets: Sequence[LoraTarget],
         base_parameters: int,
         limits: Limits,
         base_name: str,
     ) -> Registry:
-        """Take the store over and bring back what it holds; sweep what a killed server left.
+        """Take the folder over and bring back what it holds; sweep what a killed server left.
 
-        `base_name` is taken: clients ask for the base model by it. The store is closed with the registry, or
+        `base_name` is taken: clients ask for the base model by it. The folder is closed with the registry, or
         here when that cannot be opened.
         """
         with ExitStack() as undo:
-            undo.callback(store.close)
-            catalogue = Catalogue(store.data_dir / "registry.db")
-            undo.callback(catalogue.close)
-            registry = cls(store, catalogue, targets, base_parameters, limits, base_name)
+            undo.callback(folder.close)
+            registry = cls(folder, targets, base_parameters, limits, base_name)
             registry._restore()
             undo.pop_all()
         return registry
@@ -94,47 +93,49 @@ class Registry:
     def close(self) -> None:
         """Write the counters and let the next server in."""
         self._counters.close()
-        self._store.close()
-        self._catalogue.close()
+        self._folder.close()
 
     # reading
 
-    def acquire(self, name: str) -> Lease:
+    def acquire(self, name: str, *, tenant: str = DEFAULT_TENANT, own: bool = False) -> Lease:
         """A lease on the current version of `name`, or on `name@version` (its number, or six or more digits
-        of its digest). Look-up and reference count are one step. Raises ModelNotFound."""
+        of its digest). Look-up and reference count are one step. The tenant's own name comes first, then what
+        others share. Raises ModelNotFound; with `own`, Forbidden for what is only shared with the tenant."""
         base, wanted = split_version(name)
         with self._lock:
-            adapter = self._adapters.get(base)
+            adapter = self._books.find(AdapterId(tenant, base))
             version = adapter.find(wanted) if adapter else None
-            if version is None or version.error is not None:
+            if adapter is None or version is None or version.error is not None:
                 raise ModelNotFound(name)
-            version.leases += 1
-        return Lease(version.info, lambda: self._give_back(version))
+            if own and adapter.row.tenant != tenant:
+                raise _not_yours(base)
+            return self._leases.lease(version)
 
-    def get(self, name: str) -> AdapterRecord:
+    def get(self, name: str, *, tenant: str = DEFAULT_TENANT) -> AdapterRecord:
         """What is known of a name. Raises ModelNotFound (param `name`)."""
-        with self._lock:
-            record = self._record(name)
+        record = self._books.record(AdapterId(tenant, name))
         if record is None:
             raise _unknown(name)
         return record
 
-    def current_versions(self) -> list[AdapterVersion]:
-        """The current version of every adapter that can be asked for, sorted by name."""
-        with self._lock:
-            ready = [a.current.info for a in self._adapters.values() if a.current.error is None]
-        return sorted(ready, key=lambda version: version.name)
+    def current_versions(
+        self, *, tenant: str = DEFAULT_TENANT, after: str = "", most: int | None = None
+    ) -> list[AdapterVersion]:
+        """The current version of every adapter that the tenant can ask for, sorted by name: the first `most`
+        of those after `after`."""
+        return self._books.ready(tenant, after, most)
 
-    def records(self) -> Iterator[AdapterRecord]:
-        """What is known of every name, sorted, whatever its state. The books may change in between: to hold
-        them for many thousands would hold up every request."""
-        with self._lock:
-            names = {*self._adapters, *self._claims, *self._failed, *(a.row.name for a in self._draining)}
-        for name in sorted(names):
-            with self._lock:
-                record = self._record(name)
-            if record is not None:
-                yield record
+    def records(
+        self, *, tenant: str = DEFAULT_TENANT, after: str = "", most: int | None = None
+    ) -> Iterator[AdapterRecord]:
+        """What is known of every name that the tenant sees, sorted, whatever its state: the first `most` of
+        those after `after`. The books may change in between."""
+        return self._books.records(tenant, after, most)
+
+    @property
+    def size(self) -> int:
+        """How many names there are, of all tenants."""
+        return len(self._books.adapters)
 
     def holds(self, digest: str) -> bool:
         """Whether any version or lease still needs this content."""
@@ -143,14 +144,15 @@ class Registry:
     def pinned(self) -> list[AdapterVersion]:
         """The versions that were asked to stay in accelerator memory."""
         with self._lock:
-            return [a.current.info for a in self._adapters.values() if a.row.pinned and not a.current.error]
+            adapters = self._books.adapters.values()
+            return [a.current.info for a in adapters if a.row.pinned and not a.current.error]
 
     # use
 
     def served(self, version: AdapterVersion, tokens: int) -> None:
         """Count one request and the tokens it generated; written to disk every few seconds and at close."""
         with self._lock:
-            adapter = self._adapters.get(version.name)
+            adapter = self._books.adapters.get(version.id)
             books = adapter.versions.get(version.number) if adapter else None
             if books is not None and books.info == version:  # else deleted meanwhile
                 self._counters.count(books, tokens)
@@ -163,31 +165,35 @@ class Registry:
         """Note how long a load that was asked for took."""
         with self._lock:
             if self._store.holds(digest):
-                self._load_ms[digest] = milliseconds
+                self._books.load_ms[digest] = milliseconds
 
     # writing
 
-    def publication(self, *, create: bool, replace: bool, expected_bytes: int = 0) -> Publication:
+    def publication(
+        self, *, create: bool, replace: bool, expected_bytes: int = 0, tenant: str = DEFAULT_TENANT
+    ) -> Publication:
         """Begin a write that may create a name, give a known one a new version, or both."""
-        return Publication(self, self._store.staging(expected_bytes), create=create, replace=replace)
+        staging = self._store.staging(expected_bytes)
+        return Publication(self, staging, tenant, create=create, replace=replace)
 
-    def claim(self, name: str, *, create: bool, replace: bool) -> None:
-        """Keep other writers off `name` until `unclaim`. See Publication.claim."""
+    def claim(self, adapter: AdapterId, *, create: bool, replace: bool) -> None:
+        """Keep other writers off it until `unclaim`. See Publication.claim."""
+        name, books = adapter.name, self._books
         check_name(name)
         if name == self._base_name:
             raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
         with self._lock:
-            if name in self._adapters and not replace:
+            if adapter in books.adapters and not replace:
                 raise Conflict(f"The adapter `{name}` exists already.", param="name")
-            if name not in self._adapters and not create:
-                raise _unknown(name)
-            if name in self._claims:
+            if adapter not in books.adapters and not create:
+                raise _not_yours(name) if name in books.shared else _unknown(name)
+            if adapter in books.claims:
                 raise Conflict(f"The adapter `{name}` is being written by another call.", param="name")
-            self._claims.add(name)
+            books.claims.add(adapter)
 
-    def unclaim(self, name: str) -> None:
+    def unclaim(self, adapter: AdapterId) -> None:
         with self._lock:
-            self._claims.discard(name)
+            self._books.claims.discard(adapter)
 
     def judge(self, folder: Path) -> LoraAdapter:
         """Check config and tensor header against base model and engine; see `peft.format.judge`."""
@@ -195,10 +201,10 @@ class Registry:
 
     def commit(
         self,
-        name: str,
+        adapter: AdapterId,
         judged: LoraAdapter,
         staging: Staging,
-        digest: str,
+        content: str,
         *,
         provenance: str,
         description: str | None,
@@ -206,9 +212,9 @@ class Registry:
     ) -> Published:
         """The last steps of a publication by the holder of the name's claim: files, then row, then memory."""
         with self._lock:
-            old = self._adapters.get(name)
-        now = time.time()
-        row = old.row if old else AdapterRow(name, 0, None, "", False, now)
+            old = self._books.adapters.get(adapter)
+        now, digest = time.time(), identity(content, adapter.tenant)
+        row = old.row if old else AdapterRow(adapter.name, 0, None, "", False, now, adapter.tenant)
         row = dataclasses.replace(
             row,
             folder_stamp=stamp or row.folder_stamp,
@@ -216,14 +222,14 @@ class Registry:
         )
         if old and old.current.info.digest == digest and old.current.error is None:
             if row != old.row:
-                self._catalogue.update(name, folder_stamp=row.folder_stamp, description=row.description)
-                self._set_row(old, folder_stamp=row.folder_stamp, description=row.description)
+                self._update(old, folder_stamp=row.folder_stamp, description=row.description)
             return Published(old.current.info, "unchanged")
         number = max(old.versions, default=0) + 1 if old else 1
         info = AdapterVersion(
-            name=name, number=number, digest=digest, path=self._store.folder(digest),
+            name=adapter.name, number=number, digest=digest, path=self._store.folder(digest),
             rank=judged.rank, alpha=judged.alpha, targets=judged.target_modules,
             parameters=judged.parameters, bytes=judged.weight_bytes, source=provenance, created_at=now,
+            tenant=adapter.tenant, content=content,
         )  # fmt: skip
         version = VersionBooks(info)
         row = dataclasses.replace(row, current=number)
@@ -235,65 +241,82 @@ class Registry:
             self._store.drop(digest)
             raise
         with self._lock:
-            adapter = self._adapters.setdefault(name, AdapterBooks(row))
-            adapter.versions[number] = version
-            adapter.row = dataclasses.replace(row, pinned=adapter.row.pinned)
-            self._failed.pop(name, None)
-        retired = self._retire(adapter, beyond)
-        return Published(info, "replaced" if old else "created", retired, adapter.row.pinned)
+            books = old or AdapterBooks(row)
+            books.versions[number] = version
+            books.row = dataclasses.replace(row, pinned=books.row.pinned)
+            if old is None:
+                self._books.add(adapter, books)
+            self._books.failed.pop(adapter, None)
+        retired = self._leases.retire(books, beyond)
+        return Published(info, "replaced" if old else "created", retired, books.row.pinned)
 
-    def delete(self, name: str) -> tuple[Retired, ...]:
+    def delete(self, name: str, *, tenant: str = DEFAULT_TENANT) -> tuple[Retired, ...]:
         """Forget a name: new requests do not find it, running ones finish, then its files go.
 
-        Raises ModelNotFound (param `name`), Conflict while it is being written.
+        Raises ModelNotFound (param `name`), Forbidden for what is only shared with the tenant, Conflict while
+        it is being written.
         """
+        adapter = AdapterId(tenant, name)
         with self._lock:
-            if name not in self._adapters and self._failed.pop(name, None) is not None:
+            if adapter not in self._books.adapters and self._books.failed.pop(adapter, None) is not None:
                 return ()
-        self.claim(name, create=False, replace=True)
-        try:
-            self._catalogue.delete(name)
+        with self._claimed(adapter):
+            self._catalogue.delete(adapter)
             with self._lock:
-                adapter = self._adapters.pop(name)
-                self._draining.append(adapter)
-            return self._retire(adapter, adapter.versions.values())
-        finally:
-            self.unclaim(name)
+                books = self._books.remove(adapter)
+            return self._leases.retire(books, books.versions.values())
 
-    def set_pinned(self, name: str, pinned: bool) -> None:
+    def set_pinned(self, name: str, pinned: bool, *, tenant: str = DEFAULT_TENANT) -> None:
         """Remember that a name is to stay in accelerator memory. Raises ModelNotFound."""
         with self._lock:
-            adapter = self._adapters.get(name)
+            adapter = self._books.adapters.get(AdapterId(tenant, name))
         if adapter is None:
             raise _unknown(name)
         if adapter.row.pinned != pinned:
-            self._catalogue.update(name, pinned=pinned)
-            self._set_row(adapter, pinned=pinned)
+            self._update(adapter, pinned=pinned)
+
+    def set_shared(self, name: str, shared: bool, *, tenant: str = DEFAULT_TENANT) -> None:
+        """Let every tenant use it, or no other any more. Raises ModelNotFound, Conflict where another shared
+        one has this name, or while it is being written."""
+        adapter = AdapterId(tenant, name)
+        with self._claimed(adapter):
+            with self._lock:
+                books, holder = self._books.adapters[adapter], self._books.shared.get(name)
+                if shared and holder not in (None, adapter):
+                    raise Conflict(f"Another tenant shares an adapter `{name}`.", param="name")
+                if shared:
+                    self._books.shared[name] = adapter
+            try:
+                self._update(books, shared=shared)
+            finally:
+                with self._lock:
+                    if not books.row.shared and self._books.shared.get(name) == adapter:
+                        del self._books.shared[name]
 
     def folder_stamps(self) -> dict[str, str]:
         """Names that came from the adapters folder -> the stamp of what was read then, '' if it is to be
         read again. A name that was only ever uploaded is not among them."""
         with self._lock:
-            adapters = [a for a in self._adapters.values() if a.row.folder_stamp is not None]
+            adapters = [a for a in self._books.adapters.values() if a.row.folder_stamp is not None]
             return {a.row.name: "" if a.current.error else a.row.folder_stamp or "" for a in adapters}
 
     def failed(self, name: str, reason: str) -> None:
         """List a name that could not be registered, with the reason; one that serves already goes on."""
+        adapter = AdapterId(DEFAULT_TENANT, name)
         with self._lock:
-            if name not in self._adapters:
-                self._failed[name] = reason
+            if adapter not in self._books.adapters:
+                self._books.failed[adapter] = reason
 
     # books
 
-    def _record(self, name: str) -> AdapterRecord | None:
-        if adapter := self._adapters.get(name):
-            return adapter.record("failed" if adapter.current.error else "ready", self._load_ms)
-        if name in self._claims:
-            return AdapterRecord(name, "validating", None, None)
-        if name in self._failed:
-            return AdapterRecord(name, "failed", self._failed[name], None)
-        last = next((a for a in reversed(self._draining) if a.row.name == name), None)
-        return last.record("draining", self._load_ms) if last else None
+    @contextmanager
+    def _claimed(self, adapter: AdapterId) -> Iterator[None]:
+        """Around a change of a name that is there."""
+        self.claim(adapter, create=False, replace=True)
+        try:
+            yield
+        finally:
+            self.unclaim(adapter)
 
     def _restore(self) -> None:
         """At start: rows to books, a hold for each version, and the judgement again if the base changed."""
@@ -301,7 +324,10 @@ class Registry:
         known = self._catalogue.fact("targets")
         agreed = True
         for row, versions in self._catalogue.load():
-            adapter = self._adapters[row.name] = AdapterBooks(row)
+            adapter = AdapterBooks(row)
+            self._books.add(row.id, adapter)
+            if row.shared:
+                self._books.shared[row.name] = row.id
             for version_row in versions:
                 version = VersionBooks.of_row(version_row, self._store.folder(version_row.digest))
                 adapter.versions[version_row.number] = version
@@ -315,46 +341,14 @@ class Registry:
                         agreed = False
                         version.error = f"does not fit the base model any more: {error.message}"
                 if version.error:
-                    _log.error("adapter %s@%d %s", row.name, version_row.number, version.error)
+                    _log.error("adapter %s@%d %s", version.info.label, version.info.number, version.error)
         if agreed and known != fingerprint:
             self._catalogue.set_fact("targets", fingerprint)
         self._store.sweep()
 
-    def _retire(self, adapter: AdapterBooks, versions: Iterable[VersionBooks]) -> tuple[Retired, ...]:
-        """No name leads to these versions any more; those that nobody uses go now."""
-        with self._lock:
-            versions = list(versions)
-            retired = tuple(version.retire() for version in versions)
-            if adapter not in self._draining:
-                for version in versions:
-                    del adapter.versions[version.info.number]
-            unused = [version for version in versions if not version.leases]
-        for version in unused:
-            self._free(version)
-        return retired
-
-    def _give_back(self, version: VersionBooks) -> None:
-        with self._lock:
-            version.leases -= 1
-            last = not version.leases and not version.listed
-        if last:
-            self._free(version)
-
-    def _free(self, version: VersionBooks) -> None:
-        def gone() -> None:
-            with self._lock:
-                version.freed = True
-                if not self._store.holds(version.info.digest):
-                    self._load_ms.pop(version.info.digest, None)
-                self._draining = [a for a in self._draining if not all(v.freed for v in a.versions.values())]
-            version.gone.set_result(None)
-
-        if version.stored:
-            self._store.drop(version.info.digest, then=gone)
-        else:
-            gone()
-
-    def _set_row(self, adapter: AdapterBooks, **fields: object) -> None:
+    def _update(self, adapter: AdapterBooks, **fields: object) -> None:
+        """Columns of a row, on disk and then in memory."""
+        self._catalogue.update(adapter.row.id, **fields)
         with self._lock:
             adapter.row = dataclasses.replace(adapter.row, **fields)  # type: ignore[arg-type]  # its own columns
 
@@ -364,3 +358,7 @@ def _unknown(name: str) -> ModelNotFound:
     error = ModelNotFound(name)
     error.param = "name"
     return error
+
+
+def _not_yours(name: str) -> Forbidden:
+    return Forbidden(f"The adapter `{name}` is shared with you; only its owner can change it.", param="name")

@@ -37,7 +37,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
-class DataDirInUseError(RuntimeError):
+class DataFolderError(RuntimeError):
+    """The data folder cannot be used as it is; one sentence for the operator, with the file and a remedy."""
+
+
+class DataDirInUseError(DataFolderError):
     """Another server holds the lock of this data folder."""
 
 
@@ -156,18 +160,25 @@ class Staging:
 class ContentStore:
     """The folders by digest, and how many holders (rows and leases) each has. Thread-safe.
 
-    Raises DataDirInUseError, naming the lock file, when another server uses the folder.
+    Raises DataFolderError where there can be no such folder, DataDirInUseError, naming the lock file, when
+    another server uses it.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
         self._folders = data_dir / "adapters"
         self._staging = data_dir / "staging"
-        data_dir.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (data_dir, self._folders, self._staging):
-            folder.mkdir(mode=_OWN_FOLDER, exist_ok=True)
-        self._lock_fd = _lock(data_dir / "lock")
-        close_to_others(data_dir)
+        try:
+            data_dir.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (data_dir, self._folders, self._staging):
+                folder.mkdir(mode=_OWN_FOLDER, exist_ok=True)
+            self._lock_fd = _lock(data_dir / "lock")
+            close_to_others(data_dir)
+        except OSError as error:
+            raise DataFolderError(
+                f"{error.filename}: {error.strerror}: the data folder must be one that this server can read "
+                "and write; mend it, or choose another --data-dir."
+            ) from error
         self._lock = threading.Lock()
         self._holders: Counter[str] = Counter()
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="adapter-remover")
@@ -239,14 +250,18 @@ class ContentStore:
         with self._lock:
             return digest in self._holders
 
+    def stored(self) -> Iterator[Path]:
+        """The folders of all content that lies here, held or not."""
+        for shard in self._folders.iterdir():
+            yield from shard.iterdir() if shard.is_dir() else ()
+
     def sweep(self) -> None:
         """At start: remove what a killed server left in staging, and content that nothing holds."""
         for left in self._staging.iterdir():
             _remove_any(left)
-        for shard in self._folders.iterdir():
-            for folder in shard.iterdir() if shard.is_dir() else ():
-                if folder.name not in self._holders:
-                    _remove_any(folder)
+        for folder in list(self.stored()):
+            if folder.name not in self._holders:
+                _remove_any(folder)
 
     def _remove(self, digest: str, then: Callable[[], None] | None) -> None:
         trash = self._staging / uuid.uuid4().hex

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import httpx
 
-from server.api import errors
+from server.access.keyring import Keyring
+from server.api import errors, keys
 from server.api.adapters import routes as adapters
+from server.api.door import Door
 from server.api.face import AdapterNames, Face
 from server.api.openapi import DescribedApp
 from server.base_model import BaseModel
 from server.config import Settings
 from server.messages import AdapterRef, AdapterResult, EngineStats, ErrorCode
+from server.registry.data_folder import DataFolder
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from tests.registry import adapter_files
@@ -74,13 +77,19 @@ class Site:
     def __init__(self, data_dir: Path, settings: Settings) -> None:
         self.data_dir = data_dir
         self.engine = FakeEngine()
-        self.registry = adapter_files.open_registry(data_dir, options=settings)
+        folder = DataFolder(data_dir)
+        self.registry = adapter_files.open_registry(folder, options=settings)
         base = BaseModel(adapter_files.BASE_NAME, data_dir, data_dir, "")
         names = AdapterNames()
         metrics = Metrics(self.engine, names.name_of)
         sources = Sources.of(settings)
-        self.face = Face(settings, base, self.engine, None, None, metrics, sources, registry=self.registry)
-        self.app = DescribedApp(adapters.router)
+        self.keyring = Keyring([], folder.keys)
+        self.face = Face(
+            settings, base, self.engine, None, None, metrics, sources,
+            keyring=self.keyring, registry=self.registry,
+        )  # fmt: skip
+        self.app = DescribedApp(adapters.router, keys.router)
+        self.app.add_middleware(Door)
         self.app.state.face = self.face
         errors.install(self.app)
         transport = httpx.ASGITransport(self.app)
@@ -95,7 +104,11 @@ class Site:
                 yield site
         finally:
             await site.face.background.close()
-            site.registry.close()
+            site.close()
+
+    def close(self) -> None:
+        self.keyring.close()
+        self.registry.close()
 
     async def upload(
         self, name: str, content: dict[str, bytes] | None = None, *, method: str = "POST"

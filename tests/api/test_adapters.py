@@ -53,7 +53,14 @@ async def test_upload_and_inspect(site: Site) -> None:
         "disk", None, 0, None,
     )  # fmt: skip
     assert [v["version"] for v in shown["versions"]] == [1]
-    assert (await site.client.get("/v1/adapters")).json() == {"object": "list", "data": [shown]}
+    listed = (await site.client.get("/v1/adapters")).json()
+    assert listed == {
+        "object": "list",
+        "data": [shown],
+        "first_id": "team/sql",
+        "last_id": "team/sql",
+        "has_more": False,
+    }
     site.assert_clean(created["digest"])
 
 
@@ -117,9 +124,13 @@ async def test_unknown_adapters(site: Site) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("PATCH", "/v1/adapters/a", "DELETE, GET, PUT"),
+        ("POST", "/v1/adapters/a", "DELETE, GET, PATCH, PUT"),
         ("DELETE", "/v1/adapters", "GET, POST"),
-        ("PATCH", "/v1/adapters/a/load", "DELETE, GET, POST, PUT"),  # `a/load` may be an adapter's name too
+        (
+            "OPTIONS",
+            "/v1/adapters/a/load",
+            "DELETE, GET, PATCH, POST, PUT",
+        ),  # `a/load` may be an adapter's name too
         ("GET", "/v1/load_lora_adapter", "POST"),
         ("POST", "/openapi.json", "GET, HEAD"),
     ],

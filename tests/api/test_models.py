@@ -53,9 +53,9 @@ async def test_lists_are_made_beside_the_event_loop(
     registry = site.face.require_registry()
     real, threads = getattr(registry, reading), []
 
-    def read() -> object:
+    def read(**page: object) -> object:
         threads.append(threading.get_ident())
-        return real()
+        return real(**page)
 
     monkeypatch.setattr(registry, reading, read)
     listed = (await site.client.get(path)).json()["data"]

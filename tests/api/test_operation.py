@@ -17,7 +17,7 @@ def test_a_route_without_facts_is_refused() -> None:
     router = APIRouter()
 
     @router.get("/known")
-    @Operation({200: str})
+    @Operation({200: str}, scopes=("infer",))
     async def known() -> None: ...
 
     assert [(path, method) for path, method, _ in operations(router)] == [("/known", "GET")]
@@ -27,6 +27,20 @@ def test_a_route_without_facts_is_refused() -> None:
 
     with pytest.raises(ValueError, match="/forgotten"):
         list(operations(router))
+
+
+def test_a_route_that_asks_for_no_scope_is_refused() -> None:
+    """Deny by default: neither does it stand open, nor is there a way to leave the scopes out."""
+    router = APIRouter()
+
+    @router.get("/nothing")
+    @Operation({200: str}, scopes=())
+    async def nothing() -> None: ...
+
+    with pytest.raises(ValueError, match="/nothing must name scopes"):
+        list(operations(router))
+    with pytest.raises(TypeError, match="scopes"):
+        Operation({200: str})  # type: ignore[call-arg]  # the point of the test
 
 
 async def counted(site: Site) -> int:
@@ -45,7 +59,9 @@ async def test_which_requests_are_counted_and_which_lines_are_for_debugging(
                 continue
             before = await counted(site)
             caplog.clear()
-            await site.client.request(method, path.format(name="nobody", model_id="nobody"), content=b"{}")
+            await site.client.request(
+                method, path.format(name="nobody", model_id="nobody", key_id="nobody"), content=b"{}"
+            )
             (line,) = [record for record in caplog.records if record.name == "server.access"]
             assert (line.levelno == logging.DEBUG) == facts.quiet, path
             assert await counted(site) - before == facts.counted, path

@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from server.config import Settings
 from server.messages import LoraTarget
+from server.registry.data_folder import DataFolder
 from server.registry.registry import Registry
-from server.registry.store import ContentStore
 
 TARGETS = [
     LoraTarget(f"model.layers.{layer}.self_attn.{name}", 16, 8)
@@ -31,7 +31,7 @@ def settings(**fields: object) -> Settings:
 
 
 def open_registry(
-    data_dir: Path,
+    data_dir: Path | DataFolder,
     *,
     targets: list[LoraTarget] = TARGETS,
     max_rank: int | None = None,
@@ -40,7 +40,8 @@ def open_registry(
 ) -> Registry:
     """The registry of a server of that base model."""
     limits = dataclasses.replace((options or settings()).limits, max_rank=max_rank)
-    return Registry.open(ContentStore(data_dir), targets, BASE_PARAMETERS, limits, base_name)
+    folder = data_dir if isinstance(data_dir, DataFolder) else DataFolder(data_dir)
+    return Registry.open(folder, targets, BASE_PARAMETERS, limits, base_name)
 
 
 def config(rank: int = 4, **fields: object) -> bytes:

@@ -11,17 +11,19 @@ import pytest
 import sqlalchemy as sa
 
 from server.errors import InsufficientStorage
-from server.registry.catalogue import AdapterRow, Catalogue, VersionRow
+from server.registry.catalogue import AdapterId, AdapterRow, Catalogue, VersionRow
+from server.registry.database import Database
 
+A = AdapterId("default", "a")
 ADAPTER = AdapterRow("a", 1, None, "", False, 0.0)
 VERSION = VersionRow("a", 1, "d1", 4, 8.0, ("q_proj",), 10, 40, "upload", 0.0)
 
 
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
-    catalogue = Catalogue(tmp_path / "registry.db")
-    yield catalogue
-    catalogue.close()
+    database = Database(tmp_path / "registry.db")
+    yield Catalogue(database)
+    database.close()
 
 
 def fill(catalogue: Catalogue, written: list[str]) -> None:
@@ -38,13 +40,14 @@ def test_a_full_file_is_told_and_keeps_what_it_has(tmp_path: Path) -> None:
 
     sa.event.listen(sa.Engine, "connect", limit)
     try:
-        catalogue = Catalogue(tmp_path / "registry.db")
+        database = Database(tmp_path / "registry.db")
+        catalogue = Catalogue(database)
         written: list[str] = []
         with pytest.raises(InsufficientStorage):
             fill(catalogue, written)
         assert written
         assert [row.name for row, _ in catalogue.load()] == written
-        catalogue.close()
+        database.close()
     finally:
         sa.event.remove(sa.Engine, "connect", limit)
 
@@ -66,15 +69,15 @@ def test_a_full_disk_does_not_stop_a_delete(
     assert reserve.stat().st_size > 0
     monkeypatch.setattr(sa.Engine, "begin", begin_where_there_is_room)
     with pytest.raises(InsufficientStorage):
-        catalogue.update("a", description="new")
-    catalogue.delete("a")
+        catalogue.update(A, description="new")
+    catalogue.delete(A)
     assert catalogue.load() == []
     assert reserve.stat().st_size > 0  # for the next time
 
 
 def test_publishing_again_keeps_the_pin_and_drops_the_retired(catalogue: Catalogue) -> None:
     catalogue.publish(ADAPTER, VERSION, [])
-    catalogue.update("a", pinned=True)
+    catalogue.update(A, pinned=True)
     second = replace(VERSION, number=2, digest="d2")
     catalogue.publish(replace(ADAPTER, current=2, description="new"), second, [1])
     assert catalogue.load() == [(replace(ADAPTER, current=2, description="new", pinned=True), [second])]

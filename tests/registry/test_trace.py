@@ -16,7 +16,10 @@ from server.registry.sources.local import copy_folder
 from tests.registry import adapter_files
 
 SEEDS = 4
-NAMES = st.sampled_from(["a", "b", "team/c"])
+# With its tenant: `a` is two adapters.
+Name = tuple[str, str]
+NAMES = st.sampled_from([("default", "a"), ("acme", "a"), ("default", "b"), ("other", "team/c")])
+TENANTS = ("default", "acme", "other")
 
 
 class RegistryTrace(RuleBasedStateMachine):
@@ -33,7 +36,7 @@ class RegistryTrace(RuleBasedStateMachine):
         ]
         self.data_dir = root / "data"
         self.registry = self.open()
-        self.model: dict[str, list[tuple[int, int]]] = {}
+        self.model: dict[Name, list[tuple[int, int]]] = {}
         self.held: list[Lease] = []
         self.retired: list[Retired] = []
 
@@ -41,9 +44,9 @@ class RegistryTrace(RuleBasedStateMachine):
         return adapter_files.open_registry(self.data_dir)
 
     @rule(name=NAMES, seed=st.integers(0, SEEDS - 1))
-    def publish(self, name: str, seed: int) -> None:
-        with self.registry.publication(create=True, replace=True) as publication:
-            publication.claim(name)
+    def publish(self, name: Name, seed: int) -> None:
+        with self.registry.publication(create=True, replace=True, tenant=name[0]) as publication:
+            publication.claim(name[1])
             copy_folder(self.sources[seed], publication.staging)
             published = publication.publish("upload")
         self.retired += published.retired
@@ -56,13 +59,13 @@ class RegistryTrace(RuleBasedStateMachine):
         assert published.version.number == versions[-1][0]
 
     @rule(target=leases, name=NAMES, back=st.integers(0, KEPT_VERSIONS))
-    def acquire(self, name: str, back: int) -> Lease | None:
+    def acquire(self, name: Name, back: int) -> Lease | None:
         versions = self.model.get(name, [])
         if back >= len(versions):
             back = 0
-        wanted = f"{name}@{versions[-1 - back][0]}" if versions else name
+        wanted = f"{name[1]}@{versions[-1 - back][0]}" if versions else name[1]
         try:
-            lease = self.registry.acquire(wanted)
+            lease = self.registry.acquire(wanted, tenant=name[0])
         except ModelNotFound:
             assert not versions
             return None
@@ -82,9 +85,9 @@ class RegistryTrace(RuleBasedStateMachine):
                 self.held.remove(lease)
 
     @rule(name=NAMES)
-    def delete(self, name: str) -> None:
+    def delete(self, name: Name) -> None:
         try:
-            self.retired += self.registry.delete(name)
+            self.retired += self.registry.delete(name[1], tenant=name[0])
         except ModelNotFound:
             assert name not in self.model
             return
@@ -100,15 +103,21 @@ class RegistryTrace(RuleBasedStateMachine):
 
     @invariant()
     def listed_as_modelled(self) -> None:
-        assert [v.name for v in self.registry.current_versions()] == sorted(self.model)
+        for tenant in TENANTS:
+            names = [v.name for v in self.registry.current_versions(tenant=tenant)]
+            assert names == sorted(name for owner, name in self.model if owner == tenant)
         for name, versions in self.model.items():
-            record = self.registry.get(name)
+            record = self.registry.get(name[1], tenant=name[0])
             assert [v.version.number for v in record.versions] == [number for number, _ in versions]
             assert record.current == record.versions[-1].version
 
     @invariant()
     def files_are_those_in_use(self) -> None:
-        digests = {v.version.digest for name in self.model for v in self.registry.get(name).versions}
+        digests = {
+            v.version.digest
+            for name in self.model
+            for v in self.registry.get(name[1], tenant=name[0]).versions
+        }
         digests |= {lease.version.digest for lease in self.held}
         assert adapter_files.on_disk(self.data_dir) == digests
 
@@ -116,10 +125,10 @@ class RegistryTrace(RuleBasedStateMachine):
         for lease in self.held:
             lease.release()
         for name in list(self.model):
-            self.retired += self.registry.delete(name)
+            self.retired += self.registry.delete(name[1], tenant=name[0])
         for retired in self.retired:
             retired.gone.result(timeout=10)
-        assert list(self.registry.records()) == []
+        assert [list(self.registry.records(tenant=tenant)) for tenant in TENANTS] == [[], [], []]
         self.registry.close()
         assert adapter_files.on_disk(self.data_dir) == set()
         assert adapter_files.staged(self.data_dir) == []

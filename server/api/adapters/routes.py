@@ -27,18 +27,21 @@ from server.api.adapters.views import (
     published_view,
 )
 from server.api.body import read_body
+from server.api.caller import caller_of
 from server.api.face import Face, face_of
-from server.api.inference.replies import encode_list
 from server.api.inference.schemas import from_validation
-from server.api.operation import Operation
+from server.api.operation import SEE_ADAPTERS, Operation
+from server.api.paging import Page
 from server.border.client import EngineClient
 from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory
-from server.messages import AdapterRef, AdapterResult, ErrorCode
+from server.messages import AdapterResult, ErrorCode
 from server.registry.records import AdapterVersion, Published, Retired, split_version
 
 router = APIRouter(tags=["adapters"])
 
 _MAX_JSON_BYTES = 64 * 2**10
+_LISTED = 100
+_MOST_LISTED = 1000
 _DELETE_WAIT_S = 1.0
 _UNLOAD_WAIT_S = 5.0
 _UNLOAD_POLL_S = 0.05
@@ -64,6 +67,12 @@ class LoadBody(pydantic.BaseModel):
     pin: bool = False
 
 
+class AdapterChangeBody(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    shared: bool
+
+
 class LoadLoraBody(pydantic.BaseModel):
     """As operators' tools send it, with whatever fields besides."""
 
@@ -77,20 +86,24 @@ class UnloadLoraBody(pydantic.BaseModel):
 
 
 @router.post("/v1/adapters", status_code=201)
-@Operation({201: PublishedView}, SourceBody, form=UPLOAD_FORM | {"required": ["name", "files"]})
+@Operation(
+    {201: PublishedView}, SourceBody, form=UPLOAD_FORM | {"required": ["name", "files"]}, scopes=("upload",)
+)
 async def create_adapter(request: Request) -> Response:
     """Upload a new adapter (multipart: `name`, two files or an archive), or register a source (JSON)."""
     face = face_of(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return _published(face, await receive(face, request, name=None, replace=False))
     body = await _json(request, SourceBody)
-    call = partial(fetch, face, body.name, body.source, replace=False, description=body.description)
+    call = partial(
+        fetch, face, caller_of(request), body.name, body.source, replace=False, description=body.description
+    )
     published = await in_thread(call)
     return _published(face, published)
 
 
 @router.put("/v1/adapters/{name:path}")
-@Operation({200: PublishedView, 201: PublishedView}, form=UPLOAD_FORM)
+@Operation({200: PublishedView, 201: PublishedView}, form=UPLOAD_FORM, scopes=("upload",))
 async def replace_adapter(request: Request, name: str) -> Response:
     """Upload a new version; running requests finish on the old one. 201 when the name is new."""
     face = face_of(request)
@@ -98,68 +111,80 @@ async def replace_adapter(request: Request, name: str) -> Response:
 
 
 @router.get("/v1/adapters")
-@Operation({200: AdapterListView})
+@Operation({200: AdapterListView}, scopes=SEE_ADAPTERS)
 async def list_adapters(request: Request) -> Response:
-    face = face_of(request)
+    """Those of the caller's tenant, and what others share with it, by name."""
+    face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
+    page = Page.of(request, default=_LISTED, most=_MOST_LISTED)
     locations = Locations.of(face.engine.stats)
 
     def encode() -> bytes:
         """In a thread: there may be many thousands."""
-        records = registry.records()
-        return encode_list(adapter_view(record, registry.base_parameters, locations) for record in records)
+        records = registry.records(tenant=tenant, after=page.after, most=page.wanted)
+        parameters = registry.base_parameters
+        return page.encode((r.name, adapter_view(r, tenant, parameters, locations)) for r in records)
 
     return Response(await asyncio.to_thread(encode), media_type="application/json")
 
 
 @router.get("/v1/adapters/{name:path}")
-@Operation({200: AdapterView})
+@Operation({200: AdapterView}, scopes=SEE_ADAPTERS)
 async def get_adapter(request: Request, name: str) -> Response:
-    face = face_of(request)
+    face, tenant = face_of(request), caller_of(request).tenant
+    return JSONResponse(_view(face, tenant, name))
+
+
+@router.patch("/v1/adapters/{name:path}")
+@Operation({200: AdapterView}, AdapterChangeBody, scopes=("admin",))
+async def change_adapter(request: Request, name: str) -> Response:
+    """`{"shared": true}` lets every tenant use it, `false` none but its own."""
+    face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
-    locations = Locations.of(face.engine.stats)
-    return JSONResponse(adapter_view(registry.get(name), registry.base_parameters, locations))
+    body = await _json(request, AdapterChangeBody)
+    await in_thread(lambda: registry.set_shared(name, body.shared, tenant=tenant))
+    return JSONResponse(_view(face, tenant, name))
 
 
 @router.delete("/v1/adapters/{name:path}")
-@Operation({200: DeletedView, 202: DeletedView})
+@Operation({200: DeletedView, 202: DeletedView}, scopes=("manage",))
 async def delete_adapter(request: Request, name: str) -> Response:
     """New requests do not find it from now on. 200: it is gone; 202: running requests still use it."""
     face = face_of(request)
-    gone = await _delete(face, name, _DELETE_WAIT_S)
+    gone = await _delete(face, caller_of(request).tenant, name, _DELETE_WAIT_S)
     return JSONResponse(
         {"object": "adapter", "name": name, "state": "deleted" if gone else "draining"}, 200 if gone else 202
     )
 
 
 @router.post("/v1/adapters/{name:path}/load")
-@Operation({200: LoadedView}, LoadBody, body_required=False)
+@Operation({200: LoadedView}, LoadBody, body_required=False, scopes=("manage",))
 async def load_adapter(request: Request, name: str) -> Response:
     """Bring it (or `name@version`) into accelerator memory; `{"pin": true}` keeps it there."""
-    face = face_of(request)
+    face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
     face.require_answers()
     raw = await read_body(request, _MAX_JSON_BYTES)
     body = _parse(raw, LoadBody) if raw else LoadBody()
     if body.pin and split_version(name)[1] is not None:
         raise InvalidRequest("A pin is for a name, and follows it to new versions.", param="pin")
-    with registry.acquire(name) as lease:
+    with registry.acquire(name, tenant=tenant, own=True) as lease:
         result = await _load(face, lease.version, body.pin)
         if body.pin:
-            await in_thread(lambda: registry.set_pinned(lease.version.name, True))
+            await in_thread(lambda: registry.set_pinned(lease.version.name, True, tenant=tenant))
     return JSONResponse(loaded_view(lease.version, result))
 
 
 @router.post("/v1/adapters/{name:path}/unload")
-@Operation({200: LoadedView})
+@Operation({200: LoadedView}, scopes=("manage",))
 async def unload_adapter(request: Request, name: str) -> Response:
     """Take it out of accelerator memory and undo a pin. 409 when it is still in use after a few seconds."""
-    face = face_of(request)
+    face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
     face.require_answers()
-    with registry.acquire(name) as lease:
+    with registry.acquire(name, tenant=tenant, own=True) as lease:
         version = lease.version
-    await in_thread(lambda: registry.set_pinned(version.name, False))
+    await in_thread(lambda: registry.set_pinned(version.name, False, tenant=tenant))
     result = await face.engine.unload_adapter(version.digest)
     if result.residency == "arena":
         await _until_out(face.engine, version.digest)
@@ -168,12 +193,12 @@ async def unload_adapter(request: Request, name: str) -> Response:
 
 
 @router.post("/v1/load_lora_adapter")
-@Operation({200: str}, LoadLoraBody)
+@Operation({200: str}, LoadLoraBody, scopes=("upload",))
 async def load_lora_adapter(request: Request) -> Response:
     """As operators' tools call it: register what `lora_path` names under `lora_name`."""
     face = face_of(request)
     body = await _json(request, LoadLoraBody)
-    call = partial(fetch, face, body.lora_name, body.lora_path, replace=body.load_inplace)
+    call = partial(fetch, face, caller_of(request), body.lora_name, body.lora_path, replace=body.load_inplace)
     try:
         published = await in_thread(call)
     except ChorusError as error:
@@ -183,13 +208,13 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 @router.post("/v1/unload_lora_adapter")
-@Operation({200: str}, UnloadLoraBody)
+@Operation({200: str}, UnloadLoraBody, scopes=("manage",))
 async def unload_lora_adapter(request: Request) -> Response:
     """As operators' tools call it: the same as DELETE, without waiting for running requests."""
     face = face_of(request)
     body = await _json(request, UnloadLoraBody)
     try:
-        await _delete(face, body.lora_name, wait_s=0.0)
+        await _delete(face, caller_of(request).tenant, body.lora_name, wait_s=0.0)
     except ChorusError as error:
         raise _as_compatible(error) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is unloaded.")
@@ -210,10 +235,10 @@ def _follow_up(face: Face, published: Published) -> None:
         face.background.start(_move_pin(face, published.version))
 
 
-async def _delete(face: Face, name: str, wait_s: float) -> bool:
+async def _delete(face: Face, tenant: str, name: str, wait_s: float) -> bool:
     """Whether all of it was gone after `wait_s` seconds."""
     registry = face.require_registry()
-    retired = await in_thread(lambda: registry.delete(name))
+    retired = await in_thread(lambda: registry.delete(name, tenant=tenant))
     forgetting = face.background.start(_forget(face, retired))
     done, _ = await asyncio.wait({forgetting}, timeout=wait_s)
     return bool(done)
@@ -233,18 +258,18 @@ async def _move_pin(face: Face, version: AdapterVersion) -> None:
     """A pinned name got a new version: that one stays in memory now, the one before it need not."""
     registry = face.require_registry()
     try:
-        with registry.acquire(f"{version.name}@{version.number}"):
+        with registry.acquire(f"{version.name}@{version.number}", tenant=version.tenant):
             await _load(face, version, pin=True)
-        for record in registry.get(version.name).versions:
+        for record in registry.get(version.name, tenant=version.tenant).versions:
             if record.version.number == version.number - 1:
                 await face.engine.unload_adapter(record.version.digest)
     except ChorusError as error:
-        _log.warning("the pin of %s could not be moved to its new version: %s", version.name, error.message)
+        _log.warning("the pin of %s could not be moved to its new version: %s", version.label, error.message)
 
 
 async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult:
     """Raises OutOfMemory when there is no room now, InvalidRequest when there never is."""
-    result = await face.engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=pin)
+    result = await face.engine.load_adapter(version.ref(), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
         raise OutOfMemory("There is no room for this adapter in accelerator memory now.")
     if result.error is ErrorCode.NEVER_FITS:
@@ -272,6 +297,12 @@ async def _until_out(engine: EngineClient, digest: str) -> None:
 
 
 # small things
+
+
+def _view(face: Face, tenant: str, name: str) -> AdapterView:
+    registry = face.require_registry()
+    record = registry.get(name, tenant=tenant)
+    return adapter_view(record, tenant, registry.base_parameters, Locations.of(face.engine.stats))
 
 
 async def _json(request: Request, kind: type[Body]) -> Body:

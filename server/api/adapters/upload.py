@@ -10,8 +10,10 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from server.access.caller import DEFAULT_TENANT, Caller
+from server.api.caller import caller_of
 from server.api.face import Face
-from server.errors import ChorusError, InvalidRequest
+from server.errors import ChorusError, Forbidden, InvalidRequest
 from server.registry.publication import Publication
 from server.registry.records import Published
 from server.registry.sources.archive import ARCHIVE_SUFFIXES
@@ -50,7 +52,8 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
     announced = request.headers.get("content-length", "")
     expected = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     check_size(expected, face.settings.limits)
-    publication = registry.publication(create=True, replace=replace, expected_bytes=expected)
+    tenant = caller_of(request).tenant
+    publication = registry.publication(create=True, replace=replace, expected_bytes=expected, tenant=tenant)
     async with aclosing(request.stream()) as body:
         try:
             if name is not None:
@@ -69,12 +72,17 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
             await in_thread(publication.close)
 
 
-def fetch(face: Face, name: str, uri: str, *, replace: bool, description: str | None = None) -> Published:
+def fetch(
+    face: Face, caller: Caller, name: str, uri: str, *, replace: bool, description: str | None = None
+) -> Published:
     """Have the source of `uri` fetch an adapter, judge and publish it. Belongs in a thread.
 
     Raises what Source and Publication raise, and Unavailable before the registry is open.
     """
-    with face.require_registry().publication(create=True, replace=replace) as publication:
+    if caller.tenant != DEFAULT_TENANT and not caller.may("admin"):
+        raise Forbidden("Only the operator may register what lies on the server.", param="source")
+    registry = face.require_registry()
+    with registry.publication(create=True, replace=replace, tenant=caller.tenant) as publication:
         publication.claim(name)
         provenance = face.sources.fill(uri, publication.staging, face.settings.limits)
         return publication.publish(provenance, description=description)

@@ -32,20 +32,24 @@ class PublishedView(VersionView):
 
 
 class VersionRecordView(VersionView):
-    """A version, where it is, and what it has served so far. `reason` says why it cannot be used."""
+    """A version, where it is, and what it has served so far. `reason` says why it cannot be used.
 
-    residency: Location
-    last_load_ms: float | None
-    requests: int
-    tokens: int
-    last_used: float | None
+    What is not required is its owner's to see: of a shared adapter no other tenant is told.
+    """
+
     reason: str | None
+    residency: NotRequired[Location]
+    last_load_ms: NotRequired[float | None]
+    requests: NotRequired[int]
+    tokens: NotRequired[int]
+    last_used: NotRequired[float | None]
 
 
 class AdapterView(TypedDict):
     """A name: its current version (once there is one), its state, where it is, and all its versions.
 
-    `share` is the part of the base model's parameters. `versions`: oldest first.
+    `share` is the part of the base model's parameters. `versions`: oldest first. `shared`: every tenant may
+    use it; others than its own see neither who that is nor what he does with it.
     """
 
     object: Literal["adapter"]
@@ -53,12 +57,14 @@ class AdapterView(TypedDict):
     state: AdapterState
     reason: str | None
     description: str
-    pinned: bool
+    shared: bool
     created_at: float | None
-    requests: int
-    tokens: int
-    last_used: float | None
     versions: list[VersionRecordView]
+    tenant: NotRequired[str]
+    pinned: NotRequired[bool]
+    requests: NotRequired[int]
+    tokens: NotRequired[int]
+    last_used: NotRequired[float | None]
     version: NotRequired[int]
     digest: NotRequired[str]
     rank: NotRequired[int]
@@ -75,6 +81,9 @@ class AdapterView(TypedDict):
 class AdapterListView(TypedDict):
     object: Literal["list"]
     data: list[AdapterView]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class DeletedView(TypedDict):
@@ -92,6 +101,9 @@ class LoadedView(TypedDict):
     digest: str
     residency: Location
     milliseconds: float
+
+
+SHARED_SOURCE = "shared"  # the provenance that other tenants see
 
 
 @dataclass(frozen=True)
@@ -128,31 +140,41 @@ def published_view(version: AdapterVersion) -> PublishedView:
     return {**version_view(version), "object": "adapter.version", "state": "ready"}
 
 
-def adapter_view(record: AdapterRecord, base_parameters: int, locations: Locations) -> AdapterView:
+def adapter_view(
+    record: AdapterRecord, tenant: str, base_parameters: int, locations: Locations
+) -> AdapterView:
+    """As `tenant` may see it."""
+    own = record.tenant == tenant
     view: AdapterView = {
         "object": "adapter",
         "name": record.name,
         "state": record.state,
         "reason": record.reason,
         "description": record.description,
-        "pinned": record.pinned,
+        "shared": record.shared,
         "created_at": record.created_at,
-        "requests": record.requests,
-        "tokens": record.tokens,
-        "last_used": record.last_used,
-        "versions": [_version_record_view(version, locations) for version in record.versions],
+        "versions": [_version_record_view(version, own, locations) for version in record.versions],
     }
+    if own:
+        view |= {
+            "tenant": record.tenant,
+            "pinned": record.pinned,
+            "requests": record.requests,
+            "tokens": record.tokens,
+            "last_used": record.last_used,
+        }
     current = next((v for v in record.versions if v.version == record.current), None)
     if current is None:
         return view
     version = current.version
-    return {
-        **version_view(version),
+    view = {
+        **_version_seen(version, own),
         **view,
         "share": version.parameters / base_parameters if base_parameters else None,
-        "residency": locations.residency(version.digest),
-        "last_load_ms": current.load_ms,
     }
+    if own:
+        view |= {"residency": locations.residency(version.digest), "last_load_ms": current.load_ms}
+    return view
 
 
 def loaded_view(version: AdapterVersion, result: AdapterResult) -> LoadedView:
@@ -166,13 +188,21 @@ def loaded_view(version: AdapterVersion, result: AdapterResult) -> LoadedView:
     }
 
 
-def _version_record_view(record: VersionRecord, locations: Locations) -> VersionRecordView:
-    return {
-        **version_view(record.version),
-        "residency": locations.residency(record.version.digest),
-        "last_load_ms": record.load_ms,
-        "requests": record.requests,
-        "tokens": record.tokens,
-        "last_used": record.last_used,
-        "reason": record.error,
-    }
+def _version_record_view(record: VersionRecord, own: bool, locations: Locations) -> VersionRecordView:
+    seen = _version_seen(record.version, own)
+    view: VersionRecordView = {**seen, "reason": record.error}  # type: ignore[typeddict-item]  # no more is in it
+    if own:
+        view |= {
+            "residency": locations.residency(record.version.digest),
+            "last_load_ms": record.load_ms,
+            "requests": record.requests,
+            "tokens": record.tokens,
+            "last_used": record.last_used,
+        }
+    return view
+
+
+def _version_seen(version: AdapterVersion, own: bool) -> VersionView:
+    """Others are not told where it came from, which may be a path."""
+    view = version_view(version)
+    return view if own else {**view, "source": SHARED_SOURCE}

@@ -40,7 +40,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
-@Operation({200: Chat}, ChatRequest, chunk=ChatChunk, counted=True)
+@Operation({200: Chat}, ChatRequest, chunk=ChatChunk, counted=True, scopes=("infer",))
 async def create_chat_completion(request: Request) -> Response:
     return await generate(request, _spec)
 

@@ -31,7 +31,7 @@ _DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
 
 
 @router.post("/v1/completions")
-@Operation({200: Completion}, CompletionRequest, chunk=Completion, counted=True)
+@Operation({200: Completion}, CompletionRequest, chunk=Completion, counted=True, scopes=("infer",))
 async def create_completion(request: Request) -> Response:
     return await generate(request, _spec)
 

@@ -22,7 +22,7 @@ class LeasedMix:
 
     @property
     def refs(self) -> tuple[AdapterRef, ...]:
-        return tuple(AdapterRef(v.digest, str(v.path), weight) for v, weight in self.members)
+        return tuple(version.ref(weight) for version, weight in self.members)
 
     @property
     def rank(self) -> int:
@@ -54,9 +54,9 @@ class AdapterMix:
         return cls([(name, weight * scale, param) for name, weight, param in members])
 
     @contextmanager
-    def lease(self, face: Face) -> Iterator[LeasedMix]:
-        """Takes a lease on each member's version and gives it back at the end. Raises ModelNotFound,
-        and InvalidRequest for ranks that the engine's kernels cannot take."""
+    def lease(self, face: Face, tenant: str) -> Iterator[LeasedMix]:
+        """Takes a lease on each member's version, as `tenant` sees it, and gives it back at the end. Raises
+        ModelNotFound, and InvalidRequest for ranks that the engine's kernels cannot take."""
         if not self._members:
             yield LeasedMix()
             return
@@ -65,12 +65,12 @@ class AdapterMix:
             members = []
             for name, weight, param in self._members:
                 try:
-                    lease = leases.enter_context(registry.acquire(name))
+                    lease = leases.enter_context(registry.acquire(name, tenant=tenant))
                 except ModelNotFound as error:
                     error.param = param
                     raise
                 version = lease.version
-                face.names.remember(version.digest, version.name)
+                face.names.remember(version.digest, version.label)
                 members.append((version, weight))
             leased = LeasedMix(tuple(members))
             self._judge_rank(leased, face.engine.info)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -132,6 +131,9 @@ class Model(msgspec.Struct, frozen=True):
 
 class ModelList(msgspec.Struct, frozen=True):
     data: list[Model]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
     object: str = "list"
 
 
@@ -154,12 +156,3 @@ class Status(msgspec.Struct, frozen=True):
     """Answer of the probes."""
 
     status: str
-
-
-_ENCODER = msgspec.json.Encoder()
-
-
-def encode_list(items: Iterable[object]) -> bytes:
-    """`{"object": "list", "data": [...]}`, item after item. For a thread beside the event loop: to encode
-    thousands in one call would let no other thread run meanwhile."""
-    return b'{"object":"list","data":[' + b",".join(map(_ENCODER.encode, items)) + b"]}"

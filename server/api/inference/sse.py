@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.body import beside_loop, read_body
+from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
 from server.api.inference.generation import Choice, ClientGone, Generation
@@ -49,7 +50,7 @@ class GenerationResponse(Response):
         """Raises what failed before the first token, so that it is answered with its own status."""
         face, spec = self._face, self._spec
         try:
-            with spec.mix.lease(face) as leased:
+            with spec.mix.lease(face, caller_of(self._request).tenant) as leased:
                 choices = spec.choices(leased)
                 spec.reply.start(leased.version, choices)
                 generation = Generation(face.engine, choices, face.metrics, face.settings.max_unread_bytes)

@@ -60,7 +60,7 @@ def test_only_changed_folders_are_read_again(
     read: list[str] = []
     real = Registry.claim
     monkeypatch.setattr(
-        Registry, "claim", lambda self, name, **kw: (read.append(name), real(self, name, **kw))[1]
+        Registry, "claim", lambda self, name, **kw: (read.append(name.name), real(self, name, **kw))[1]
     )
     registry = reopen()
     assert register_tree(registry, root) == [("a", None), ("b", None)]
