@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.api.entrance import Entrance
 from server.api.errors import error_response
 from server.config import Settings
 from server.errors import ChorusError, HeadTooLarge, InvalidRequest, TooSlow, Unavailable
@@ -28,6 +29,7 @@ from server.errors import ChorusError, HeadTooLarge, InvalidRequest, TooSlow, Un
 logger = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # a refused client may go on sending for so long, or it would lose the answer
+_LINGER_BYTES = 2**20  # and so much
 _LATE_ANSWER_S = 5.0  # after the end of a body's time, for the error to go out
 _REFUSED_AT_ONCE = 128  # connections over the limit that are told so; more of them are only closed
 _EVICTED_SHARE = 64  # of all connections, one in so many is closed when room is needed
@@ -76,6 +78,7 @@ class ConnectionConfig(uvicorn.Config):
             **more,
         )
         self.limits = limits or ConnectionLimits.of(settings)
+        self.entrance = Entrance()
 
 
 class AnswerFlow(FlowControl):
@@ -159,11 +162,13 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, *args, **more)
         self.close_after_body = False
         self._limits = config.limits
+        self._entrance = config.entrance
         self._reading: Literal["nothing", "head", "body"] = "nothing"
         self._since = self.loop.time()  # of what is read, or waited for, now
         self._size = 0  # bytes of it so far
         self._exchange: Exchange | None = None
         self._refused = False
+        self._judged = 0  # how often a limit was felt
         self._closing_at: float | None = None
 
     # what asyncio calls
@@ -184,7 +189,10 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            return  # it is only waited for the client to read why
+            self._size += len(data)  # it is only waited for the client to read why
+            if self._size > _LINGER_BYTES:
+                self.transport.abort()
+            return
         self._unset_keepalive_if_required()
         in_head = self._reading == "head"
         try:
@@ -254,7 +262,13 @@ class Connection(HttpToolsProtocol):
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope, exchange.receive, exchange.send)
 
-        super()._start_asgi_task(cycle, cast(Any, run))
+        start = super()._start_asgi_task
+
+        def begin() -> None:
+            if not cycle.disconnected:
+                start(cycle, cast(Any, run))
+
+        self._entrance.enter(begin, at_once=cycle.scope["path"].startswith("/health"))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -262,8 +276,16 @@ class Connection(HttpToolsProtocol):
 
     # limits
 
-    def check(self, now: float, elapsed: float) -> None:
-        """Close what is overdue. `now` is the loop's time, `elapsed` the seconds since the last call."""
+    def check(self, now: float, elapsed: float) -> bool:
+        """Close what is overdue, and say whether it was: that is work.
+
+        `now` is the loop's time, `elapsed` the seconds since the last call.
+        """
+        before = self._judged
+        self._judge(now, elapsed)
+        return self._judged > before
+
+    def _judge(self, now: float, elapsed: float) -> None:
         limits, flow = self._limits, self.flow
         assert isinstance(flow, AnswerFlow)
         if self._refused or self.transport.is_closing():
@@ -279,6 +301,7 @@ class Connection(HttpToolsProtocol):
         elif self._reading == "head" and now - self._since > limits.read_s:
             self._refuse(TooSlow(f"The request's headers took longer than {limits.read_s:g} seconds."))
         elif self._exchange is None and now - self._since > limits.read_s:
+            self._judged += 1
             self.transport.close()  # not a byte came
 
     def _check_closing(self, now: float) -> None:
@@ -298,6 +321,7 @@ class Connection(HttpToolsProtocol):
         elif late_s > _LATE_ANSWER_S:
             self._abort("it is late, and is not told so")
         elif late_s > 0 and not self._exchange.given_up:
+            self._judged += 1
             self._exchange.give_up(TooSlow("The request's body came too slowly."))
 
     @property
@@ -344,13 +368,16 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         logger.info("a connection is refused: %d %s", error.status, error.message)
+        self._judged += 1
         self._refused = True
+        self._size = 0
         self.transport.write(self._plain(error))
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
     def _abort(self, reason: str) -> None:
         logger.info("a connection is cut: %s", reason)
+        self._judged += 1
         self._refused = True
         self.transport.abort()
 

@@ -40,6 +40,7 @@ BACKLOG = 2048
 _UNSENT_BYTES = 128 * 2**10  # of an answer, in the kernel, or it takes megabytes that nobody reads
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 _CHECK_S = 1.0  # between two looks at every connection
+_CLOSED_AT_ONCE = 8  # connections, before others of the loop get their turn
 _LAST_S = 1.0  # for the engine, when a second signal ends the server at once
 _OWN_FILES = 256  # descriptors that are not connections: the registry, adapters, the engine's sockets
 
@@ -85,10 +86,17 @@ class Server(uvicorn.Server):
         now = asyncio.get_running_loop().time()
         if (elapsed := now - self._checked_at) >= _CHECK_S:
             self._checked_at = now
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    connection.check(now, elapsed)
+            await self._check_connections(now, elapsed)
         return await super().on_tick(counter)
+
+    async def _check_connections(self, now: float, elapsed: float) -> None:
+        """A few closings at a time: a thousand clients that are late at once must not hold up the others."""
+        closed = 0
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection) and connection.check(now, elapsed):
+                closed += 1
+                if closed % _CLOSED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
