@@ -83,7 +83,10 @@ def list_keys(
     if as_json:
         print_json({"object": "list", "data": keys})
         return
-    table = Table("id", "name", "tenant", "scopes", "state", "created", "expires", "last used")
+    table = Table()
+    table.add_column("id", no_wrap=True)  # it is there to be copied
+    for title in ("name", "tenant", "scopes", "state", "created", "expires", "last used"):
+        table.add_column(title)
     for key in printable(keys):
         table.add_row(
             *(escape(str(each)) for each in (key["id"], key["name"], key["tenant"])),

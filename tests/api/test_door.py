@@ -158,7 +158,8 @@ async def test_every_route_asks_for_its_scopes(site: Site) -> None:
     for path, method, facts in operations(*ROUTERS):
         for scope, key in keys.items():
             path_asked = path.format(**NAMES | {"name": "nobody"})
-            answered = await site.client.request(method, path_asked, headers=bearer(key), content=b"!")
+            headers = bearer(key) | {"content-type": "application/json"}
+            answered = await site.client.request(method, path_asked, headers=headers, content=b"!")
             allowed = facts.open or scope in facts.scopes or scope == "admin"
             assert (answered.status_code == 403) != allowed, (method, path, scope, answered.text)
             if not allowed:
