@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from load_tests.fake_engine import empty_stats
 from server.config import Settings
 from server.messages import EngineInfo, EngineStats
 from server.telemetry.metrics import Metrics
@@ -36,8 +38,7 @@ def _image_environment() -> dict[str, str]:
 
 
 def _stats() -> EngineStats:
-    counts: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 1)
-    return EngineStats(**counts | {"resident": ("a",), "on_host": (), "waiting_digests": ()})
+    return msgspec.structs.replace(empty_stats(), resident=("a",), step_tokens=(0,) * 7)
 
 
 def _metric_names() -> set[str]:

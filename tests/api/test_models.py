@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from load_tests.fake_engine import empty_stats
 from server.border.client import DEAD_FACTOR, HUNG_FACTOR
 from server.messages import EngineStats
 from tests.api.face_site import ADAPTERS, Site, eventually, open_site
@@ -23,8 +25,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def stats(**fields: object) -> EngineStats:
-    values: dict[str, object] = dict.fromkeys(EngineStats.__struct_fields__, 0)
-    return EngineStats(**values | {"resident": (), "on_host": (), "waiting_digests": ()} | fields)  # type: ignore[arg-type]  # many types
+    return msgspec.structs.replace(empty_stats(), **fields)
 
 
 async def test_models(site: Site) -> None:
