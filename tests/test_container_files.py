@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from load_tests.fake_engine import empty_stats
 from server.config import Settings
 from server.messages import EngineInfo, EngineStats
+from server.telemetry.adapter_metrics import Served
 from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,14 +43,16 @@ def _stats() -> EngineStats:
 
 
 def _metric_names() -> set[str]:
-    """Every name that `/metrics` shows, as Prometheus stores it."""
+    """Every name that `/metrics` and `/metrics/adapters` show, as Prometheus stores it."""
     info = EngineInfo(
         pid=1, model_type="llama", device="cpu", dtype="float32", vocab_size=8, max_model_len=8,
         parameters=1, weights_bytes=1, block_size=16, kv_blocks=1,
         kv_bytes=1, arena_bytes=1, lora_targets=[], load_seconds=0.0,
     )  # fmt: skip
     engine: Any = SimpleNamespace(state="ready", restarts=0, info=info, stats=_stats())
-    text = Metrics(engine, lambda digest: digest).render().decode()
+    metrics = Metrics(engine, lambda digest: digest)
+    metrics.adapters.count(Served("a", "a", "completed", 1, 1, 0.1))
+    text = (metrics.render() + metrics.render_adapters()).decode()
     samples = {s.name for family in text_string_to_metric_families(text) for s in family.samples}
     return {name for name in samples if not name.endswith("_created")}
 

@@ -48,7 +48,7 @@ def create_app(
     """
     tokenizer, template = _load_text(settings, base)
     names = AdapterNames()
-    metrics = Metrics(engine, names.name_of)
+    metrics = Metrics(engine, names.name_of, base.name)
     face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
     engine.on_ready = face.restore_pins
 

@@ -242,6 +242,7 @@ async def _move_pin(face: Face, version: AdapterVersion) -> None:
 
 async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult:
     """Raises OutOfMemory when there is no room now, InvalidRequest when there never is."""
+    face.names.remember(version.digest, version.name)
     result = await face.engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
         raise OutOfMemory("There is no room for this adapter in accelerator memory now.")

@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 from server.api.body import beside_loop, read_body
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
-from server.api.inference.generation import Choice, ClientGone, Generation
+from server.api.inference.generation import ClientGone, Generation
 from server.api.inference.mix import LeasedMix
+from server.api.inference.served import count_served
 from server.api.inference.spec import GenerationSpec
 from server.messages import EngineInfo
 
@@ -53,10 +54,23 @@ class GenerationResponse(Response):
                 choices = spec.choices(leased)
                 spec.reply.start(leased.version, choices)
                 generation = Generation(face.engine, choices, face.metrics)
-                with face.drain.serving(generation.fail), _counted(face, leased, choices):
+                with face.drain.serving(generation.fail), self._counted(leased, generation):
                     await self._answer(generation, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
+
+    @contextmanager
+    def _counted(self, leased: LeasedMix, generation: Generation) -> Iterator[None]:
+        """Adds the request and its tokens to the figures of its adapters, however it ended."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = getattr(self._request.state, "outcome", "completed")
+        except (ClientGone, asyncio.CancelledError):
+            outcome = "aborted"
+            raise
+        finally:
+            count_served(self._face, leased, generation, outcome)
 
     async def _answer(self, generation: Generation, receive: Receive, send: Send) -> None:
         async with generation:
@@ -96,17 +110,6 @@ class GenerationResponse(Response):
             self._request.state.outcome = "failed"
             last = event(encode_error(as_chorus_error(error))) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-@contextmanager
-def _counted(face: Face, leased: LeasedMix, choices: list[Choice]) -> Iterator[None]:
-    """Adds the request and its tokens to the registry's figures, however it ended."""
-    try:
-        yield
-    finally:
-        tokens = sum(choice.completion_tokens for choice in choices)
-        for version, _ in leased.members:
-            face.require_registry().served(version, tokens)
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:
