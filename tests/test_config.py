@@ -17,6 +17,7 @@ OPTIONS = [
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",
     "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
+    "log_format", "audit_log", "otlp_endpoint",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from server.api.face import Face, face_of
 from server.api.inference.generation import ClientGone, Generation
 from server.api.inference.mix import LeasedMix
 from server.api.inference.served import count_served
+from server.api.inference.spans import trace_generation
 from server.api.inference.spec import GenerationSpec
 from server.messages import EngineInfo
 
@@ -71,6 +72,8 @@ class GenerationResponse(Response):
             raise
         finally:
             count_served(self._face, leased, generation, outcome)
+            if (trace := getattr(self._request.state, "trace", None)) is not None and trace.wanted:
+                trace_generation(trace, self._spec, leased, generation)
 
     async def _answer(self, generation: Generation, receive: Receive, send: Send) -> None:
         async with generation:
@@ -107,8 +110,9 @@ class GenerationResponse(Response):
         except ClientGone:
             raise
         except Exception as error:  # the status is sent: an error can only be an event now
-            self._request.state.outcome = "failed"
-            last = event(encode_error(as_chorus_error(error))) + DONE
+            shown = as_chorus_error(error)
+            self._request.state.outcome, self._request.state.error_code = "failed", shown.code
+            last = event(encode_error(shown)) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
