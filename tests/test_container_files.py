@@ -111,7 +111,7 @@ def test_copied_files_pass_the_dockerignore() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
-@pytest.mark.parametrize("name", [*SERVERS, "prometheus"])
+@pytest.mark.parametrize("name", COMPOSE["services"])
 def test_services_are_closed_by_default(name: str) -> None:
     service = COMPOSE["services"][name]
     assert service["read_only"]
@@ -142,11 +142,31 @@ def test_gpu_is_behind_its_profile() -> None:
 
 def test_prometheus_scrapes_the_servers() -> None:
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    (job,) = config["scrape_configs"]
-    (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == list(SERVERS)
-    assert str(discovery["port"]) == _image_environment()["CHORUS_PORT"]
+    paths = set()
+    for job in config["scrape_configs"]:
+        (discovery,) = job["dns_sd_configs"]
+        assert discovery["names"] == list(SERVERS)
+        assert str(discovery["port"]) == _image_environment()["CHORUS_PORT"]
+        paths.add(job.get("metrics_path", "/metrics"))
+    assert paths == {"/metrics", "/metrics/adapters"}
     assert all((PROMETHEUS / rules).is_file() for rules in config["rule_files"])
+
+
+def test_services_mount_and_find_what_is_there() -> None:
+    services = COMPOSE["services"]
+    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    assert all((ROOT / source).is_dir() for source in mounts if source.startswith("./"))
+    assert {source for source in mounts if not source.startswith("./")} == set(COMPOSE["volumes"])
+    collector = yaml.safe_load((ROOT / "deploy" / "otel" / "collector.yml").read_text())
+    port = collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"].rpartition(":")[2]
+    for name in SERVERS:
+        assert services[name]["environment"]["CHORUS_OTLP_ENDPOINT"] == f"http://otel-collector:{port}"
+        assert "otel-collector" in services[name]["depends_on"]
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"].startswith("http://prometheus:")
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "chorus.yml").read_text())["providers"]
+    assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in services["grafana"]["volumes"]
 
 
 def test_alerts_use_metrics_that_exist() -> None:

@@ -13,9 +13,9 @@ from server.border.client import EngineClient
 from server.messages import STEP_TOKEN_BOUNDS, EngineInfo, EngineStats
 from server.telemetry.exposition import counter, gauge, histogram
 
-# Characters of the lists in `vllm:lora_requests_info`: a hundred short names, a few of the longest.
-_RUNNING_CHARACTERS = 1200
-_WAITING_CHARACTERS = 400
+# Characters of the lists in `vllm:lora_requests_info`: eighty short names, a few of the longest.
+_RUNNING_CHARACTERS = 1000
+_WAITING_CHARACTERS = 300
 
 
 class EngineMetrics(Collector):

@@ -28,7 +28,7 @@ class Metrics:
         self._of_adapters = CollectorRegistry()
         self.requests = Counter(
             "chorus_requests",
-            "Inference requests: completed, rejected (4xx), failed (5xx) or aborted (the client went away).",
+            "Inference requests, by outcome.",
             ["outcome"],
             registry=self._registry,
         )
