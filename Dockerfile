@@ -27,7 +27,7 @@ ARG PIP_EXTRA_ARGS=""
 # hadolint ignore=SC2086  # several arguments, so split at spaces on purpose
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-               print(*project['dependencies'], sep='\n')" > dependencies.txt \
+               print(*project['dependencies'], *project['optional-dependencies']['otel'], sep='\n')" > dependencies.txt \
     && pip install $PIP_EXTRA_ARGS --constraint constraints.txt --requirement dependencies.txt
 
 ARG TORCH=cpu

@@ -1,4 +1,4 @@
-"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face | drills`."""
+"""`python -m load_tests COMMAND`: traces, adapters, runs, reports, and measurements of Chorus itself."""
 
 from __future__ import annotations
 
@@ -232,6 +232,7 @@ def report(
 app.add_typer(benchmarks.scaling, name="scaling")
 app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
+app.command("dashboard")(benchmarks.dashboard)
 
 
 @app.command()

@@ -212,3 +212,23 @@ def face(
         write_json(out, result)
     if result.failed:
         raise typer.Exit(1)
+
+
+def dashboard(
+    board: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A dashboard of deploy/grafana.")
+    ],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="PNG to write.")],
+    prometheus: Annotated[str, typer.Option(help="URL of a Prometheus.")] = "http://127.0.0.1:9090",
+    minutes: Annotated[float, typer.Option(min=0.1, help="How much of the past to draw.")] = 10.0,
+) -> None:
+    """A Grafana dashboard as a picture, drawn from its queries without Grafana.
+
+    Exit status 1 when a panel has no data.
+    """
+    from load_tests.dashboard import draw
+
+    empty = draw(board, prometheus, minutes, out)
+    if empty:
+        typer.echo(f"without data: {', '.join(empty)}", err=True)
+        raise typer.Exit(1)

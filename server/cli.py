@@ -57,7 +57,7 @@ def serve(**flags: Any) -> None:
     open_standard_files()
     with handling_signals(end_during_start):
         settings = _settings({name: value for name, value in flags.items() if value not in (None, [])})
-        configure(settings.log_level)
+        configure(settings.log_level, settings.log_format)
         from server.api.listen import serve as listen  # the HTTP stack: not for --help and --version
         from server.base_model import StartError
         from server.border.client import ProcessEngineClient

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -201,6 +201,13 @@ class Settings(BaseSettings):
         60.0, gt=0, description="A step that takes longer makes the server not ready, seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
+    log_format: Literal["text", "json"] = Field("text", description="json: one object a line.")
+    audit_log: Path | None = Field(
+        None, description="File that changes of adapters and keys are appended to, as JSON lines."
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="Collector that traces go to (OTLP/HTTP), a URL. Default: as OTEL_* says, or none."
+    )
 
     @property
     def limits(self) -> Limits:
@@ -237,6 +244,24 @@ class Settings(BaseSettings):
 def client_key() -> str | None:
     """The key that the commands show a running server: the first of $CHORUS_API_KEY."""
     return os.environ.get("CHORUS_API_KEY", "").partition(",")[0].strip() or None
+
+
+@dataclass(frozen=True)
+class OtelEnvironment:
+    """What the standard variables of OpenTelemetry say; its SDK reads the rest of them itself."""
+
+    has_endpoint: bool
+    protocol: str
+    disabled: bool
+
+    @classmethod
+    def read(cls) -> Self:
+        get, otlp = os.environ.get, "OTEL_EXPORTER_OTLP"
+        return cls(
+            has_endpoint=bool(get(f"{otlp}_TRACES_ENDPOINT") or get(f"{otlp}_ENDPOINT")),
+            protocol=get(f"{otlp}_TRACES_PROTOCOL") or get(f"{otlp}_PROTOCOL", ""),
+            disabled=get("OTEL_SDK_DISABLED", "").lower() == "true" or get("OTEL_TRACES_EXPORTER") == "none",
+        )
 
 
 def user_data_dir() -> Path:

@@ -135,6 +135,12 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache, on the first output
     logprobs: list[Logprobs] | None = None
+    started_at: float | None = None  # on the first output: when it first left the line, time.monotonic()
+    waited_for_adapter: bool = False  # on the first output: its adapters were what kept it in the line
+
+
+# Upper bounds of `EngineStats.step_tokens`; one more count is of the steps above the last.
+STEP_TOKEN_BOUNDS = (1, 8, 64, 256, 1024, 4096)
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -159,6 +165,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int
     generated_tokens: int
     waiting_digests: tuple[str, ...] = ()  # adapters that waiting sequences ask for
+    running_digests: tuple[str, ...] = ()  # adapters that running sequences use
+    prefix_query_tokens: int = 0  # prompt tokens looked up in the prefix cache so far
+    step_tokens: tuple[int, ...] = ()  # steps so far by their number of tokens: see STEP_TOKEN_BOUNDS
+    step_tokens_sum: int = 0  # tokens of all these steps
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step"):

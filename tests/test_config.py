@@ -20,7 +20,7 @@ OPTIONS = [
     "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",
     "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",
     "read_timeout_s", "min_rate_bytes", "keep_alive_s", "unread_timeout_s", "max_unread_bytes",
-    "shutdown_grace_s", "watchdog_s", "log_level",
+    "shutdown_grace_s", "watchdog_s", "log_level", "log_format", "audit_log", "otlp_endpoint",
 ]  # fmt: skip
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from load_tests.fake_engine import empty_stats
 from server.config import Settings
 from server.messages import EngineInfo, EngineStats
+from server.telemetry.adapter_metrics import Served
 from server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +39,20 @@ def _image_environment() -> dict[str, str]:
 
 
 def _stats() -> EngineStats:
-    counts: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 1)
-    return EngineStats(**counts | {"resident": ("a",), "on_host": (), "waiting_digests": ()})
+    return msgspec.structs.replace(empty_stats(), resident=("a",), step_tokens=(0,) * 7)
 
 
 def _metric_names() -> set[str]:
-    """Every name that `/metrics` shows, as Prometheus stores it."""
+    """Every name that `/metrics` and `/metrics/adapters` show, as Prometheus stores it."""
     info = EngineInfo(
         pid=1, model_type="llama", device="cpu", dtype="float32", vocab_size=8, max_model_len=8,
         parameters=1, weights_bytes=1, block_size=16, kv_blocks=1,
         kv_bytes=1, arena_bytes=1, lora_targets=[], load_seconds=0.0,
     )  # fmt: skip
     engine: Any = SimpleNamespace(state="ready", restarts=0, info=info, stats=_stats())
-    text = Metrics(engine, lambda digest: digest).render().decode()
+    metrics = Metrics(engine, lambda digest: digest)
+    metrics.adapters.count(Served("a", "a", "completed", 1, 1, 0.1))
+    text = (metrics.render() + metrics.render_adapters()).decode()
     samples = {s.name for family in text_string_to_metric_families(text) for s in family.samples}
     return {name for name in samples if not name.endswith("_created")}
 
@@ -107,7 +111,7 @@ def test_copied_files_pass_the_dockerignore() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
-@pytest.mark.parametrize("name", [*SERVERS, "prometheus"])
+@pytest.mark.parametrize("name", COMPOSE["services"])
 def test_services_are_closed_by_default(name: str) -> None:
     service = COMPOSE["services"][name]
     assert service["read_only"]
@@ -138,11 +142,31 @@ def test_gpu_is_behind_its_profile() -> None:
 
 def test_prometheus_scrapes_the_servers() -> None:
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    (job,) = config["scrape_configs"]
-    (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == list(SERVERS)
-    assert str(discovery["port"]) == _image_environment()["CHORUS_PORT"]
+    paths = set()
+    for job in config["scrape_configs"]:
+        (discovery,) = job["dns_sd_configs"]
+        assert discovery["names"] == list(SERVERS)
+        assert str(discovery["port"]) == _image_environment()["CHORUS_PORT"]
+        paths.add(job.get("metrics_path", "/metrics"))
+    assert paths == {"/metrics", "/metrics/adapters"}
     assert all((PROMETHEUS / rules).is_file() for rules in config["rule_files"])
+
+
+def test_services_mount_and_find_what_is_there() -> None:
+    services = COMPOSE["services"]
+    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    assert all((ROOT / source).is_dir() for source in mounts if source.startswith("./"))
+    assert {source for source in mounts if not source.startswith("./")} == set(COMPOSE["volumes"])
+    collector = yaml.safe_load((ROOT / "deploy" / "otel" / "collector.yml").read_text())
+    port = collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"].rpartition(":")[2]
+    for name in SERVERS:
+        assert services[name]["environment"]["CHORUS_OTLP_ENDPOINT"] == f"http://otel-collector:{port}"
+        assert "otel-collector" in services[name]["depends_on"]
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"].startswith("http://prometheus:")
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "chorus.yml").read_text())["providers"]
+    assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in services["grafana"]["volumes"]
 
 
 def test_alerts_use_metrics_that_exist() -> None:

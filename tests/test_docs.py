@@ -107,8 +107,9 @@ def test_every_error_code_is_described() -> None:
 
 
 def test_every_metric_is_described_and_no_other() -> None:
-    source = (ROOT / "server" / "telemetry" / "metrics.py").read_text("utf-8")
-    made = set(re.findall(r'"((?:chorus_|vllm:)[a-z0-9_]+)"', source))
+    sources = [path.read_text("utf-8") for path in (ROOT / "server" / "telemetry").glob("*.py")]
+    made = set(re.findall(r'"((?:chorus_|vllm:)[a-z0-9_]+)"', "\n".join(sources)))
+    made = {name.removesuffix("_total") for name in made}
     described = {name.removesuffix("_total") for name in re.findall(r"`((?:chorus_|vllm:)[a-z0-9_]+)", API)}
     assert described == made
 

@@ -30,7 +30,9 @@ from server.registry.registry import Registry
 from server.registry.sources.folders import register_tree
 from server.registry.sources.table import Sources
 from server.registry.store import DataFolderError
+from server.telemetry.audit import AuditLog
 from server.telemetry.metrics import Metrics
+from server.telemetry.traces import Traces, TracesError
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -52,11 +54,12 @@ def create_app(
     """The app. Its lifespan locks the data folder, starts the engine, opens the registry, calls `on_ready`.
 
     `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat
-    template that cannot be read.
+    template that cannot be read, an audit file that cannot be opened, and traces that cannot be sent.
     """
     tokenizer, template = _load_text(settings, base)
     names = AdapterNames()
-    metrics = Metrics(engine, names.name_of)
+    metrics = Metrics(engine, names.name_of, base.name)
+    audit_log, traces = _open_records(settings)
     face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
     engine.on_ready = face.restore_pins
 
@@ -73,6 +76,9 @@ def create_app(
             await face.background.close()
             await engine.stop()
             await asyncio.to_thread(_close, face)
+            if traces is not None:
+                await traces.close()
+            audit_log.close()
 
     app = DescribedApp(
         *ROUTERS, title="Chorus", version=server.__version__, lifespan=lifespan, redirect_slashes=False
@@ -82,8 +88,18 @@ def create_app(
     app.add_middleware(RefuseWhileDraining, drain=face.drain)  # the last added is the first to be asked
     app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS)
     app.add_middleware(Door, open_paths=open_paths(*ROUTERS))
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, audit_log=audit_log, traces=traces)
     return app
+
+
+def _open_records(settings: Settings) -> tuple[AuditLog, Traces | None]:
+    """The audit log, and traces where they are asked for."""
+    try:
+        return AuditLog(settings.audit_log), Traces.of(settings, server.__version__)
+    except OSError as error:
+        raise StartError(f"--audit-log {settings.audit_log}: {error.strerror or error}") from error
+    except TracesError as error:
+        raise StartError(str(error)) from error
 
 
 def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -65,7 +65,9 @@ def as_chorus_error(error: Exception) -> ChorusError:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    response = error_response(as_chorus_error(error))
+    shown = as_chorus_error(error)
+    request.state.error_code = shown.code
+    response = error_response(shown)
     if isinstance(error, HTTPException) and error.status_code == 405:
         response.headers["allow"] = ", ".join(_methods(request))
     return response

@@ -29,7 +29,7 @@ _REMEMBERED_NAMES = 4096
 
 
 class AdapterNames:
-    """Digest -> the name it was last asked for by. Bounded: figures name what is in use, not all."""
+    """Digest -> the name it was last used by. Bounded: figures name what is in use, not all."""
 
     def __init__(self) -> None:
         self._names: OrderedDict[str, str] = OrderedDict()
@@ -105,6 +105,7 @@ class Face:
     async def restore_pins(self, _: object = None) -> None:
         """Bring pinned adapters (back) into the arena, each time an engine is new. Failures are logged."""
         for version in self.registry.pinned() if self.registry else []:
+            self.names.remember(version.digest, version.label)
             result = await self.engine.load_adapter(version.ref(), pin=True)
             if result.error is not None:
                 logger.error("pinned adapter %s could not be loaded: %s", version.label, result.message)

@@ -1,4 +1,4 @@
-"""`/health`, `/health/live`, `/health/ready` and `/metrics`."""
+"""`/health`, `/health/live`, `/health/ready`, `/metrics` and `/metrics/adapters`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ async def ready(request: Request) -> Response:
 @Operation({200: str}, quiet=True, scopes=("metrics",))
 async def metrics(request: Request) -> Response:
     return Response(face_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/metrics/adapters")
+@Operation({200: str}, quiet=True, scopes=("metrics",))
+async def adapter_metrics(request: Request) -> Response:
+    """Figures of the adapters with the most traffic, and of all others together."""
+    return Response(face_of(request).metrics.render_adapters(), headers={"content-type": CONTENT_TYPE})
 
 
 def _answer(status: str, code: int = 200, headers: dict[str, str] | None = None) -> Response:

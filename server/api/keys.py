@@ -22,6 +22,7 @@ from server.api.inference.schemas import from_validation
 from server.api.operation import Operation
 from server.api.paging import Page
 from server.errors import Unavailable
+from server.telemetry.audit import audit
 
 router = APIRouter(tags=["keys"])
 
@@ -62,9 +63,11 @@ async def create_key(request: Request) -> Response:
     """Make a key. It is shown in this answer alone: the server keeps its SHA-256."""
     body = _parse(await read_body(request, _MAX_JSON_BYTES) or b"{}")
     keyring, tenant = _keyring(request), body.tenant or caller_of(request).tenant
+    audit("key.create", request, name=body.name, key_tenant=tenant, scopes=body.scopes)
     key, text = await in_thread(
         lambda: keyring.create(body.name, body.scopes, tenant=tenant, lifetime_s=body.expires_in_s)
     )
+    audit("key.create", request, id=key.id)
     headers = {"cache-control": "no-store"}
     return JSONResponse({**view(key, time.time()), "key": text}, 201, headers)
 
@@ -92,6 +95,7 @@ async def list_keys(request: Request) -> Response:
 async def revoke_key(request: Request, key_id: str) -> Response:
     """It is refused from now on; requests that run by it go on to their end. It stays in the list."""
     keyring = _keyring(request)
+    audit("key.revoke", request, id=key_id)
     key = await in_thread(lambda: keyring.revoke(key_id))
     return JSONResponse(view(key, time.time()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
@@ -21,6 +22,7 @@ from server.engine.wakeup import Wakeup
 from server.lora.arena import Arena
 from server.lora.residency import Residency
 from server.messages import (
+    STEP_TOKEN_BOUNDS,
     AdapterResult,
     EngineInfo,
     EngineStats,
@@ -105,6 +107,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
         self._arrivals = 0
         self._steps = 0
+        self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
+        self._step_tokens_sum = 0
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
         self._settled = True  # another step would change nothing until an adapter lands
@@ -195,6 +199,10 @@ class Engine:
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
             waiting_digests=scheduler.waiting_digests,
+            running_digests=scheduler.running_digests,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=self._step_tokens_sum,
         )
 
     @property
@@ -233,11 +241,16 @@ class Engine:
         unread = self._in_flight[-1][1].token_ids if self._in_flight else None
         batch = self._batches.build(plan.runs, plan.copies, unread)
         self._in_flight.append((plan, self._runner.launch(batch, self._arena.view())))
-        self._steps += 1
+        self._count_step(sum(run.num_tokens for run in plan.runs))
         if not self._runs_beside_host or batch.sampling.must_be_read or max(batch.rows) > 1:
             return False
         self._scheduler.launched(plan)
         return True
+
+    def _count_step(self, tokens: int) -> None:
+        self._steps += 1
+        self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, tokens)] += 1
+        self._step_tokens_sum += tokens
 
     def _read(self, but: int) -> list[TokenOutput]:
         """What the steps in flight gave, all but the newest `but`; waits for them."""

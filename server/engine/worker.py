@@ -235,7 +235,7 @@ def _serve(start: Start) -> int:
 def _run(start: Start, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
     try:
         settings = Settings(**start.settings)
-        configure(settings.log_level)
+        configure(settings.log_level, settings.log_format)
         module, _, name = start.factory.partition(":")
         engine: EngineLike = getattr(importlib.import_module(module), name)(settings)
         worker = Worker(engine, inbox, outbox)

@@ -29,6 +29,11 @@ class Running:
         return self._mixes.values()
 
     @property
+    def digests(self) -> tuple[str, ...]:
+        """The adapters in use, each once."""
+        return tuple(dict.fromkeys(digest for mix in self._mixes for digest, _ in mix))
+
+    @property
     def decoding(self) -> int:
         """How many have one token to compute."""
         return len(self._sequences) - len(self._prefilling)

@@ -67,7 +67,8 @@ class Scheduler:
 
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far; prefix hits not counted
-        self.cached_prompt_tokens = 0  # taken from the prefix cache so far
+        self.prefix_query_tokens = 0  # looked up in the prefix cache so far
+        self.cached_prompt_tokens = 0  # taken from it
         self.generated_tokens = 0
 
     # -- what there is
@@ -88,6 +89,10 @@ class Scheduler:
     @property
     def waiting_digests(self) -> tuple[str, ...]:
         return self._line.digests
+
+    @property
+    def running_digests(self) -> tuple[str, ...]:
+        return self._running.digests
 
     @property
     def request_ids(self) -> list[str]:
@@ -187,6 +192,9 @@ class Scheduler:
 
     def _start(self, seq: Sequence) -> None:
         self._line.remove(seq)
+        if seq.started_at is None:
+            seq.started_at = self._clock()
+            seq.waited_for_adapter = seq.state is State.WAITING_FOR_ADAPTER
         seq.state = State.RUNNING
         self._running.add(seq)
         self._prompts.started(seq)
@@ -286,6 +294,7 @@ class Scheduler:
             self._prompts.copy(seq, prompt[most], seq.block_ids[most])
             seq.num_computed = seq.num_tokens - 1
         elif not seq.num_preemptions:
+            self.prefix_query_tokens += seq.num_prompt_tokens if pool.prefix_caching else 0
             seq.cached_tokens = seq.num_computed
             self.cached_prompt_tokens += seq.num_computed
         return True
@@ -376,6 +385,8 @@ class Scheduler:
             stop_token=taken[-1] if reason == "stop" else None,
             cached_tokens=seq.cached_tokens if first else 0,
             logprobs=list(logprobs[: len(taken)]) or None,
+            started_at=seq.started_at if first else None,
+            waited_for_adapter=seq.waited_for_adapter if first else False,
         )
 
 

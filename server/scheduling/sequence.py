@@ -59,8 +59,10 @@ class Sequence:
         "request_id",
         "sampling",
         "seed",
+        "started_at",
         "state",
         "stop_ids",
+        "waited_for_adapter",
     )
 
     def __init__(self, request: Request, arrival: float, order: int) -> None:
@@ -86,6 +88,8 @@ class Sequence:
         self.logits_state: dict[str, Any] = {}  # what logits processors keep from step to step
         self.group: PromptGroup | None = None  # of the choices that its prompt is computed for
         self.num_preemptions = 0
+        self.started_at: float | None = None  # when it first left the line, by the scheduler's clock
+        self.waited_for_adapter = False  # then: its adapters were what it had waited for last
         self.stop_ids: frozenset[int] = frozenset(self.sampling.stop_token_ids)
         self.max_length = self.num_prompt_tokens + self.sampling.max_tokens  # prompt and output, tokens
 

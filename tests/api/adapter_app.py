@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 
+from load_tests.fake_engine import empty_stats
 from server.access.keyring import Keyring
 from server.api import errors, keys
 from server.api.adapters import routes as adapters
@@ -39,12 +41,9 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        numbers = {
-            field: 0
-            for field in EngineStats.__struct_fields__
-            if field not in ("resident", "on_host", "waiting_digests")
-        }
-        return EngineStats(**numbers, resident=tuple(self.resident), on_host=tuple(self.on_host))
+        return msgspec.structs.replace(
+            empty_stats(), resident=tuple(self.resident), on_host=tuple(self.on_host)
+        )
 
     def restart(self) -> None:
         """Another life: nothing is loaded."""

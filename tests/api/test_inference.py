@@ -298,6 +298,9 @@ async def test_disconnect_aborts_and_gives_back(site: Site, stream: bool, pause_
     assert len(site.engine.aborted) == 3
     assert bool(client.sent) == (stream and pause_after > 0)
     assert b'outcome="aborted"} 1.0' in site.face.metrics.render()
+    assert b'{finished_reason="abort",model_name="base"} 3.0' in site.face.metrics.render()
+    of_adapter = b'chorus_adapter_requests_total{adapter="sql",outcome="aborted"} 1.0'
+    assert of_adapter in site.face.metrics.render_adapters()
     await drained(site)
     assert site.leases() == 0
 

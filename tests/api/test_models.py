@@ -8,10 +8,12 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from load_tests.fake_engine import empty_stats
 from server.border.client import DEAD_FACTOR, HUNG_FACTOR
-from server.messages import EngineStats
+from server.messages import EngineStats, ErrorCode
 from tests.api.face_site import ADAPTERS, Site, eventually, open_site
 from tests.api.fake_engine import FakeEngine, engine_info
 
@@ -23,8 +25,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def stats(**fields: object) -> EngineStats:
-    values: dict[str, object] = dict.fromkeys(EngineStats.__struct_fields__, 0)
-    return EngineStats(**values | {"resident": (), "on_host": (), "waiting_digests": ()} | fields)  # type: ignore[arg-type]  # many types
+    return msgspec.structs.replace(empty_stats(), **fields)
 
 
 async def test_models(site: Site) -> None:
@@ -168,15 +169,16 @@ async def test_metrics(site: Site) -> None:
     text = (await site.client.get("/metrics")).text
     lines = text.splitlines()
     for line in (
-        "vllm:num_requests_running 3.0",
-        "vllm:num_requests_waiting 2.0",
-        "vllm:kv_cache_usage_perc 0.5",
+        'vllm:num_requests_running{model_name="base"} 3.0',
+        'vllm:num_requests_waiting{model_name="base"} 2.0',
+        'vllm:kv_cache_usage_perc{model_name="base"} 0.5',
         'vllm:cache_config_info{block_size="16",num_gpu_blocks="64"} 1.0',
         'chorus_requests_total{outcome="completed"} 1.0',
         'chorus_requests_total{outcome="rejected"} 1.0',
         "chorus_preemptions_total 4.0",
         "chorus_engine_ready 1.0",
-        "chorus_time_to_first_token_seconds_count 1.0",
+        'vllm:time_to_first_token_seconds_count{model_name="base"} 1.0',
+        'vllm:request_success_total{finished_reason="stop",model_name="base"} 1.0',
     ):
         assert line in lines
     (adapters,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
@@ -189,3 +191,25 @@ async def test_metrics_stay_flat(site: Site) -> None:
     for at in range(50):
         await site.complete(model=f"nobody-{at}")
     assert len((await site.client.get("/metrics")).text.splitlines()) == size
+
+
+async def test_figures_of_adapters(site: Site) -> None:
+    site.say("the quick brown fox")
+    await site.complete(model="team/json")
+    site.engine.error, site.engine.error_after = ErrorCode.NON_FINITE, 1
+    await site.complete(model="sql")
+    await site.complete(model="sql", stream=True)
+    await site.complete()
+    site.engine.stats = stats(resident=(site.digest("team/json"),))
+    text = (await site.client.get("/metrics/adapters")).text
+    lines = text.splitlines()
+    for line in (
+        'chorus_adapter_requests_total{adapter="team/json",outcome="completed"} 1.0',
+        'chorus_adapter_requests_total{adapter="sql",outcome="failed"} 2.0',
+        'chorus_adapter_requests_total{adapter="*",outcome="completed"} 0.0',
+        'chorus_adapter_time_to_first_token_seconds_count{adapter="team/json"} 1.0',
+        'chorus_adapter_residency{adapter="team/json",location="arena"} 1.0',
+        'chorus_adapter_residency{adapter="sql",location="disk"} 1.0',
+    ):
+        assert line in lines
+    assert 'adapter="base"' not in text

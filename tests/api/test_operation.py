@@ -69,6 +69,6 @@ async def test_which_requests_are_counted_and_which_lines_are_for_debugging(
         await site.client.get("/nowhere")
         assert await counted(site) == before
     quiet = {path for path, _, facts in operations(*ROUTERS) if facts.quiet}
-    assert quiet == {"/health", "/health/live", "/health/ready", "/metrics"}
+    assert quiet == {"/health", "/health/live", "/health/ready", "/metrics", "/metrics/adapters"}
     inference = {path for path, _, facts in operations(*ROUTERS) if facts.counted}
     assert inference == {"/v1/completions", "/v1/chat/completions"}

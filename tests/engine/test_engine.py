@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from server.devices.cpu.device import CpuDevice
 from server.engine.engine import Engine
 from server.messages import (
+    STEP_TOKEN_BOUNDS,
     AdapterRef,
     AdapterResult,
     ErrorCode,
@@ -399,3 +401,15 @@ def test_info_names_the_targets(model: Path, engines: list[Engine]) -> None:
     assert names["model.layers.1.mlp.down_proj"] == (config["intermediate_size"], config["hidden_size"])
     assert names["lm_head"] == (config["hidden_size"], config["vocab_size"])
     assert engine.info.kv_blocks * engine.info.block_size > 0
+
+
+def test_stats_count_steps_by_their_tokens(model: Path, engines: list[Engine]) -> None:
+    engine = make_engine(model)
+    engines.append(engine)
+    engine.add(greedy("a", prompt(20, seed=1), 4))
+    run(engine)
+    stats = engine.stats()
+    assert sum(stats.step_tokens) == stats.steps
+    assert stats.step_tokens[bisect_left(STEP_TOKEN_BOUNDS, 20)] == 1
+    assert stats.step_tokens[0] == 3  # a step for each token but the first
+    assert (stats.step_tokens_sum, stats.prefix_query_tokens) == (23, 20)

@@ -36,6 +36,7 @@ from server.border.client import EngineClient
 from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory
 from server.messages import AdapterResult, ErrorCode
 from server.registry.records import AdapterVersion, Published, Retired, split_version
+from server.telemetry.audit import audit
 
 router = APIRouter(tags=["adapters"])
 
@@ -92,22 +93,24 @@ class UnloadLoraBody(pydantic.BaseModel):
 async def create_adapter(request: Request) -> Response:
     """Upload a new adapter (multipart: `name`, two files or an archive), or register a source (JSON)."""
     face = face_of(request)
+    audit("adapter.create", request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return _published(face, await receive(face, request, name=None, replace=False))
+        return _published(request, await receive(face, request, name=None, replace=False))
     body = await _json(request, SourceBody)
+    audit("adapter.create", request, name=body.name)
     call = partial(
         fetch, face, caller_of(request), body.name, body.source, replace=False, description=body.description
     )
     published = await in_thread(call)
-    return _published(face, published)
+    return _published(request, published)
 
 
 @router.put("/v1/adapters/{name:path}")
 @Operation({200: PublishedView, 201: PublishedView}, form=UPLOAD_FORM, scopes=("upload",))
 async def replace_adapter(request: Request, name: str) -> Response:
     """Upload a new version; running requests finish on the old one. 201 when the name is new."""
-    face = face_of(request)
-    return _published(face, await receive(face, request, name=name, replace=True))
+    audit("adapter.replace", request, name=name)
+    return _published(request, await receive(face_of(request), request, name=name, replace=True))
 
 
 @router.get("/v1/adapters")
@@ -142,6 +145,7 @@ async def change_adapter(request: Request, name: str) -> Response:
     face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
     body = await _json(request, AdapterChangeBody)
+    audit("adapter.share" if body.shared else "adapter.unshare", request, name=name)
     await in_thread(lambda: registry.set_shared(name, body.shared, tenant=tenant))
     return JSONResponse(_view(face, tenant, name))
 
@@ -151,6 +155,7 @@ async def change_adapter(request: Request, name: str) -> Response:
 async def delete_adapter(request: Request, name: str) -> Response:
     """New requests do not find it from now on. 200: it is gone; 202: running requests still use it."""
     face = face_of(request)
+    audit("adapter.delete", request, name=name)
     gone = await _delete(face, caller_of(request).tenant, name, _DELETE_WAIT_S)
     return JSONResponse(
         {"object": "adapter", "name": name, "state": "deleted" if gone else "draining"}, 200 if gone else 202
@@ -166,6 +171,7 @@ async def load_adapter(request: Request, name: str) -> Response:
     face.require_answers()
     raw = await read_body(request, _MAX_JSON_BYTES)
     body = _parse(raw, LoadBody) if raw else LoadBody()
+    audit("adapter.load", request, name=name, pin=body.pin)
     if body.pin and split_version(name)[1] is not None:
         raise InvalidRequest("A pin is for a name, and follows it to new versions.", param="pin")
     with registry.acquire(name, tenant=tenant, own=True) as lease:
@@ -179,6 +185,7 @@ async def load_adapter(request: Request, name: str) -> Response:
 @Operation({200: LoadedView}, scopes=("manage",))
 async def unload_adapter(request: Request, name: str) -> Response:
     """Take it out of accelerator memory and undo a pin. 409 when it is still in use after a few seconds."""
+    audit("adapter.unload", request, name=name)
     face, tenant = face_of(request), caller_of(request).tenant
     registry = face.require_registry()
     face.require_answers()
@@ -198,11 +205,14 @@ async def load_lora_adapter(request: Request) -> Response:
     """As operators' tools call it: register what `lora_path` names under `lora_name`."""
     face = face_of(request)
     body = await _json(request, LoadLoraBody)
+    event = "adapter.replace" if body.load_inplace else "adapter.create"
+    audit(event, request, name=body.lora_name)
     call = partial(fetch, face, caller_of(request), body.lora_name, body.lora_path, replace=body.load_inplace)
     try:
         published = await in_thread(call)
     except ChorusError as error:
         raise _as_compatible(error) from error
+    audit(event, request, **_change(published))
     _follow_up(face, published)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is loaded.")
 
@@ -213,6 +223,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     """As operators' tools call it: the same as DELETE, without waiting for running requests."""
     face = face_of(request)
     body = await _json(request, UnloadLoraBody)
+    audit("adapter.delete", request, name=body.lora_name)
     try:
         await _delete(face, caller_of(request).tenant, body.lora_name, wait_s=0.0)
     except ChorusError as error:
@@ -223,9 +234,17 @@ async def unload_lora_adapter(request: Request) -> Response:
 # after a change
 
 
-def _published(face: Face, published: Published) -> Response:
-    _follow_up(face, published)
+def _published(request: Request, published: Published) -> Response:
+    audit("adapter.replace" if request.method == "PUT" else "adapter.create", request, **_change(published))
+    _follow_up(face_of(request), published)
     return JSONResponse(published_view(published.version), 201 if published.outcome == "created" else 200)
+
+
+def _change(published: Published) -> dict[str, object]:
+    """For the audit log."""
+    version = published.version
+    known = {"name": version.name, "version": version.number, "digest": version.digest}
+    return {**known, "source": version.source, "change": published.outcome}
 
 
 def _follow_up(face: Face, published: Published) -> None:
@@ -269,6 +288,7 @@ async def _move_pin(face: Face, version: AdapterVersion) -> None:
 
 async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult:
     """Raises OutOfMemory when there is no room now, InvalidRequest when there never is."""
+    face.names.remember(version.digest, version.label)
     result = await face.engine.load_adapter(version.ref(), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
         raise OutOfMemory("There is no room for this adapter in accelerator memory now.")

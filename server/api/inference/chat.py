@@ -87,6 +87,7 @@ class ChatReply(Reply):
     """OpenAI's shape of a chat completion."""
 
     id_prefix = "chatcmpl"
+    operation = "chat"
     whole = Chat
     part = ChatChunk
 

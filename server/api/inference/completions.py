@@ -75,6 +75,7 @@ class CompletionReply(Reply):
     """OpenAI's shape of a completion. `echoes`: what stands before each prompt's output, if anything."""
 
     id_prefix = "cmpl"
+    operation = "text_completion"
     whole = part = Completion
 
     def __init__(self, request: CompletionRequest, face: Face, echoes: list[str] | None) -> None:

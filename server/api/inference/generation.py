@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
@@ -17,6 +16,7 @@ from server.border.client import EngineClient
 from server.errors import ChorusError, InvalidRequest, OutOfMemory, TooSlow, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
+from server.telemetry.sequence_metrics import SequenceTimes
 from server.text.detokenizer import Detokenizer
 from server.text.stop import StopStrings
 from server.text.tokenizer import Tokenizer
@@ -146,7 +146,8 @@ class Generation:
     ) -> None:
         self.choices = choices
         self._engine = engine
-        self._metrics = metrics
+        self.times: dict[str, SequenceTimes] = {}  # of each choice that the engine was asked for, by its id
+        self._metrics = metrics.sequences
         self._ready: list[Delta] = []
         self._waiting = 0  # bytes of `_ready`
         self._most_waiting = most_waiting
@@ -209,31 +210,31 @@ class Generation:
         return ready
 
     async def _follow(self, choices: list[Choice]) -> None:
+        request, failure = choices[0].request, None
+        times = self._metrics.begin(request)
+        self.times.update(zip((choice.request_id for choice in choices), times, strict=True))
         try:
-            await self._run(choices[0].request, {choice.request_id: choice for choice in choices})
+            await self._run(request, {choice.request_id: choice for choice in choices})
         except Exception as error:
+            failure = error
             self.fail(error)
         finally:
+            self._metrics.prompt_ended(times, failure)
             self._open -= 1
             self._wake.set()
 
     async def _run(self, request: Request, running: dict[str, Choice]) -> None:
-        last = dict.fromkeys(running, time.monotonic())
-        self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
                 choice = running.get(output.request_id)
                 if choice is None:
                     continue  # of after its stop string
-                first = choice.completion_tokens == 0
                 delta = choice.advance(output)
-                now = time.monotonic()
                 if delta.token_ids:
-                    elapsed = now - last[output.request_id]
-                    self._metrics.observe_tokens(len(delta.token_ids), elapsed, first=first)
-                    last[output.request_id] = now
+                    self._metrics.output(self.times[output.request_id], output, len(delta.token_ids))
                 self._put(delta)
                 if delta.finish_reason is not None:
+                    self._metrics.end(self.times[output.request_id], delta.finish_reason)
                     del running[output.request_id]
                     if output.finish_reason is None:  # a stop string, of which the engine knows nothing
                         self._engine.abort(output.request_id)

@@ -31,6 +31,7 @@ class Reply(ABC):
     """Writes the outputs of one request, whole or in chunks. A subclass is a route's shapes and no more."""
 
     id_prefix: ClassVar[str]
+    operation: ClassVar[str]  # in the words of OpenTelemetry's gen_ai conventions
     whole: ClassVar[type[Answer]]
     part: ClassVar[type[Answer]]
 
@@ -49,6 +50,15 @@ class Reply(ABC):
         self._choices: list[Choice] = []
         self._kept: list[list[Delta]] = []
         self._started: set[int] = set()
+
+    @property
+    def id(self) -> str:
+        return self._head.id
+
+    @property
+    def model(self) -> str:
+        """The name that the client gave, or the base model's."""
+        return self._head.model
 
     @abstractmethod
     def choice_of_part(self, delta: Delta, *, first: bool) -> AnyChoice:

@@ -14,8 +14,10 @@ from server.api.body import beside_loop, read_body
 from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
-from server.api.inference.generation import Choice, ClientGone, Generation
+from server.api.inference.generation import ClientGone, Generation
 from server.api.inference.mix import LeasedMix
+from server.api.inference.served import count_served
+from server.api.inference.spans import trace_generation
 from server.api.inference.spec import GenerationSpec
 from server.messages import EngineInfo
 
@@ -54,10 +56,25 @@ class GenerationResponse(Response):
                 choices = spec.choices(leased)
                 spec.reply.start(leased.version, choices)
                 generation = Generation(face.engine, choices, face.metrics, face.settings.max_unread_bytes)
-                with face.drain.serving(generation.fail), _counted(face, leased, choices):
+                with face.drain.serving(generation.fail), self._counted(leased, generation):
                     await self._answer(generation, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
+
+    @contextmanager
+    def _counted(self, leased: LeasedMix, generation: Generation) -> Iterator[None]:
+        """Adds the request and its tokens to the figures of its adapters, however it ended."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = getattr(self._request.state, "outcome", "completed")
+        except (ClientGone, asyncio.CancelledError):
+            outcome = "aborted"
+            raise
+        finally:
+            count_served(self._face, leased, generation, outcome)
+            if (trace := getattr(self._request.state, "trace", None)) is not None and trace.wanted:
+                trace_generation(trace, self._spec, leased, generation)
 
     async def _answer(self, generation: Generation, receive: Receive, send: Send) -> None:
         async with generation:
@@ -95,20 +112,10 @@ class GenerationResponse(Response):
         except ClientGone:
             raise
         except Exception as error:  # the status is sent: an error can only be an event now
-            self._request.state.outcome = "failed"
-            last = event(encode_error(as_chorus_error(error))) + DONE
+            shown = as_chorus_error(error)
+            self._request.state.outcome, self._request.state.error_code = "failed", shown.code
+            last = event(encode_error(shown)) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-@contextmanager
-def _counted(face: Face, leased: LeasedMix, choices: list[Choice]) -> Iterator[None]:
-    """Adds the request and its tokens to the registry's figures, however it ended."""
-    try:
-        yield
-    finally:
-        tokens = sum(choice.completion_tokens for choice in choices)
-        for version, _ in leased.members:
-            face.require_registry().served(version, tokens)
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:
