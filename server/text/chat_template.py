@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest
 from server.text.tokenizer import read_json
+
+MOST_RENDERED = 16 * 2**20  # characters of one prompt; a body has half as many bytes by default
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -69,17 +72,37 @@ class ChatTemplate:
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
 
-    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        *,
+        most: int = MOST_RENDERED,
+    ) -> str:
         """The prompt, ending where the assistant's answer begins.
 
-        `options` are extra names for the template. Raises InvalidRequest (param `messages`) when the template
-        refuses the messages or fails on them.
+        `options` are extra names for the template, `most` the characters that it may write. Raises
+        InvalidRequest for options that have a name which means something here (param
+        `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the messages, fails on
+        them or writes too much. How long it takes is the caller's affair: see api/reading/child.py.
         """
-        names = {"tools": None, "documents": None, **options, **self._special_tokens}
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        names |= {"messages": messages, "add_generation_prompt": True}
+        for name in options or ():
+            if name in names:
+                raise InvalidRequest(
+                    f"chat_template_kwargs: the name {name} is taken", param=f"chat_template_kwargs.{name}"
+                )
+        pieces, written = [], 0
         try:
-            return self._template.render(names | {"messages": messages, "add_generation_prompt": True})
+            for piece in self._template.generate(names | dict(options or {})):
+                pieces.append(piece)
+                written += len(piece)
+                if written > most:
+                    raise jinja2.TemplateError(f"it writes more than {most} characters")
         except Exception as error:  # a template is a program that came with the model: anything may happen
             reason = str(error)[:300] or type(error).__name__
             raise InvalidRequest(
                 f"The chat template refused these messages: {reason}", param="messages"
             ) from error
+        return "".join(pieces)

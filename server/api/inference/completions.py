@@ -11,10 +11,11 @@ from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import Completion, CompletionChoice, CompletionLogprobs
 from server.api.inference.reply import Reply, logprobs_of, text_of
-from server.api.inference.schemas import CompletionRequest, parse
+from server.api.inference.schemas import CompletionRequest
 from server.api.inference.spec import (
     GenerationSpec,
-    judge_prompts,
+    judge_choices,
+    judge_logprobs,
     output_room,
     sampling_params,
     text_options,
@@ -36,39 +37,29 @@ async def create_completion(request: Request) -> Response:
     return await generate(request, _spec)
 
 
-def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
-    request = parse(CompletionRequest, body, info.max_model_len)
+async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
+    reading = await face.readers.completions(body, info)
+    request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
     if request.echo and request.logprobs is not None:
         raise InvalidRequest(
             "logprobs: not supported together with echo", param="logprobs", code="unsupported"
         )
-    prompts = [_encode(face, prompt) for prompt in request.prompt]
-    judge_prompts(prompts, info, request.n, "prompt")
+    judge_choices(len(prompts), request.n)
     sampling = []
     for ids in prompts:
         room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
         sampling.append(sampling_params(request, info, room))
-    echoes = [_echo(face, prompt, ids) for prompt, ids in zip(request.prompt, prompts, strict=True)]
+    judge_logprobs(request, sampling, "logprobs")
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
         sampling=sampling,
         n=request.n,
-        text=text_options(request, face.tokenizer),
+        text=await text_options(request, face.tokenizer),
         stream=bool(request.stream),
-        reply=CompletionReply(request, face, echoes if request.echo else None),
+        reply=CompletionReply(request, face, reading.echoes),
     )
-
-
-def _encode(face: Face, prompt: str | list[int]) -> list[int]:
-    return face.require_tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else prompt
-
-
-def _echo(face: Face, prompt: str | list[int], ids: list[int]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return face.tokenizer.decode(ids) if face.tokenizer else ""
 
 
 class CompletionReply(Reply):

@@ -16,7 +16,7 @@ from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.text.detokenizer import Detokenizer
-from server.text.stop import StopStrings
+from server.text.stop import StopAutomaton, StopStrings
 from server.text.tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ class TextOptions(msgspec.Struct, frozen=True):
     """How tokens become the text that a client sees."""
 
     tokenizer: Tokenizer | None
-    stops: tuple[str, ...] = ()
+    stops: StopAutomaton | None = None  # shared by the choices
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0  # no stop string is looked for before

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import pydantic
 import pydantic_core
-from pydantic import BeforeValidator, Field, FiniteFloat, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator
 
 from server.errors import InvalidRequest
 
@@ -17,12 +17,15 @@ MAX_PROMPTS = 256
 MAX_SEQUENCES = 256  # prompts times n
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_ALL_STOP_CHARACTERS = 4096  # of one request together
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_LOGPROB_ENTRIES = 2**19  # of one answer, which has up to 75 bytes for each
+MAX_TEMPLATE_OPTIONS = 64
 MAX_MESSAGES = 4096
 MAX_MIX = 16
-_LARGE = 64 * 2**10  # bytes; a body above this is looked at with care
-_MOST_BESIDE = 256 * 2**10  # bytes; all fields but the prompt
+_LARGE = 16 * 2**10  # bytes; a body above this is looked at with care
+_MOST_BESIDE = 128 * 2**10  # bytes; all fields but the prompt
 _INT64 = 2**63
 
 # Accepted and without effect: they change nothing in what is answered.
@@ -75,8 +78,16 @@ def _prompts(value: object) -> list[str | list[int]]:
     return prompts
 
 
+def _few_characters(stops: list[str]) -> list[str]:
+    characters = sum(map(len, stops))
+    if characters > MAX_ALL_STOP_CHARACTERS:
+        raise ValueError(f"{characters} characters together, the limit is {MAX_ALL_STOP_CHARACTERS}")
+    return stops
+
+
+# Lists end at their first fault (fail_fast): to make an error of each item would take longer than anything.
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-_Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
+_Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS, fail_fast=True), AfterValidator(_few_characters)]
 TokenId = Annotated[int, Field(ge=0)]
 _Few = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompts = Annotated[
@@ -102,6 +113,9 @@ class AdapterWeight(_Strict):
     weight: Annotated[FiniteFloat, Field(ge=-100, le=100)] = 1.0
 
 
+_Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None  # no effect
@@ -122,7 +136,9 @@ class GenerationRequest(_Strict):
 
     model: str | None = None
     adapter: Annotated[str | None, Field(min_length=1)] = None
-    adapters: Annotated[list[AdapterWeight] | None, Field(min_length=1, max_length=MAX_MIX)] = None
+    adapters: (
+        Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)] | None
+    ) = None
     adapter_scale: Annotated[FiniteFloat | None, Field(ge=-100, le=100)] = None
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -144,7 +160,7 @@ class GenerationRequest(_Strict):
         _Stops | None,
         BeforeValidator(_one_or_many, json_schema_input_type=_Stop | _Stops | None),
     ] = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOPS)] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -185,7 +201,11 @@ class Message(_Strict):
     """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True),
+        BeforeValidator(_content, json_schema_input_type=str | list[TextPart]),
+    ]
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -200,14 +220,20 @@ class Message(_Strict):
         return {"role": role, "content": "\n".join(part.text for part in self.content)} | named
 
 
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: _Messages
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, str | int | FiniteFloat | bool | None], Field(max_length=MAX_TEMPLATE_OPTIONS)]
+        | None
+    ) = None
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -219,7 +245,9 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message] | None, Field(min_length=1, max_length=MAX_MESSAGES)] = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -228,7 +256,7 @@ class DetokenizeRequest(_Strict):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 Body = TypeVar("Body", bound=_Strict)
@@ -237,8 +265,7 @@ Body = TypeVar("Body", bound=_Strict)
 def parse(kind: type[Body], body: bytes, longest: int) -> Body:
     """A JSON body as one of the types above. `longest`: most tokens that one prompt can have.
 
-    Safe to run in a thread: bodies too large for what they could mean are refused before the parser, which
-    lets no other thread run, makes objects of them.
+    Bodies too large for what they could mean are refused before the parser makes objects of them.
     """
     if len(body) > _LARGE:
         _judge_size(body, longest)
@@ -249,6 +276,7 @@ def parse(kind: type[Body], body: bytes, longest: int) -> Body:
     if not isinstance(fields, dict):
         raise InvalidRequest("The body must be a JSON object.")
     _refuse_unsupported(fields, kind)
+    _refuse_unknown(fields, kind)
     try:
         request = kind.model_validate(fields)
     except pydantic.ValidationError as error:
@@ -262,13 +290,25 @@ class _LargeFields(msgspec.Struct):
     tokens: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _MessageShape(msgspec.Struct):
+class _MessageShape(msgspec.Struct, forbid_unknown_fields=True):
+    """As `Message`, for a decoder that ends at the first fault."""
+
     role: str
     content: str | list[_PartShape]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: _Empty | None = None
+    annotations: _Empty | None = None
 
 
-class _PartShape(msgspec.Struct):
-    type: str
+class _PartShape(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+_Empty = Annotated[list[None], msgspec.Meta(max_length=0)]
 
 
 _FIELDS = msgspec.json.Decoder(_LargeFields)
@@ -330,6 +370,13 @@ def _refuse_unsupported(fields: dict[str, Any], kind: type[_Strict]) -> None:
     for name, field in kind.model_fields.items():  # null means the default, as in OpenAI's API
         if name in fields and fields[name] is None and not field.is_required():
             del fields[name]
+
+
+def _refuse_unknown(fields: dict[str, Any], kind: type[_Strict]) -> None:
+    """The first of them, which pydantic would make an error each of."""
+    for name in fields:
+        if name not in kind.model_fields:
+            raise InvalidRequest(f"Unknown field: {name[:200]}", param=name[:200], code="unknown_field")
 
 
 def from_validation(errors: list[Any]) -> InvalidRequest:

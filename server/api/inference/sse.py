@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.body import beside_loop, read_body
+from server.api.body import read_body
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
 from server.api.inference.generation import Choice, ClientGone, Generation
@@ -27,13 +27,13 @@ def event(payload: bytes) -> bytes:
 
 
 async def generate(
-    request: Request, spec_of: Callable[[Face, EngineInfo, bytes], GenerationSpec]
+    request: Request, spec_of: Callable[[Face, EngineInfo, bytes], Awaitable[GenerationSpec]]
 ) -> Response:
-    """What an inference route answers. `spec_of` judges the body, in a thread when that is large."""
+    """What an inference route answers. `spec_of` judges the body."""
     face = face_of(request)
     info = face.require_engine()
     body = await read_body(request, face.settings.max_request_bytes)
-    return GenerationResponse(face, request, await beside_loop(len(body), lambda: spec_of(face, info, body)))
+    return GenerationResponse(face, request, await spec_of(face, info, body))
 
 
 class GenerationResponse(Response):

@@ -1,0 +1,66 @@
+"""What the face and a reader process say to each other: frames of msgpack, each after its length."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+
+JOB_S = 30.0  # of processor time, for one body in all
+RENDER_S = 2.0  # of processor time, for a chat template
+
+HEAD = struct.Struct("<Q")  # the bytes of the frame that follows
+
+
+class ReaderStart(msgspec.Struct, frozen=True):
+    """The first frame: what the process reads with."""
+
+    folder: str  # of tokenizer.json and the chat template
+
+
+class ReadJob(msgspec.Struct, frozen=True):
+    """One body to be read."""
+
+    kind: Kind
+    max_model_len: int  # tokens
+    vocab_size: int
+    body: bytes
+
+
+class ReadError(msgspec.Struct, frozen=True):
+    """A refusal. `code` is None where its type's own holds."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+    internal: bool = False  # the reader's own fault, told in its log
+
+
+class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a body says: of an inference route the fields beside the prompt, and the prompts as token ids."""
+
+    fields: bytes = b""  # JSON
+    prompts: list[bytes] = []  # each its token ids, int32 in the machine's order
+    echoes: list[str] | None = None
+    answer: bytes = b""  # JSON, of a route that answers with nothing else
+    error: ReadError | None = None
+    resident_bytes: int = 0  # memory of the process now
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    payload = msgspec.msgpack.encode(message)
+    return HEAD.pack(len(payload)) + payload
+
+
+def ids_to_bytes(ids: list[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def ids_of_bytes(packed: bytes) -> list[int]:
+    ids = array("i")
+    ids.frombytes(packed)
+    return ids.tolist()
