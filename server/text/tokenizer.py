@@ -24,6 +24,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for, as many as the model can name
         self.special_tokens = special_tokens or {}  # "bos_token" -> "<s>", for chat templates
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -76,6 +77,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; they may be only a part of a UTF-8 character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._token_bytes(token_id)
+        return known
+
+    def _token_bytes(self, token_id: int) -> bytes:
         token = self.token(token_id)
         if token is None:
             return b""

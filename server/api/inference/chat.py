@@ -21,7 +21,7 @@ from server.api.inference.replies import (
     ChatMessage,
     TopLogprob,
 )
-from server.api.inference.reply import Reply, logprobs_of, text_of
+from server.api.inference.reply import Reply
 from server.api.inference.schemas import ChatRequest
 from server.api.inference.spec import (
     GenerationSpec,
@@ -87,21 +87,15 @@ class ChatReply(Reply):
         return ChatChunkChoice(
             delta.choice.index,
             ChatDelta(role, delta.text if delta.text or first else UNSET),
-            _logprobs(self.tokenizer, logprobs_of([delta])),
+            self.logprobs(delta.logprobs) if delta.logprobs else None,
             delta.finish_reason,
         )
 
-    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> ChatChoice:
-        return ChatChoice(
-            choice.index,
-            ChatMessage(text_of(deltas)),
-            _logprobs(self.tokenizer, logprobs_of(deltas)),
-            choice.finish_reason,
-        )
+    def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
+        return ChatChoice(choice.index, ChatMessage(text), UNSET, choice.finish_reason)
 
-
-def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> ChatLogprobs | None:
-    return ChatLogprobs([_logprob(tokenizer, entry) for entry in entries]) if entries else None
+    def logprobs(self, entries: list[TokenLogprobs]) -> ChatLogprobs:
+        return ChatLogprobs([_logprob(self.tokenizer, entry) for entry in entries])
 
 
 def _logprob(tokenizer: Tokenizer | None, entry: TokenLogprobs) -> ChatLogprob:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,7 +13,7 @@ from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import Completion, CompletionChoice, CompletionLogprobs
-from server.api.inference.reply import Reply, logprobs_of, text_of
+from server.api.inference.reply import Reply
 from server.api.inference.schemas import CompletionRequest
 from server.api.inference.spec import (
     GenerationSpec,
@@ -73,30 +76,27 @@ class CompletionReply(Reply):
         self._echoes = echoes
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> CompletionChoice:
-        return self._choice(delta.choice, [delta], with_echo=first)
-
-    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> CompletionChoice:
-        return self._choice(choice, deltas, with_echo=True)
-
-    def _choice(self, choice: Choice, deltas: list[Delta], *, with_echo: bool) -> CompletionChoice:
-        echo = self._echoes[choice.prompt_index] if self._echoes and with_echo else ""
         return CompletionChoice(
-            choice.index,
-            echo + text_of(deltas),
-            _logprobs(self.tokenizer, logprobs_of(deltas)),
-            deltas[-1].finish_reason,
+            delta.choice.index,
+            self._echo(delta.choice) + delta.text if first else delta.text,
+            self.logprobs(delta.logprobs) if delta.logprobs else None,
+            delta.finish_reason,
         )
 
+    def choice_of_whole(self, choice: Choice, text: str) -> CompletionChoice:
+        return CompletionChoice(choice.index, self._echo(choice) + text, UNSET, choice.finish_reason)
 
-def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> CompletionLogprobs | None:
-    if not entries:
-        return None
-    return CompletionLogprobs(
-        tokens=[_name(tokenizer, entry.values.token_id) for entry in entries],
-        token_logprobs=[entry.values.logprob for entry in entries],
-        top_logprobs=[{_name(tokenizer, i): value for i, value in entry.values.top} for entry in entries],
-        text_offset=[entry.text_offset for entry in entries],
-    )
+    def logprobs(self, entries: list[TokenLogprobs]) -> CompletionLogprobs:
+        name = partial(_name, self.tokenizer)
+        return CompletionLogprobs(
+            tokens=[name(entry.values.token_id) for entry in entries],
+            token_logprobs=[entry.values.logprob for entry in entries],
+            top_logprobs=[{name(i): value for i, value in entry.values.top} for entry in entries],
+            text_offset=[entry.text_offset for entry in entries],
+        )
+
+    def _echo(self, choice: Choice) -> str:
+        return self._echoes[choice.prompt_index] if self._echoes else ""
 
 
 def _name(tokenizer: Tokenizer | None, token_id: int) -> str:
