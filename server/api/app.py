@@ -16,6 +16,7 @@ from server.api.adapters import routes as adapters
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
+from server.api.reading.messages import ReaderStart
 from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
@@ -48,7 +49,7 @@ def create_app(
     template that cannot be read.
     """
     tokenizer = _load_text(settings, base)
-    readers = Readers(base.tokenizer_folder, tokenizer)
+    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of)
     face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), names=names)

@@ -12,6 +12,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest
@@ -28,6 +29,17 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Unfolded(CodeGenerator):
+    """Leaves constant expressions to the rendering, which has a limit to its time; the compiler has none."""
+
+    def _output_child_to_const(
+        self, node: jinja2.nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo
+    ) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -49,8 +61,12 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
         """Raises ValueError when the template is not valid Jinja."""
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -100,6 +116,8 @@ class ChatTemplate:
                 written += len(piece)
                 if written > most:
                     raise jinja2.TemplateError(f"it writes more than {most} characters")
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program that came with the model: anything may happen
             reason = str(error)[:300] or type(error).__name__
             raise InvalidRequest(

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from server.api.app import create_app
 from server.api.face import Face
 from server.api.reading import child
-from server.api.reading.messages import ReadAnswer, ReadJob
+from server.api.reading.messages import ReadAnswer, ReaderStart, ReadJob
 from server.api.reading.reader import Reader
 from server.api.reading.readers import Readers
 from server.base_model import BaseModel
@@ -86,7 +86,7 @@ class SameProcess(Readers):
     """Reads in the test's own process what would go to another, whose start takes as long as ten tests."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer | None) -> None:
-        super().__init__(folder, tokenizer)
+        super().__init__(ReaderStart(str(folder)), tokenizer)
         self._reader = Reader(
             tokenizer, ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
         )

@@ -1,16 +1,12 @@
-"""What clients may ask, judged field by field. Every refusal is an InvalidRequest that names the field."""
+"""What clients may ask, field by field, with every limit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import msgspec
 import pydantic
-import pydantic_core
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator
-
-from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
@@ -24,8 +20,6 @@ MAX_LOGPROB_ENTRIES = 2**19  # of one answer, which has up to 75 bytes for each
 MAX_TEMPLATE_OPTIONS = 64
 MAX_MESSAGES = 4096
 MAX_MIX = 16
-_LARGE = 16 * 2**10  # bytes; a body above this is looked at with care
-_MOST_BESIDE = 128 * 2**10  # bytes; all fields but the prompt
 _INT64 = 2**63
 
 # Accepted and without effect: they change nothing in what is answered.
@@ -33,7 +27,7 @@ IGNORED_FIELDS = frozenset(
     {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 )
 # Known, but only with a value that asks for nothing.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "suffix": (None, ""),
     "tools": (None, []),
@@ -85,6 +79,17 @@ def _few_characters(stops: list[str]) -> list[str]:
     return stops
 
 
+def _no_more_than(limit: int) -> BeforeValidator:
+    """Of an object's keys, before each is judged."""
+
+    def judge(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"{len(value)} entries, the limit is {limit}")
+        return value
+
+    return BeforeValidator(judge)
+
+
 # Lists end at their first fault (fail_fast): to make an error of each item would take longer than anything.
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _Stops = Annotated[list[_Stop], Field(max_length=MAX_STOPS, fail_fast=True), AfterValidator(_few_characters)]
@@ -102,21 +107,31 @@ Prompts = Annotated[
 ]
 
 
-class _Strict(pydantic.BaseModel):
+class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class AdapterWeight(_Strict):
+class AdapterWeight(Strict):
     """One member of a composition."""
 
     name: Annotated[str, Field(min_length=1)]
     weight: Annotated[FiniteFloat, Field(ge=-100, le=100)] = 1.0
 
 
+_LogitBias = Annotated[
+    dict[str, Annotated[FiniteFloat, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+    _no_more_than(MAX_LOGIT_BIAS),
+]
+_TemplateOptions = Annotated[
+    dict[str, str | int | FiniteFloat | bool | None],
+    Field(max_length=MAX_TEMPLATE_OPTIONS),
+    _no_more_than(MAX_TEMPLATE_OPTIONS),
+]
 _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None  # no effect
 
@@ -125,11 +140,11 @@ def _known_besides(schema: dict[str, Any]) -> None:
     """Fields that are taken off before the others are judged, as the JSON schema says them."""
     for name in sorted(IGNORED_FIELDS):
         schema["properties"][name] = {"description": "Accepted and without effect."}
-    for name, values in _NEUTRAL.items():
+    for name, values in NEUTRAL_FIELDS.items():
         schema["properties"][name] = {"enum": list(values), "description": "Asks for nothing."}
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """What both inference routes share."""
 
     model_config = pydantic.ConfigDict(json_schema_extra=_known_besides)
@@ -150,10 +165,9 @@ class GenerationRequest(_Strict):
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[FiniteFloat | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[FiniteFloat | None, Field(ge=-2, le=2)] = None
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=10)] = 1.0
-    logit_bias: Annotated[
-        dict[str, Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None, Field(max_length=MAX_LOGIT_BIAS)
-    ] = None
+    # It divides logits: what is near to 0 makes them infinite.
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=0.01, le=10)] = 1.0
+    logit_bias: _LogitBias | None = None
     seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
 
     stop: Annotated[
@@ -188,7 +202,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
@@ -197,7 +211,7 @@ def _content(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -230,17 +244,14 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-    chat_template_kwargs: (
-        Annotated[dict[str, str | int | FiniteFloat | bool | None], Field(max_length=MAX_TEMPLATE_OPTIONS)]
-        | None
-    ) = None
+    chat_template_kwargs: _TemplateOptions | None = None
 
     @property
     def top_logprobs_wanted(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """Body of `POST /tokenize`: a prompt, or the messages of a chat."""
 
     model: str | None = None
@@ -252,142 +263,8 @@ class TokenizeRequest(_Strict):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-Body = TypeVar("Body", bound=_Strict)
-
-
-def parse(kind: type[Body], body: bytes, longest: int) -> Body:
-    """A JSON body as one of the types above. `longest`: most tokens that one prompt can have.
-
-    Bodies too large for what they could mean are refused before the parser makes objects of them.
-    """
-    if len(body) > _LARGE:
-        _judge_size(body, longest)
-    try:
-        fields = pydantic_core.from_json(body)  # takes NaN and Infinity, so that a field can be named
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}") from error
-    if not isinstance(fields, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    _refuse_unsupported(fields, kind)
-    _refuse_unknown(fields, kind)
-    try:
-        request = kind.model_validate(fields)
-    except pydantic.ValidationError as error:
-        raise from_validation(error.errors(include_url=False, include_context=False)) from None
-    return request
-
-
-class _LargeFields(msgspec.Struct):
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
-    messages: msgspec.Raw = msgspec.Raw(b"null")
-    tokens: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _MessageShape(msgspec.Struct, forbid_unknown_fields=True):
-    """As `Message`, for a decoder that ends at the first fault."""
-
-    role: str
-    content: str | list[_PartShape]
-    name: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: _Empty | None = None
-    annotations: _Empty | None = None
-
-
-class _PartShape(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-_Empty = Annotated[list[None], msgspec.Meta(max_length=0)]
-
-
-_FIELDS = msgspec.json.Decoder(_LargeFields)
-_STRINGS = msgspec.json.Decoder(list[str])
-_MESSAGES = msgspec.json.Decoder(list[_MessageShape] | None)
-
-
-def _judge_size(body: bytes, longest: int) -> None:
-    """Refuses a large body that cannot be right, in a few milliseconds for 8 MiB and without objects."""
-    try:
-        fields = _FIELDS.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}") from error
-    large = sum(len(bytes(raw)) for raw in (fields.prompt, fields.messages, fields.tokens))
-    if len(body) - large > _MOST_BESIDE:
-        raise InvalidRequest(f"The fields beside the prompt are larger than {_MOST_BESIDE} bytes.")
-    for name in ("prompt", "tokens"):
-        _judge_prompt(name, bytes(getattr(fields, name)), longest)
-    try:
-        messages = _MESSAGES.decode(fields.messages)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise InvalidRequest(f"messages: {str(error)[:200]}", param="messages") from error
-    if messages and len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(
-            f"messages: {len(messages)} messages, the limit is {MAX_MESSAGES}", param="messages"
-        )
-
-
-def _judge_prompt(name: str, raw: bytes, longest: int) -> None:
-    if not raw.startswith(b"["):
-        return  # one string
-    if raw[1:].lstrip().startswith(b'"'):
-        try:
-            prompts = len(_STRINGS.decode(raw))  # ends at the first thing that is not a string
-        except msgspec.MsgspecError as error:
-            raise InvalidRequest(f"{name}: {error}", param=name) from error
-    elif b'"' in raw:
-        raise InvalidRequest(f"{name}: strings and other things are mixed", param=name)
-    else:  # only numbers, commas and brackets are right here
-        prompts = max(raw.count(b"[") - 1, 1)
-        if raw.count(b",") >= longest * prompts + prompts:
-            raise InvalidRequest(f"{name}: longer than the context of {longest} tokens", param=name)
-    if prompts > MAX_PROMPTS:
-        raise InvalidRequest(f"{name}: {prompts} prompts, the limit is {MAX_PROMPTS}", param=name)
-
-
-def _refuse_unsupported(fields: dict[str, Any], kind: type[_Strict]) -> None:
-    """Drops the fields that ask for nothing, and refuses by name those that ask for what we cannot do."""
-    if not issubclass(kind, GenerationRequest):
-        return
-    if fields.get("best_of") is not None and fields["best_of"] == fields.get("n"):
-        del fields["best_of"]
-    for name in fields.keys() & IGNORED_FIELDS:
-        del fields[name]
-    for name in fields.keys() & _NEUTRAL.keys():
-        if fields[name] not in _NEUTRAL[name]:
-            raise InvalidRequest(f"{name} is not supported by this server.", param=name, code="unsupported")
-        del fields[name]
-    for name, field in kind.model_fields.items():  # null means the default, as in OpenAI's API
-        if name in fields and fields[name] is None and not field.is_required():
-            del fields[name]
-
-
-def _refuse_unknown(fields: dict[str, Any], kind: type[_Strict]) -> None:
-    """The first of them, which pydantic would make an error each of."""
-    for name in fields:
-        if name not in kind.model_fields:
-            raise InvalidRequest(f"Unknown field: {name[:200]}", param=name[:200], code="unknown_field")
-
-
-def from_validation(errors: list[Any]) -> InvalidRequest:
-    """The first error of a pydantic validation, with the field's path (`messages[0].role`) as `param`."""
-    first = errors[0]
-    path = ""
-    for part in first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    path = path[:200]
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"Unknown field: {path}", param=path, code="unknown_field")
-    if first["type"] == "missing":
-        return InvalidRequest(f"Missing field: {path}", param=path)
-    return InvalidRequest(f"{path}: {first['msg'].removeprefix('Value error, ')}", param=path or None)

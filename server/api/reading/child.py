@@ -1,8 +1,8 @@
 """The program of a reader process: takes bodies from its standard input, answers on its standard output.
 
 It is where hostile input ends: what takes too long or too much memory ends this process by a limit of the
-kernel's (SIGVTALRM after RENDER_S, SIGPROF after JOB_S), and nobody else. A chat template is a program, and
-no thread that runs one can be stopped.
+kernel's (`ReaderStart`; SIGVTALRM for a template, SIGPROF for all of a job), and nobody else. A chat template
+is a program, and no thread that runs one can be stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import msgspec
 
 from server.api.reading.messages import (
     HEAD,
-    JOB_S,
-    RENDER_S,
+    TEXT_FIELDS,
     ReadAnswer,
     ReadError,
     ReaderStart,
@@ -33,18 +32,20 @@ from server.errors import ChorusError
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
-MEMORY_BYTES = 2 * 2**30  # of address space, on top of what the process begins with
-
 logger = logging.getLogger(__name__)
 
 
-class TimedReader(Reader):
+class _TimedReader(Reader):
     """Renders against the clock."""
+
+    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, render_s: float) -> None:
+        super().__init__(tokenizer, template)
+        self._render_s = render_s
 
     def render(
         self, template: ChatTemplate, messages: list[dict[str, str]], options: TemplateOptions | None
     ) -> str:
-        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self._render_s)
         try:
             return super().render(template, messages, options)
         finally:
@@ -58,23 +59,25 @@ def main() -> None:
     for number in (signal.SIGPROF, signal.SIGVTALRM):
         signal.signal(number, signal.SIG_DFL)
     start = msgspec.msgpack.decode(_receive(jobs), type=ReaderStart)
-    reader = _reader(Path(start.folder))
-    limit = _pages(0) + MEMORY_BYTES
+    signal.setitimer(signal.ITIMER_PROF, start.job_s)
+    reader = _reader(start)
+    limit = _pages(0) + start.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while payload := _receive(jobs):
-        signal.setitimer(signal.ITIMER_PROF, JOB_S)
+        signal.setitimer(signal.ITIMER_PROF, start.job_s)
         reply = answer(reader, payload)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(frame(reply))
         answers.flush()
 
 
-def _reader(folder: Path) -> Reader:
+def _reader(start: ReaderStart) -> Reader:
+    folder = Path(start.folder)
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
     if tokenizer is not None:
         tokenizer.bound  # noqa: B018 (made now, not within the first job)
-    return TimedReader(tokenizer, template)
+    return _TimedReader(tokenizer, template, start.render_s)
 
 
 def _receive(stream: BinaryIO) -> bytes:
@@ -85,10 +88,12 @@ def _receive(stream: BinaryIO) -> bytes:
 
 def answer(reader: Reader, payload: bytes) -> ReadAnswer:
     """What is said to the frame of a job."""
+    job = msgspec.msgpack.decode(payload, type=ReadJob)
     try:
-        said = _read(reader, msgspec.msgpack.decode(payload, type=ReadJob))
+        said = _read(reader, job)
     except MemoryError:
-        said = ReadAnswer(error=ReadError("The request needs more memory than one may have."))
+        field = TEXT_FIELDS[job.kind]
+        said = ReadAnswer(error=ReadError(f"{field}: to read it takes more memory than one may have", field))
     except ChorusError as error:
         said = ReadAnswer(error=ReadError(error.message, error.param, error.code))
     except Exception:

@@ -8,24 +8,30 @@ from typing import Literal
 
 import msgspec
 
-Kind = Literal["completions", "chat", "tokenize", "detokenize"]
-
-JOB_S = 30.0  # of processor time, for one body in all
-RENDER_S = 2.0  # of processor time, for a chat template
+BodyKind = Literal["completions", "chat", "tokenize", "detokenize"]
+TEXT_FIELDS: dict[BodyKind, str] = {  # where the text stands
+    "completions": "prompt",
+    "chat": "messages",
+    "tokenize": "prompt",
+    "detokenize": "tokens",
+}
 
 HEAD = struct.Struct("<Q")  # the bytes of the frame that follows
 
 
 class ReaderStart(msgspec.Struct, frozen=True):
-    """The first frame: what the process reads with."""
+    """The first frame: what the process reads with, and what one job may take."""
 
     folder: str  # of tokenizer.json and the chat template
+    job_s: float = 30.0  # of processor time, in all
+    render_s: float = 2.0  # of processor time, for the chat template
+    memory_bytes: int = 2 * 2**30  # of address space, on top of what the process begins with
 
 
 class ReadJob(msgspec.Struct, frozen=True):
     """One body to be read."""
 
-    kind: Kind
+    kind: BodyKind
     max_model_len: int  # tokens
     vocab_size: int
     body: bytes

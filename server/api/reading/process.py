@@ -6,14 +6,12 @@ import asyncio
 import logging
 import signal
 import sys
-from pathlib import Path
 
 import msgspec
 
 from server.api.reading.messages import (
     HEAD,
-    JOB_S,
-    RENDER_S,
+    TEXT_FIELDS,
     ReadAnswer,
     ReaderStart,
     ReadJob,
@@ -29,21 +27,20 @@ _WAIT_S = 120.0  # by the clock on the wall, for a process that the kernel's lim
 _ENOUGH_BYTES = 512 * 2**20  # resident: a process that holds more is replaced
 _END_S = 5.0  # after the end of its input, before SIGKILL
 
-_TEXT_FIELD = {"completions": "prompt", "chat": "messages", "tokenize": "prompt", "detokenize": "tokens"}
-
 
 class ReaderProcess:
     """One process, one job at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, start: ReaderStart) -> None:
+        self._start = start
         self._child: asyncio.subprocess.Process | None = None
         self._decoder = msgspec.msgpack.Decoder(ReadAnswer)
 
     async def start(self) -> None:
         """Done by `ask` too, where it is wanting. Raises OSError."""
-        if self._child is not None:
+        if self._child is not None and self._child.returncode is None:
             return
+        await self.end()
         self._child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path),
             stdin=asyncio.subprocess.PIPE,
@@ -51,7 +48,7 @@ class ReaderProcess:
             start_new_session=True,  # signals to the face's process group are for the face alone
         )
         assert self._child.stdin is not None  # asked for above
-        self._child.stdin.write(frame(ReaderStart(str(self._folder))))
+        self._child.stdin.write(frame(self._start))
 
     async def ask(self, job: ReadJob) -> ReadAnswer:
         """Raises InvalidRequest for a body over which a limit ended the process, ChorusError, OSError."""
@@ -63,9 +60,9 @@ class ReaderProcess:
             answered = answer.resident_bytes <= _ENOUGH_BYTES
             return answer
         except (asyncio.IncompleteReadError, ConnectionError):
-            raise _refusal(job, await self.end()) from None
+            raise self._refusal(job, await self.end()) from None
         except TimeoutError:
-            raise _refusal(job, -signal.SIGPROF) from None
+            raise self._refusal(job, -signal.SIGPROF) from None
         finally:
             if not answered:  # it would answer the next job with this one's, or holds too much
                 await self.end(kill=True)
@@ -95,18 +92,17 @@ class ReaderProcess:
         (size,) = HEAD.unpack(await child.stdout.readexactly(HEAD.size))
         return self._decoder.decode(await child.stdout.readexactly(size))
 
-
-def _refusal(job: ReadJob, code: int) -> ChorusError:
-    """What a client is told when the process ended with `code` over its body."""
-    logger.warning("a reader process ended with code %d over a body of %d bytes", code, len(job.body))
-    field = _TEXT_FIELD[job.kind]
-    match -code:
-        case signal.SIGVTALRM:
-            reason = f"{field}: the chat template took longer than {RENDER_S:g} s"
-        case signal.SIGPROF:
-            reason = f"{field}: to read it takes longer than {JOB_S:g} s"
-        case signal.SIGABRT | signal.SIGKILL | signal.SIGSEGV:
-            reason = f"{field}: to read it takes more memory than one request may have"
-        case _:
-            return ChorusError("The request could not be read.", code="internal_error")
-    return InvalidRequest(reason, param=field)
+    def _refusal(self, job: ReadJob, code: int) -> ChorusError:
+        """What a client is told when the process ended with `code` over its body."""
+        logger.warning("a reader process ended with code %d over a body of %d bytes", code, len(job.body))
+        field = TEXT_FIELDS[job.kind]
+        match -code:
+            case signal.SIGVTALRM:
+                reason = f"{field}: the chat template took longer than {self._start.render_s:g} s"
+            case signal.SIGPROF:
+                reason = f"{field}: to read it takes longer than {self._start.job_s:g} s"
+            case signal.SIGABRT | signal.SIGKILL | signal.SIGSEGV:
+                reason = f"{field}: to read it takes more memory than one request may have"
+            case _:
+                return ChorusError("The request could not be read.", code="internal_error")
+        return InvalidRequest(reason, param=field)

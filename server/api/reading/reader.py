@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import msgspec
 from msgspec import UNSET
 
+from server.api.inference.parsing import parse
 from server.api.inference.replies import Detokenized, Tokenized
 from server.api.inference.schemas import (
     ChatRequest,
@@ -17,7 +18,6 @@ from server.api.inference.schemas import (
     GenerationRequest,
     Message,
     TokenizeRequest,
-    parse,
 )
 from server.api.reading.messages import ReadJob
 from server.errors import InvalidRequest

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TypeVar
 
 from pydantic_core import from_json
 
 from server.api.inference.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from server.api.reading.messages import Kind, ReadAnswer, ReadError, ReadJob, ids_of_bytes
+from server.api.reading.messages import BodyKind, ReadAnswer, ReadError, ReaderStart, ReadJob, ids_of_bytes
 from server.api.reading.process import ReaderProcess
 from server.api.reading.reader import Reader, Reading
 from server.errors import ChorusError, InvalidRequest, Unavailable
@@ -38,10 +37,11 @@ class Readers:
     many wait.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, start: ReaderStart, tokenizer: Tokenizer | None) -> None:
+        """`tokenizer`: the one of the folder that `start` names."""
         self._inline = Reader(tokenizer, None)
-        self._small = _Line(folder, _MOST_SMALL)
-        self._large = _Line(folder, _MOST_LARGE)
+        self._small = _Line(start, _MOST_SMALL)
+        self._large = _Line(start, _MOST_LARGE)
 
     async def start(self) -> None:
         """So that the first request does not wait for the start of a process. Raises OSError."""
@@ -84,8 +84,8 @@ class Readers:
 class _Line:
     """Jobs for one process, in order of arrival."""
 
-    def __init__(self, folder: Path, most: int) -> None:
-        self._process = ReaderProcess(folder)
+    def __init__(self, start: ReaderStart, most: int) -> None:
+        self._process = ReaderProcess(start)
         self._turn = asyncio.Lock()
         self._most = most
         self._jobs = 0
@@ -109,7 +109,7 @@ class _Line:
             self._jobs -= 1
 
 
-def _job(kind: Kind, body: bytes, info: EngineInfo) -> ReadJob:
+def _job(kind: BodyKind, body: bytes, info: EngineInfo) -> ReadJob:
     return ReadJob(kind, info.max_model_len, info.vocab_size, body)
 
 
