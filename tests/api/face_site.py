@@ -92,7 +92,7 @@ class SameProcess(Readers):
         )
 
     async def _answer(self, job: ReadJob) -> ReadAnswer:
-        said = child.answer(self._reader, msgspec.msgpack.encode(job))
+        said = child.answer(self._reader, job)
         return msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=ReadAnswer)
 
 

@@ -65,7 +65,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while payload := _receive(jobs):
         signal.setitimer(signal.ITIMER_PROF, start.job_s)
-        reply = answer(reader, payload)
+        job = msgspec.msgpack.decode(payload, type=ReadJob)
+        reply = answer(reader, msgspec.structs.replace(job, body=_receive(jobs)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(frame(reply))
         answers.flush()
@@ -86,9 +87,8 @@ def _receive(stream: BinaryIO) -> bytes:
     return stream.read(HEAD.unpack(head)[0]) if len(head) == HEAD.size else b""
 
 
-def answer(reader: Reader, payload: bytes) -> ReadAnswer:
-    """What is said to the frame of a job."""
-    job = msgspec.msgpack.decode(payload, type=ReadJob)
+def answer(reader: Reader, job: ReadJob) -> ReadAnswer:
+    """What is said to a job."""
     try:
         said = _read(reader, job)
     except MemoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -16,6 +17,7 @@ TEXT_FIELDS: dict[BodyKind, str] = {  # where the text stands
     "detokenize": "tokens",
 }
 
+_PART = 128 * 2**10  # bytes
 HEAD = struct.Struct("<Q")  # the bytes of the frame that follows
 
 
@@ -29,7 +31,7 @@ class ReaderStart(msgspec.Struct, frozen=True):
 
 
 class ReadJob(msgspec.Struct, frozen=True):
-    """One body to be read."""
+    """One body to be read. Between processes `body` is empty here and a frame of its own."""
 
     kind: BodyKind
     max_model_len: int  # tokens
@@ -60,6 +62,13 @@ class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 def frame(message: msgspec.Struct) -> bytes:
     payload = msgspec.msgpack.encode(message)
     return HEAD.pack(len(payload)) + payload
+
+
+def job_frames(job: ReadJob) -> Iterator[bytes]:
+    """Both frames of a job, in parts that are quickly handed on."""
+    yield frame(msgspec.structs.replace(job, body=b"")) + HEAD.pack(len(job.body))
+    for start in range(0, len(job.body), _PART):
+        yield job.body[start : start + _PART]
 
 
 def ids_to_bytes(ids: list[int]) -> bytes:

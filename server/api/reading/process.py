@@ -16,6 +16,7 @@ from server.api.reading.messages import (
     ReaderStart,
     ReadJob,
     frame,
+    job_frames,
 )
 from server.errors import ChorusError, InvalidRequest
 
@@ -87,8 +88,9 @@ class ReaderProcess:
         assert child is not None
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(frame(job))
-        await child.stdin.drain()
+        for part in job_frames(job):
+            child.stdin.write(part)
+            await child.stdin.drain()
         (size,) = HEAD.unpack(await child.stdout.readexactly(HEAD.size))
         return self._decoder.decode(await child.stdout.readexactly(size))
 
