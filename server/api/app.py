@@ -21,6 +21,8 @@ from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
+from server.api.reading.messages import ReaderStart
+from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.border.client import EngineClient, EngineStartFailed
@@ -56,11 +58,12 @@ def create_app(
     `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat
     template that cannot be read, an audit file that cannot be opened, and traces that cannot be sent.
     """
-    tokenizer, template = _load_text(settings, base)
+    tokenizer = _load_text(settings, base)
+    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)
-    face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
+    face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), names=names)
     engine.on_ready = face.restore_pins
 
     @asynccontextmanager
@@ -74,6 +77,7 @@ def create_app(
                 boot.cancel()
                 await asyncio.gather(boot, return_exceptions=True)
             await face.background.close()
+            await face.readers.close()
             await engine.stop()
             await asyncio.to_thread(_close, face)
             if traces is not None:
@@ -102,16 +106,18 @@ def _open_records(settings: Settings) -> tuple[AuditLog, Traces | None]:
         raise StartError(str(error)) from error
 
 
-def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def _load_text(settings: Settings, base: BaseModel) -> Tokenizer | None:
+    """The tokenizer; a chat template is looked at as well, but run by the readers alone."""
     folder = base.tokenizer_folder
     try:
         tokenizer = Tokenizer.load(folder)
         if tokenizer is None and settings.load_format != "dummy":
             raise StartError(f"{folder} has no tokenizer.json; name a folder that has by --tokenizer")
-        template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+        if tokenizer is not None:
+            ChatTemplate.load(folder, tokenizer.special_tokens)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StartError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-    return tokenizer, template
+    return tokenizer
 
 
 def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolder | None:

@@ -18,7 +18,7 @@ from server.api.adapters.upload import in_thread
 from server.api.body import read_body
 from server.api.caller import caller_of
 from server.api.face import face_of
-from server.api.inference.schemas import from_validation
+from server.api.inference.parsing import from_validation
 from server.api.operation import Operation
 from server.api.paging import Page
 from server.errors import Unavailable

@@ -29,7 +29,7 @@ from server.api.adapters.views import (
 from server.api.body import read_body
 from server.api.caller import caller_of
 from server.api.face import Face, face_of
-from server.api.inference.schemas import from_validation
+from server.api.inference.parsing import from_validation
 from server.api.operation import SEE_ADAPTERS, Operation
 from server.api.paging import Page
 from server.border.client import EngineClient
