@@ -116,7 +116,7 @@ class TraceHarness(Harness):
             self.collect(self.scheduler.plan().failed)  # the step is lost
         else:
             self.read()
-            self.scheduler.preempt_youngest()
+            self.scheduler.preempt()
 
     def step(self) -> StepPlan:
         running = [seq for seq in self.live() if seq.state is State.RUNNING]

@@ -1,0 +1,96 @@
+"""How much service each of several has had, so that the one with the least is next."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+_SPARE = 64
+
+
+class ServiceCounters(Generic[Key]):
+    """The virtual token counters of Sheng et al. 2024, "Fairness in Serving Large Language Models" (VTC).
+
+    A counter is never below what the last one to be served had when it was chosen (`_level`): who comes back
+    after a pause is lifted to it, so that nobody saves up time in which it asked for nothing. Whoever has
+    nobody here and would be lifted anyway is forgotten, so the books do not grow with all who ever came.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[Key, float] = {}
+        self._waiting = Counter[Key]()
+        self._running = Counter[Key]()
+        self._level = 0.0
+        self._idle: list[tuple[float, int, Key]] = []  # a heap of those who have nobody here
+        self._idle_at: dict[Key, float] = {}  # the valid entry of each
+        self._serial = 0
+
+    def __getitem__(self, key: Key) -> float:
+        return self._served.get(key, self._level)
+
+    def __len__(self) -> int:
+        """How many are remembered."""
+        return len(self._served)
+
+    def running(self, key: Key) -> int:
+        return self._running[key]
+
+    @property
+    def are_running(self) -> Counter[Key]:
+        """How many run, of each that has any."""
+        return self._running
+
+    @property
+    def are_waiting(self) -> Counter[Key]:
+        return self._waiting
+
+    def waits(self, key: Key) -> None:
+        """One more of it waits."""
+        if not self._waiting[key]:
+            self._served[key] = max(self[key], self._level)
+            self._idle_at.pop(key, None)
+        self._waiting[key] += 1
+
+    def starts(self, key: Key) -> None:
+        """One of those that wait was chosen, and runs."""
+        self._level = max(self._level, self[key])
+        self._running[key] += 1
+        self._one_less(self._waiting, key)
+        while self._idle and self._idle[0][0] <= self._level:
+            served, _, idle = heapq.heappop(self._idle)
+            if self._idle_at.get(idle) == served:
+                del self._idle_at[idle], self._served[idle]
+
+    def gives_up(self, key: Key) -> None:
+        """One of those that wait does so no longer."""
+        self._one_less(self._waiting, key)
+
+    def stops(self, key: Key) -> None:
+        """One of those that run does so no longer."""
+        self._one_less(self._running, key)
+
+    def charge(self, key: Key, amount: float) -> None:
+        """It was served that much; only for one that is here."""
+        self._served[key] += amount
+
+    def _one_less(self, counts: Counter[Key], key: Key) -> None:
+        counts[key] -= 1
+        if not counts[key]:
+            del counts[key]
+        if key not in self._waiting and key not in self._running:
+            self._leaves(key)
+
+    def _leaves(self, key: Key) -> None:
+        served = self._served[key]
+        if served <= self._level:
+            del self._served[key]
+        else:
+            self._serial += 1
+            self._idle_at[key] = served
+            heapq.heappush(self._idle, (served, self._serial, key))
+        if len(self._idle) > 2 * len(self._idle_at) + _SPARE:  # many came back and went again
+            self._idle = [entry for entry in self._idle if self._idle_at.get(entry[2]) == entry[0]]
+            heapq.heapify(self._idle)
