@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from server.api.background import Background
 from server.api.drain import Drain
+from server.api.waiting_room import WaitingRoom
 from server.base_model import BaseModel
 from server.border.client import EngineClient
 from server.config import Settings
@@ -55,8 +56,12 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    waiting_room: WaitingRoom = field(init=False)
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.waiting_room = WaitingRoom(self.settings.max_waiting_requests)
 
     @property
     def status(self) -> str:
@@ -108,6 +113,12 @@ class Face:
             code="engine_not_ready",
             retry_after_s=self.engine.retry_after_s,
         )
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks, as the door has found; "" where nobody has a name."""
+    tenant: str = getattr(request.state, "tenant", "")
+    return tenant
 
 
 def face_of(request: Request) -> Face:

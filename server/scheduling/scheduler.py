@@ -189,8 +189,8 @@ class Scheduler:
         self._wait(seq)
 
     def _wait(self, seq: Sequence) -> None:
-        self._line.add(seq)
         self._policy.waits(seq, self._clock())
+        self._line.add(seq)
 
     def _start(self, seq: Sequence, now: float) -> None:
         self._line.remove(seq)
@@ -215,12 +215,12 @@ class Scheduler:
         """Memory ran out in a step. Those in flight are lost, and who ran in them is computed again. One of
         those that run, the policy says which, makes way for the others; where it did so before and has got no
         token since, it ends with an error. Alone, it is tried once more. Plan again without new ones."""
-        if not self._running:
-            return []
-        seq = self._policy.victim(self._running)
+        seq = self._policy.victim(self._running) if self._running else None
         for each in self._running:
             each.logits_state.clear()  # perhaps of a token that nobody got
         self._lose_flight()
+        if seq is None:
+            return []
         if seq.was_too_large:
             return [self._fail(seq, ErrorCode.OUT_OF_MEMORY, TOO_LARGE)]
         seq.was_too_large = True

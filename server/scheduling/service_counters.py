@@ -25,7 +25,7 @@ class ServiceCounters(Generic[Key]):
         self._running = Counter[Key]()
         self._level = 0.0
         self._idle: list[tuple[float, int, Key]] = []  # a heap of those who have nobody here
-        self._idle_at: dict[Key, float] = {}  # the valid entry of each
+        self._idle_at: dict[Key, int] = {}  # the serial number of each one's valid entry
         self._serial = 0
 
     def __getitem__(self, key: Key) -> float:
@@ -60,8 +60,8 @@ class ServiceCounters(Generic[Key]):
         self._running[key] += 1
         self._one_less(self._waiting, key)
         while self._idle and self._idle[0][0] <= self._level:
-            served, _, idle = heapq.heappop(self._idle)
-            if self._idle_at.get(idle) == served:
+            _, serial, idle = heapq.heappop(self._idle)
+            if self._idle_at.get(idle) == serial:
                 del self._idle_at[idle], self._served[idle]
 
     def gives_up(self, key: Key) -> None:
@@ -89,8 +89,8 @@ class ServiceCounters(Generic[Key]):
             del self._served[key]
         else:
             self._serial += 1
-            self._idle_at[key] = served
+            self._idle_at[key] = self._serial
             heapq.heappush(self._idle, (served, self._serial, key))
         if len(self._idle) > 2 * len(self._idle_at) + _SPARE:  # many came back and went again
-            self._idle = [entry for entry in self._idle if self._idle_at.get(entry[2]) == entry[0]]
+            self._idle = [entry for entry in self._idle if self._idle_at.get(entry[2]) == entry[1]]
             heapq.heapify(self._idle)

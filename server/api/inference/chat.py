@@ -60,6 +60,8 @@ def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
         n=request.n,
         text=text_options(request, face.tokenizer),
         stream=bool(request.stream),
+        priority=request.priority,
+        timeout_s=request.timeout,
         reply=ChatReply(request, face),
     )
 

@@ -11,8 +11,9 @@ from typing import Self
 import msgspec
 
 from server.api.inference.replies import ChoiceFinishReason
+from server.api.waiting_room import Ticket
 from server.border.client import EngineClient
-from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
+from server.errors import ChorusError, DeadlineExceeded, InvalidRequest, OutOfMemory, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.text.detokenizer import Detokenizer
@@ -126,8 +127,9 @@ class Generation:
     `async with` starts it and, on every way out, ends what still runs in the engine.
     """
 
-    def __init__(self, engine: EngineClient, choices: list[Choice], metrics: Metrics) -> None:
+    def __init__(self, engine: EngineClient, choices: list[Choice], metrics: Metrics, ticket: Ticket) -> None:
         self.choices = choices
+        self._ticket = ticket
         self._engine = engine
         self._metrics = metrics
         self._ready: list[Delta] = []
@@ -189,6 +191,8 @@ class Generation:
                     continue  # of after its stop string
                 first = choice.completion_tokens == 0
                 delta = choice.advance(output)
+                if first:
+                    self._ticket.started()
                 now = time.monotonic()
                 if delta.token_ids:
                     elapsed = now - last[output.request_id]
@@ -211,6 +215,8 @@ def engine_error(output: TokenOutput) -> ChorusError:
     match output.error:
         case ErrorCode.NEVER_FITS:
             return InvalidRequest(text or "The request can never fit.", param="prompt", code="never_fits")
+        case ErrorCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(text or "The request's time was over.", param="timeout")
         case ErrorCode.OUT_OF_MEMORY:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:

@@ -21,6 +21,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_MIX = 16
+MAX_PRIORITY = 9  # a request can only step back: what is before 0 is not a client's to say
+MAX_TIMEOUT_S = 86_400.0
 _LARGE = 64 * 2**10  # bytes; a body above this is looked at with care
 _MOST_BESIDE = 256 * 2**10  # bytes; all fields but the prompt
 _INT64 = 2**63
@@ -149,7 +151,8 @@ class GenerationRequest(_Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    priority: Literal[0] = 0  # all requests are equal so far
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0  # the smaller goes first
+    timeout: Annotated[FiniteFloat | None, Field(gt=0, le=MAX_TIMEOUT_S)] = None  # seconds
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
