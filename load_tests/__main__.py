@@ -1,4 +1,4 @@
-"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face`."""
+"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face | fairness`."""
 
 from __future__ import annotations
 
@@ -232,6 +232,7 @@ def report(
 app.add_typer(benchmarks.scaling, name="scaling")
 app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
+app.command("fairness")(benchmarks.fairness)
 
 
 if __name__ == "__main__":

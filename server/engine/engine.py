@@ -38,7 +38,7 @@ from server.model.memory import MemorySizes, memory_sizes, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
-from server.scheduling.policy import FairShare, FirstComeFirstServed
+from server.scheduling.policy import new_policy
 from server.scheduling.prompt_group import sequences_of
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.step_plan import StepPlan
@@ -103,7 +103,7 @@ class Engine:
             max_num_batched_tokens=token_budget(settings, device),
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
-            policy=FairShare() if settings.scheduling_policy == "fair" else FirstComeFirstServed(),
+            policy=new_policy(settings.scheduling_policy, token_budget(settings, device)),
         )
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first

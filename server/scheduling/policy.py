@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Literal, Protocol
 
 from server.scheduling.sequence import Sequence
 from server.scheduling.service_counters import ServiceCounters
@@ -11,9 +11,7 @@ from server.scheduling.service_counters import ServiceCounters
 Rank = tuple[float, ...]
 
 _PER_PROMPT_TOKEN, _PER_OUTPUT_TOKEN = 1.0, 2.0  # what a token of service costs, as in VTC
-# A place is taken from a tenant only for one with less than this part of its places, or two tenants of nearly
-# as many would take places from each other all the time.
-_HANDED_OVER_BELOW = 0.5
+_CREDIT_STEPS = 8  # a tenant's credit, in steps full of prompt tokens
 
 
 class Policy(Protocol):
@@ -110,11 +108,13 @@ class FairShare:
     `ServiceCounters`), within classes of priority.
 
     ageing_s: a class that has waited so long since one of it last started goes before all others, for one.
+    credit: service, in tokens of prompts and twice those of outputs, that a tenant may save up while it asks for
+    less than its share. Without any, one that comes in bursts waits for each as long as one that always asks.
     """
 
-    def __init__(self, ageing_s: float = 5.0) -> None:
+    def __init__(self, ageing_s: float = 5.0, credit: float = 0.0) -> None:
         self._ageing_s = ageing_s
-        self._tenants = ServiceCounters[str]()
+        self._tenants = ServiceCounters[str](credit)
         self._adapters: dict[str, ServiceCounters[frozenset[str]]] = {}  # of tenants with anybody here
         self._weights: dict[str, float] = {}  # of the same
         self._heaviest = 0.0  # of all that were ever here
@@ -189,8 +189,8 @@ class FairShare:
         return any(self._is_owed(tenant, most) for tenant in self._tenants.are_waiting)
 
     def owed_by(self, seq: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        """The youngest of the tenant with most places, where that one has had more service, has by far more
-        places, and the youngest is of no more urgent class."""
+        """The youngest of the tenant with most places, where that one has had more service and has more places,
+        and the youngest is of no more urgent class."""
         others = [other for other in running if other.priority >= seq.priority and other.tenant != seq.tenant]
         if not others:
             return None
@@ -203,8 +203,9 @@ class FairShare:
 
     @staticmethod
     def _is_owed_by(most: float, places: float, weight: float) -> bool:
-        """Whether it would still have fewer places than that part of the `most`, with one of them."""
-        return places + 1 / weight <= _HANDED_OVER_BELOW * (most - 1 / weight)
+        """Whether it would have no more places than are left of the `most`, with one of them: so two that
+        have about as many never take places from each other back and forth."""
+        return places + 1 / weight <= most - 1 / weight
 
     def _places(self, tenant: str) -> float:
         """In which it runs, for its weight."""
@@ -217,3 +218,10 @@ class _Class:
     def __init__(self, now: float) -> None:
         self.waiting = 0
         self.since = now
+
+
+def new_policy(name: Literal["fair", "fcfs"], max_num_batched_tokens: int) -> Policy:
+    """By its name in the settings, for an engine with so many tokens in a step."""
+    return (
+        FairShare(credit=_CREDIT_STEPS * max_num_batched_tokens) if name == "fair" else FirstComeFirstServed()
+    )

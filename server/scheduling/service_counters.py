@@ -14,22 +14,28 @@ _SPARE = 64
 class ServiceCounters(Generic[Key]):
     """The virtual token counters of Sheng et al. 2024, "Fairness in Serving Large Language Models" (VTC).
 
-    A counter is never below what the last one to be served had when it was chosen (`_level`): who comes back
-    after a pause is lifted to it, so that nobody saves up time in which it asked for nothing. Whoever has
-    nobody here and would be lifted anyway is forgotten, so the books do not grow with all who ever came.
+    Who comes back after a pause is lifted to what the last one to be served had when it was chosen, less
+    `credit`: that much service, and no more, is saved up in time in which nothing was asked for, so that who
+    stays below its share may do so in bursts. Whoever has nobody here and would be lifted anyway is
+    forgotten, so the books do not grow with all who ever came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = 0.0) -> None:
+        self._credit = credit
         self._served: dict[Key, float] = {}
         self._waiting = Counter[Key]()
         self._running = Counter[Key]()
-        self._level = 0.0
+        self._level = 0.0  # what the last one had when it was chosen; it never falls
         self._idle: list[tuple[float, int, Key]] = []  # a heap of those who have nobody here
         self._idle_at: dict[Key, int] = {}  # the serial number of each one's valid entry
         self._serial = 0
 
     def __getitem__(self, key: Key) -> float:
-        return self._served.get(key, self._level)
+        return self._served.get(key, self._floor)
+
+    @property
+    def _floor(self) -> float:
+        return self._level - self._credit
 
     def __len__(self) -> int:
         """How many are remembered."""
@@ -50,7 +56,7 @@ class ServiceCounters(Generic[Key]):
     def waits(self, key: Key) -> None:
         """One more of it waits."""
         if not self._waiting[key]:
-            self._served[key] = max(self[key], self._level)
+            self._served[key] = max(self[key], self._floor)
             self._idle_at.pop(key, None)
         self._waiting[key] += 1
 
@@ -59,7 +65,7 @@ class ServiceCounters(Generic[Key]):
         self._level = max(self._level, self[key])
         self._running[key] += 1
         self._one_less(self._waiting, key)
-        while self._idle and self._idle[0][0] <= self._level:
+        while self._idle and self._idle[0][0] <= self._floor:
             _, serial, idle = heapq.heappop(self._idle)
             if self._idle_at.get(idle) == serial:
                 del self._idle_at[idle], self._served[idle]
@@ -85,7 +91,7 @@ class ServiceCounters(Generic[Key]):
 
     def _leaves(self, key: Key) -> None:
         served = self._served[key]
-        if served <= self._level:
+        if served <= self._floor:
             del self._served[key]
         else:
             self._serial += 1

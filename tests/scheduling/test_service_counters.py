@@ -28,6 +28,17 @@ def test_who_comes_back_has_saved_up_nothing() -> None:
     assert (counters["busy"], counters["new"]) == (50.0, 45.0)
 
 
+def test_who_stays_below_its_share_saves_up_so_much_and_no_more() -> None:
+    counters = ServiceCounters[str](credit=20.0)
+    for _ in range(10):
+        counters.waits("busy")
+        counters.starts("busy")
+        counters.charge("busy", 5.0)
+        counters.stops("busy")
+    counters.waits("new")
+    assert (counters["busy"], counters["new"]) == (30.0, 5.0)
+
+
 def test_who_goes_and_comes_back_at_once_keeps_what_it_had() -> None:
     counters = ServiceCounters[str]()
     counters.waits("light")
