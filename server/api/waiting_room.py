@@ -13,6 +13,7 @@ from server.errors import QueueFull, QueueShareFull
 _TENANT_SHARE = 4  # a tenant may have waiting so many times what is still free, so some always is
 _MEASURED_STARTS = 64
 _LONGEST_WAIT_S = 60
+_UNMEASURED_PER_S = 64  # starts a second, as long as there were none to measure
 
 
 class Ticket:
@@ -48,7 +49,8 @@ class WaitingRoom:
         self._clock = clock
         self._waiting = 0
         self._by_tenant = Counter[str]()
-        self._starts: deque[float] = deque(maxlen=_MEASURED_STARTS)
+        self._between: deque[float] = deque(maxlen=_MEASURED_STARTS)  # starts, while somebody waits: seconds
+        self._since = 0.0  # the last start, or since when somebody waits
 
     @property
     def waiting(self) -> int:
@@ -76,6 +78,8 @@ class WaitingRoom:
     def enter(self, tenant: str, sequences: int) -> Iterator[Ticket]:
         """Places until each has its first token, or the request ends. Raises as `check`."""
         self.check(tenant, sequences)
+        if not self._waiting:
+            self._since = self._clock()
         self._waiting += sequences
         self._by_tenant[tenant] += sequences
         ticket = Ticket(self, tenant, sequences)
@@ -87,14 +91,15 @@ class WaitingRoom:
     @property
     def retry_after_s(self) -> int:
         """How long those who wait now will take to start, by the rate of the last starts; 1 to 60 s."""
-        if not self._starts:
-            return 1
-        elapsed = self._clock() - self._starts[0]
-        seconds = math.ceil(self._waiting * elapsed / len(self._starts))
-        return min(max(1, seconds), _LONGEST_WAIT_S)
+        if not self._between:
+            return 1 + self._waiting // _UNMEASURED_PER_S
+        each = (sum(self._between) + self._clock() - self._since) / len(self._between)
+        return min(max(1, math.ceil(self._waiting * each)), _LONGEST_WAIT_S)
 
     def count_start(self) -> None:
-        self._starts.append(self._clock())
+        now = self._clock()
+        self._between.append(now - self._since)
+        self._since = now
 
     def give_back(self, tenant: str, sequences: int) -> None:
         self._waiting -= sequences

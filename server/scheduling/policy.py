@@ -108,8 +108,8 @@ class FairShare:
     `ServiceCounters`), within classes of priority.
 
     ageing_s: a class that has waited so long since one of it last started goes before all others, for one.
-    credit: service, in tokens of prompts and twice those of outputs, that a tenant may save up while it asks for
-    less than its share. Without any, one that comes in bursts waits for each as long as one that always asks.
+    credit: service, in tokens of prompts and twice those of outputs, that a tenant may save up while it asks
+    for less than its share. Without any, one that comes in bursts waits as long as one that always asks.
     """
 
     def __init__(self, ageing_s: float = 5.0, credit: float = 0.0) -> None:
@@ -189,8 +189,8 @@ class FairShare:
         return any(self._is_owed(tenant, most) for tenant in self._tenants.are_waiting)
 
     def owed_by(self, seq: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        """The youngest of the tenant with most places, where that one has had more service and has more places,
-        and the youngest is of no more urgent class."""
+        """The youngest of the tenant with most places, where that one has more of them and has had more
+        service, and the youngest is of no more urgent class."""
         others = [other for other in running if other.priority >= seq.priority and other.tenant != seq.tenant]
         if not others:
             return None

@@ -58,7 +58,9 @@ def test_retry_after_follows_the_rate_of_starts() -> None:
     clock = Clock()
     room = WaitingRoom(1000, clock)
     assert room.retry_after_s == 1
+    clock.now = 5000.0  # in which nobody came
     with room.enter("", 100) as ticket:
+        assert room.retry_after_s == 2
         for _ in range(50):
             clock.now += 0.5
             ticket.started()
