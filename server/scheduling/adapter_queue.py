@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from server.scheduling.adapter_gate import AcquireStatus
-from server.scheduling.lanes import Lane, Lanes, place
+from server.scheduling.lanes import Lanes, TenantLane, place
 from server.scheduling.policy import Policy, Rank
 from server.scheduling.sequence import Sequence, State
 
@@ -63,7 +63,7 @@ class AdapterQueue:
             self._take_untimed(seq)
         self._new.pop(seq, None)
 
-    def next(self, now: float) -> tuple[Rank, Lane] | None:
+    def next(self, now: float) -> tuple[Rank, TenantLane] | None:
         """The lane whose next is to be tried before all others here, and how it ranks; None: all were."""
         ranked = [
             ((*self._policy.class_rank(level, now), *found[0]), found[1])
@@ -72,7 +72,7 @@ class AdapterQueue:
         ]
         return min(ranked, default=None, key=lambda found: found[0])
 
-    def pass_by(self, seq: Sequence, lane: Lane) -> None:
+    def pass_by(self, seq: Sequence, lane: TenantLane) -> None:
         """This plan has tried it, the lane's next, and leaves it here if it still is."""
         level, _ = self._policy.lane(seq)
         if lane.next is seq:

@@ -16,7 +16,7 @@ def place(seq: Sequence) -> tuple[bool, int]:
     return not seq.num_preemptions, seq.order
 
 
-class Lane:
+class TenantLane:
     """Waiting sequences in the order to try. `at`: how many of them this plan has tried and left here."""
 
     __slots__ = ("at", "entry", "sequences", "tenant")
@@ -25,7 +25,7 @@ class Lane:
         self.tenant = tenant
         self.sequences: list[Sequence] = []
         self.at = 0
-        self.entry: tuple[Rank, int, Lane] | None = None  # its valid one in `Lanes`
+        self.entry: tuple[Rank, int, TenantLane] | None = None  # its valid one in `Lanes`
 
     @property
     def next(self) -> Sequence | None:
@@ -51,16 +51,16 @@ class Lanes:
 
     def __init__(self, rank: Callable[[str], Rank]) -> None:
         self._rank = rank
-        self._lanes: dict[str, Lane] = {}
-        self._heap: list[tuple[Rank, int, Lane]] = []
+        self._lanes: dict[str, TenantLane] = {}
+        self._heap: list[tuple[Rank, int, TenantLane]] = []
         self._serial = itertools.count()
-        self._tried: list[Lane] = []  # with sequences that this plan has gone past
+        self._tried: list[TenantLane] = []  # with sequences that this plan has gone past
 
     def __bool__(self) -> bool:
         return bool(self._lanes)
 
     def add(self, seq: Sequence, tenant: str) -> None:
-        lane = self._lanes.setdefault(tenant, Lane(tenant))
+        lane = self._lanes.setdefault(tenant, TenantLane(tenant))
         lane.add(seq)
         self._enter(lane)
 
@@ -71,7 +71,7 @@ class Lanes:
             del self._lanes[tenant]
             lane.entry = None
 
-    def next(self) -> tuple[Rank, Lane] | None:
+    def next(self) -> tuple[Rank, TenantLane] | None:
         """The lane to try and the rank of its next sequence; None when this plan has gone past all."""
         heap = self._heap
         while heap:
@@ -88,7 +88,7 @@ class Lanes:
                 heapq.heapreplace(heap, lane.entry)
         return None
 
-    def pass_by(self, lane: Lane) -> None:
+    def pass_by(self, lane: TenantLane) -> None:
         """This plan leaves the lane's next where it is, and goes on behind it."""
         self._tried.append(lane)
         lane.at += 1
@@ -100,11 +100,11 @@ class Lanes:
             self._enter(lane)
         self._tried.clear()
 
-    def _rank_of(self, lane: Lane) -> Rank | None:
+    def _rank_of(self, lane: TenantLane) -> Rank | None:
         seq = lane.next
         return None if seq is None else (*self._rank(lane.tenant), *place(seq))
 
-    def _enter(self, lane: Lane) -> None:
+    def _enter(self, lane: TenantLane) -> None:
         """Its next may be an earlier one than before."""
         rank = self._rank_of(lane)
         if rank is not None and (lane.entry is None or rank < lane.entry[0]):
