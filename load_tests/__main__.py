@@ -233,6 +233,7 @@ app.add_typer(benchmarks.scaling, name="scaling")
 app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
 app.command("dashboard")(benchmarks.dashboard)
+app.command("fairness")(benchmarks.fairness)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that measure Chorus itself and not just any server: scaling, engine-overhead, face."""
+"""The commands that measure Chorus itself: scaling, engine-overhead, face, fairness."""
 
 from __future__ import annotations
 
@@ -232,3 +232,39 @@ def dashboard(
     if empty:
         typer.echo(f"without data: {', '.join(empty)}", err=True)
         raise typer.Exit(1)
+
+
+def fairness(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for JSON, tables and PNG plots.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Base model; without it, the scheduler alone."),
+    ] = None,
+    loads: Annotated[
+        str, typer.Option(help="Loads of the loud tenant, times that of the steady one.")
+    ] = "1,2,5,10",
+    places: Annotated[int, typer.Option(min=4, help="Sequences at once (--max-num-seqs).")] = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a run; the first fifth does not count.")] = 60.0,
+    utilisation: Annotated[
+        float, typer.Option(min=0.1, max=1, help="Of the engine, by both tenants at load 1.")
+    ] = 0.9,
+) -> None:
+    """Time to first token of a tenant while another asks for many times as much, fair and by arrival."""
+    import asyncio
+
+    from load_tests import fairness as measuring
+    from load_tests.rendering import as_markdown, as_rich, write_json
+
+    points = parsed(counts, loads)
+    options = {"places": places, "seconds": seconds, "utilisation": utilisation}
+    results = [measuring.simulate(points, **options)]
+    if model is not None:
+        results.append(asyncio.run(measuring.serve(model, points, **options)))
+    for result in results:
+        name = result.kind.replace(" ", "-")
+        write_json(out / f"{name}.json", result)
+        (out / f"{name}.md").write_text(as_markdown(measuring.rows(result)), encoding="utf-8")
+        measuring.plot(result, out / f"{name}.png")
+        Console().print(f"{result.kind}, {result.capacity:.1f} requests/s", as_rich(measuring.rows(result)))
+        for policy in measuring.POLICIES:
+            Console().print(f"{policy}: p99 moved by {result.moved(policy):.2f}x")

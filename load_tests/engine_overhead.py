@@ -66,7 +66,7 @@ class Overhead(msgspec.Struct, frozen=True):
     parts: dict[str, PartTimes]  # by PARTS, and "step": all of them together
 
 
-class _AllResident:
+class AllResident:
     """An AdapterGate over an arena that holds every adapter there is; digests are slot numbers."""
 
     def prefetch(self, ref: AdapterRef) -> None:
@@ -137,7 +137,7 @@ def measure(sequences: int, adapters: int, steps: int) -> Overhead:
     max_model_len = _PROMPT_TOKENS + _BLOCK_SIZE + steps + 2
     scheduler = Scheduler(
         BlockPool(sequences * (2 + max_model_len // _BLOCK_SIZE), _BLOCK_SIZE),
-        _AllResident(),
+        AllResident(),
         max_num_seqs=sequences,
         max_num_batched_tokens=sequences * (_PROMPT_TOKENS + _BLOCK_SIZE),
         max_model_len=max_model_len,

@@ -146,6 +146,10 @@ class Settings(BaseSettings):
         False, description="On CUDA, run decode steps kernel by kernel, not as captured graphs."
     )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
+    scheduling_policy: Literal["fair", "fcfs"] = Field(
+        "fair", description="fair: by service had so far, of tenants and their adapters; fcfs: by arrival."
+    )
+    max_pinned_share: float = Field(0.5, ge=0, le=1, description="Most of the arena that pins may hold.")
 
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -193,6 +197,12 @@ class Settings(BaseSettings):
     )
     max_unread_bytes: Bytes = Field(
         4 * 2**20, gt=0, description="How much of a stream may wait for its client, bytes."
+    )
+    max_waiting_requests: int = Field(
+        512, gt=0, description="Most sequences without a first token yet; what is more is refused (503)."
+    )
+    request_timeout_s: float = Field(
+        3600.0, gt=0, description="Longest time of a request from its arrival to its last token, seconds."
     )
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="On SIGTERM, how long running requests may go on, seconds."

@@ -110,6 +110,12 @@ class Conflict(ChorusError):
     code = "conflict"
 
 
+class PinLimit(Conflict):
+    """409: pinned adapters hold their share of accelerator memory already."""
+
+    code = "pin_limit"
+
+
 class TooLarge(ChorusError):
     """413: over a size limit of this server."""
 
@@ -155,6 +161,27 @@ class EngineDied(Unavailable):
     """503: the engine process ended while it held this request."""
 
     code = "engine_restarted"
+
+
+class QueueFull(Unavailable):
+    """503: too many requests wait for their first token."""
+
+    code = "queue_full"
+
+
+class QueueShareFull(ChorusError):
+    """429: too many requests of one tenant wait for their first token, while others want to."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_share_full"
+
+
+class DeadlineExceeded(ChorusError):
+    """504: the request's time was over before its answer was whole."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class OutOfMemory(Unavailable):

@@ -70,6 +70,10 @@ class Request(msgspec.Struct, frozen=True, tag="request"):
     sampling: SamplingParams
     adapters: tuple[AdapterRef, ...] = ()
     forks: tuple[Fork, ...] = ()
+    tenant: str = ""  # whose it is: tenants share the server fairly, and no prefix of one serves another
+    priority: int = 0  # the smaller goes first
+    timeout_s: float | None = None  # from its arrival to its last token; None: no limit
+    weight: float = 1.0  # of the tenant: how much service it gets beside one of weight 1
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -113,6 +117,8 @@ class ErrorCode(enum.StrEnum):
     OUT_OF_MEMORY = "out_of_accelerator_memory"
     NEVER_FITS = "never_fits"
     NON_FINITE = "non_finite_logits"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    PIN_LIMIT = "pin_limit"
     INTERNAL = "internal_error"
 
 

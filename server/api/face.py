@@ -11,8 +11,10 @@ from starlette.requests import Request
 
 from server.access.keyring import Keyring
 from server.api.background import Background
+from server.api.caller import caller_of
 from server.api.drain import Drain
 from server.api.reading.readers import Readers
+from server.api.waiting_room import WaitingRoom
 from server.base_model import BaseModel
 from server.border.client import EngineClient
 from server.config import Settings
@@ -56,9 +58,13 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.waiting_room = WaitingRoom(self.settings.max_waiting_requests)
 
     @property
     def status(self) -> str:
@@ -108,6 +114,12 @@ class Face:
             code="engine_not_ready",
             retry_after_s=self.engine.retry_after_s,
         )
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks, for fairness and shares; "" on a server that asks nobody for a key."""
+    keyring = face_of(request).keyring
+    return caller_of(request).tenant if keyring is not None and keyring.asks else ""
 
 
 def face_of(request: Request) -> Face:

@@ -7,6 +7,7 @@ It is the only place that sees both the scheduler and the runner.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from bisect import bisect_left
@@ -33,12 +34,13 @@ from server.messages import (
     UnloadAdapter,
 )
 from server.model.batch import BatchBuilder
-from server.model.device import Device, Operators
+from server.model.device import Device, Operators, is_out_of_memory
 from server.model.loader import LoadedModel, load
 from server.model.memory import MemorySizes, memory_sizes, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
+from server.scheduling.policy import new_policy
 from server.scheduling.prompt_group import sequences_of
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.step_plan import StepPlan
@@ -90,6 +92,7 @@ class Engine:
             self._runner.targets,
             memory.host_cache_bytes,
             settings.limits,
+            pinned_share=settings.max_pinned_share,
             copies=device.copies,
             wake=self._wakeup.set,
         )
@@ -102,6 +105,7 @@ class Engine:
             max_num_batched_tokens=token_budget(settings, device),
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
+            policy=new_policy(settings.scheduling_policy, token_budget(settings, device)),
         )
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
@@ -149,13 +153,8 @@ class Engine:
         landed = self._residency.poll()
         results = self._answer_calls()
         outputs, self._refused = self._refused, []
-        if not self._scheduler.can_plan_ahead:
-            outputs += self._read(but=0)
-        plan = self._scheduler.plan()
-        outputs += plan.failed
-        may_wait = self._launch(plan) if plan.runs else False
-        outputs += self._read(but=1 if may_wait else 0)
-        self._settled = not (landed or results or outputs or plan.runs)
+        ran = self._run(outputs)
+        self._settled = not (landed or results or outputs or ran)
         return outputs, results
 
     def idle_ms(self) -> int | None:
@@ -165,7 +164,11 @@ class Engine:
             return 0
         if not (self._calls or self._residency.pending or self._scheduler.has_work):
             return None
-        return _LOOK_AGAIN_MS if self._settled else 0
+        if not self._settled:
+            return 0
+        deadline = self._scheduler.next_deadline
+        left_ms = math.inf if deadline is None else 1000 * (deadline - time.monotonic())
+        return max(0, math.ceil(min(_LOOK_AGAIN_MS, left_ms)))
 
     @property
     def wakeup_fd(self) -> int:
@@ -236,6 +239,39 @@ class Engine:
 
     # -- one step
 
+    def _run(self, outputs: list[TokenOutput]) -> bool:
+        """One step, with what came of it put into `outputs`. Where memory runs out, one sequence makes way
+        and the others are tried again, until it does not. Returns whether anybody ran."""
+        admit = True
+        while True:
+            try:
+                return self._try_to_run(outputs, admit)
+            except Exception as error:
+                if not is_out_of_memory(error) or not (self._in_flight or self._scheduler.running):
+                    raise
+                log.warning("memory ran out in a step with %d sequences", self._scheduler.running)
+            self._make_way(outputs)
+            admit = False
+
+    def _try_to_run(self, outputs: list[TokenOutput], admit: bool) -> bool:
+        if not self._scheduler.can_plan_ahead:
+            self._read(outputs, but=0)
+        plan = self._scheduler.plan(admit)
+        outputs += plan.failed
+        may_wait = self._launch(plan) if plan.runs else False
+        self._read(outputs, but=1 if may_wait else 0)
+        return bool(plan.runs)
+
+    def _make_way(self, outputs: list[TokenOutput]) -> None:
+        """After a step that failed. Those launched before it are read, as far as that can be done."""
+        try:
+            self._read(outputs, but=0)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._in_flight.clear()
+        outputs += self._scheduler.make_way()
+
     def _launch(self, plan: StepPlan) -> bool:
         """Give the device the step. Returns whether the next may be launched before this one is read."""
         unread = self._in_flight[-1][1].token_ids if self._in_flight else None
@@ -252,18 +288,22 @@ class Engine:
         self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, tokens)] += 1
         self._step_tokens_sum += tokens
 
-    def _read(self, but: int) -> list[TokenOutput]:
-        """What the steps in flight gave, all but the newest `but`; waits for them."""
-        outputs: list[TokenOutput] = []
+    def _read(self, outputs: list[TokenOutput], but: int) -> None:
+        """What the steps in flight gave, all but the newest `but`; waits for them. Those behind one that
+        cannot be read are lost with it."""
         while len(self._in_flight) > but:
-            plan, pending = self._in_flight.popleft()
-            results = pending.collect()
+            plan, pending = self._in_flight[0]
+            try:
+                results = pending.collect()
+            except Exception:
+                self._in_flight.clear()
+                raise
+            self._in_flight.popleft()
             # Ended before `update`, so that none of their blocks is offered for reuse.
             broken = [plan.runs[run].seq.request_id for run in results.broken]
             failed = (self._scheduler.fail(name, ErrorCode.NON_FINITE, _NON_FINITE) for name in broken)
             outputs += (output for output in failed if output is not None)
             outputs += self._scheduler.update(plan, results.token_ids, results.logprobs)
-        return outputs
 
     def _answer_calls(self) -> list[AdapterResult]:
         """Answers to those adapter calls that have come to an end; the others are asked again next step."""

@@ -15,6 +15,7 @@ from server.lora.copies import Copies, HostCopies
 from server.lora.host_cache import HostCache
 from server.lora.layout import Layout, RecentLayouts
 from server.lora.loader import Job, Loaded, Loader
+from server.lora.pins import Pins
 from server.lora.promises import Promises
 from server.lora.residents import Residents
 from server.lora.version import Place, Version
@@ -36,8 +37,8 @@ class Residency:
 
     `copies` is the way from the host to the arena (default: both are the same memory). `host_bytes` bounds
     the packed images kept on the host; what finds no room among them goes into the arena all the same. `wake`
-    is called by a worker after each finished job. Only one thread may call this. Raises ValueError when so
-    much memory cannot be had for the host's images.
+    is called by a worker after each finished job. Pins may hold `pinned_share` of the arena. Only one thread
+    may call this. Raises ValueError when so much memory cannot be had for the host's images.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Residency:
         host_bytes: int,
         limits: Limits,
         *,
+        pinned_share: float = 1.0,
         copies: Copies | None = None,
         threads: int = 1,
         wake: Callable[[], None] | None = None,
@@ -58,6 +60,7 @@ class Residency:
         self.host = HostCache(host_bytes, self._copies)
         self._layouts = RecentLayouts(_MAX_LAYOUTS)
         self._promises = Promises()
+        self._pins = Pins(pinned_share, arena.bytes_total)
         self._ahead: OrderedDict[str, AdapterRef] = OrderedDict()  # judged, to be read to the host
         self._jobs = 0
         self._loader = Loader(
@@ -143,12 +146,15 @@ class Residency:
     def load(self, ref: AdapterRef, pin: bool = False) -> Acquire:
         """Bring a version into the arena without using it. While PENDING or FULL, ask again at a later step.
 
-        `pin` keeps it there from then on, until `unload`.
+        `pin` keeps it there from then on, until `unload`; FAILED where pins would hold more than their share.
         """
         version = self._version(ref)
-        answer = self._bring([version])
+        layout = self._layouts.get(ref.digest)
+        refusal = self._pins.over_share(version, layout.nbytes) if pin and layout else None
+        answer = refusal or self._bring([version])
         if answer.status is AcquireStatus.READY:
-            version.pinned |= pin
+            if pin:
+                self._pins.add(version, self._layouts[ref.digest].nbytes)
             version.stay()
             self._residents.touch(ref.digest)
         self._answered([version], answer)
@@ -161,6 +167,7 @@ class Residency:
         """
         version = self._versions.get(digest)
         if version is not None:
+            self._pins.remove(version)
             version.unload(forget)
             self._leave_if_idle(version)
         elif forget:
@@ -201,7 +208,7 @@ class Residency:
 
     @property
     def pinned(self) -> frozenset[str]:
-        return frozenset(version.digest for version in self._residents if version.pinned)
+        return self._pins.digests
 
     @property
     def host_bytes_used(self) -> int:
@@ -230,6 +237,8 @@ class Residency:
                 ErrorCode.NEVER_FITS,
                 f"adapters of {nbytes} bytes never fit an arena of {self.arena.bytes_total} bytes",
             )
+        if refusal := self._pins.in_the_way(versions, nbytes):
+            return refusal
         absent = [version for version in versions if version.extent is None]
         unready = [version for version in absent if version.busy or version.digest not in self._layouts]
         if unready:  # how much room they need is known when all were judged

@@ -76,7 +76,6 @@ class Version:
 
     def unload(self, forget: bool) -> None:
         """It goes to the host or, to `forget` it, to disk."""
-        self.pinned = False
         self.goes = Place.DISK if forget or self.goes is Place.DISK else Place.HOST
         if self.place is Place.RESIDENT:
             self._place = Place.LEAVING

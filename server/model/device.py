@@ -84,6 +84,13 @@ class PlainOperators:
         return lambda: [tensor.cpu() for tensor in tensors]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step could not get memory, of the accelerator or the host. torch's allocator for the host has
+    no error of its own."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 class NotCapturable(Exception):
     """A step that cannot be captured; the message says why."""
 

@@ -27,6 +27,7 @@ class AdapterTurns:
         self, gate: AdapterGate, line: WaitingLine, running: Collection[list[Sequence]], now: float
     ) -> None:
         self.passed_over: dict[frozenset[str], AcquireStatus | None] = {}  # by digests; None: not their turn
+        self._tried: dict[frozenset[str], Sequence] = {}  # for whom the gate had no room
         self._gate = gate
         self._line = line
         self._running = running
@@ -44,6 +45,7 @@ class AdapterTurns:
         answer = None if self._must_wait(seq.digests) else self._gate.acquire(seq.adapters)
         if answer is not None and answer.status in (AcquireStatus.READY, AcquireStatus.FAILED):
             return answer
+        self._tried[seq.digests] = seq
         self._pass_over(seq.digests, answer.status if answer else None)
         return None
 
@@ -63,7 +65,7 @@ class AdapterTurns:
         """Those behind it were not passed over for want of room alone, so their patience does not run yet."""
         for digests, status in self.passed_over.items():
             if status is AcquireStatus.FULL:
-                self._line.start_patience(digests, self._now, first_not_tried)
+                self._line.start_patience(digests, self._now, first_not_tried, self._tried[digests])
 
     def _must_wait(self, digests: frozenset[str]) -> bool:
         if self._starving is None or digests in self._served or digests in self._gate.promises:

@@ -15,18 +15,20 @@ from server.scheduling.sequence import MixKey, Tokens
 _HASH_BYTES = 32  # wrong K and V would be served on a collision, so collisions must be out of reach
 
 
-def mix_hash(mix: MixKey) -> bytes:
-    """Parent hash of a sequence's first block: K and V depend on the adapters' content and weights."""
+def root_hash(mix: MixKey, tenant: str = "") -> bytes:
+    """Parent hash of a sequence's first block: K and V depend on the adapters' content and weights, and what
+    one tenant has asked is not to show in another's answers."""
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for name, weight in mix:
+    for name, weight in ((tenant, 0.0), *mix):
         encoded = name.encode()
         digest.update(struct.pack("<qd", len(encoded), weight) + encoded)
     return digest.digest()
 
 
-def extend_hashes(hashes: list[bytes], tokens: Tokens, mix: MixKey, block_size: int) -> None:
-    """Append to `hashes`, which covers the first blocks of `tokens`, the hash of each further full block."""
-    parent = hashes[-1] if hashes else mix_hash(mix)
+def extend_hashes(hashes: list[bytes], tokens: Tokens, root: bytes, block_size: int) -> None:
+    """Append to `hashes`, which covers the first blocks of `tokens`, the hash of each further full block.
+    `root`: see `root_hash`."""
+    parent = hashes[-1] if hashes else root
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         content = parent + tokens[start : start + block_size].tobytes()
         parent = hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()

@@ -23,6 +23,12 @@ class Running:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    def __iter__(self) -> abc.Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __contains__(self, seq: object) -> bool:
+        return seq in self._sequences
+
     @property
     def mixes(self) -> abc.Collection[list[Sequence]]:
         """Those that use adapters, by mix."""
@@ -46,10 +52,6 @@ class Running:
     def growing(self) -> int:
         """How many want a block before their next step."""
         return len(self._growing)
-
-    @property
-    def youngest(self) -> Sequence:
-        return max(self._sequences, key=lambda candidate: candidate.order)
 
     def add(self, seq: Sequence) -> None:
         self._sequences[seq] = None

@@ -14,11 +14,14 @@ from collections import abc
 from server.messages import ErrorCode, Logprobs, TokenOutput
 from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
 from server.scheduling.adapter_turns import AdapterTurns
-from server.scheduling.block_pool import BlockPool, extend_hashes
+from server.scheduling.block_pool import BlockPool
+from server.scheduling.deadlines import Deadlines
 from server.scheduling.policy import FirstComeFirstServed, Policy
 from server.scheduling.prompt_group import SharedPrompts
+from server.scheduling.refusals import TOO_LARGE, late, never_fits, refusal
 from server.scheduling.running import Running
 from server.scheduling.sequence import Sequence, State
+from server.scheduling.sequence_blocks import SequenceBlocks
 from server.scheduling.step_plan import ScheduledRun, StepPlan
 from server.scheduling.waiting_line import WaitingLine
 
@@ -60,15 +63,16 @@ class Scheduler:
         self._clock = clock
 
         self._sequences: dict[str, Sequence] = {}  # all that have not ended
-        self._line = WaitingLine(patience_s)
+        self._deadlines = Deadlines(self._sequences)
+        self._line = WaitingLine(patience_s, self._policy)
         self._running = Running(pool.block_size)
         self._prompts = SharedPrompts(pool)
+        self._blocks = SequenceBlocks(pool, self._prompts)
         self._in_flight: list[tuple[StepPlan, list[bool]]] = []  # oldest first, with the runs that count
+        self._is_owed_a_place = False  # somebody who waits, once no step is in flight
 
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far; prefix hits not counted
-        self.prefix_query_tokens = 0  # looked up in the prefix cache so far
-        self.cached_prompt_tokens = 0  # taken from it
         self.generated_tokens = 0
 
     # -- what there is
@@ -95,6 +99,21 @@ class Scheduler:
         return self._running.digests
 
     @property
+    def prefix_query_tokens(self) -> int:
+        """Looked up in the prefix cache so far."""
+        return self._blocks.looked_up_tokens
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Taken from the prefix cache so far."""
+        return self._blocks.cached_tokens
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest of a sequence here, seconds of the clock."""
+        return self._deadlines.next
+
+    @property
     def request_ids(self) -> list[str]:
         """Of every sequence that has not ended."""
         return list(self._sequences)
@@ -112,7 +131,7 @@ class Scheduler:
     @property
     def can_plan_ahead(self) -> bool:
         """Whether the next plan needs no token of those in flight: nobody would have to make room."""
-        return self._running.growing <= self._pool.available
+        return self._running.growing <= self._pool.available and not self._is_owed_a_place
 
     # -- coming and going
 
@@ -122,30 +141,15 @@ class Scheduler:
         if seq.request_id in self._sequences:
             raise ValueError(f"request {seq.request_id} is already here")
         seq.limit(self._eos_token_ids, self._max_model_len)
-        if problem := self._never_fits(seq):
+        if problem := never_fits(seq, self._pool, self._max_model_len):
             seq.state = State.FINISHED
-            return _error(seq, ErrorCode.NEVER_FITS, problem)
+            return refusal(seq, ErrorCode.NEVER_FITS, problem)
         self._sequences[seq.request_id] = seq
-        self._line.add(seq)
+        self._deadlines.add(seq)
+        self._wait(seq)
         for ref in seq.adapters:
             self._gate.prefetch(ref)
         return None
-
-    def _never_fits(self, seq: Sequence) -> str:
-        if seq.num_prompt_tokens == 0:
-            return "The prompt has no tokens."
-        if seq.num_prompt_tokens >= self._max_model_len:
-            return (
-                f"The prompt has {seq.num_prompt_tokens} tokens; with one to generate that is more than the "
-                f"{self._max_model_len} that this server allows."
-            )
-        # The last token is given out, never computed.
-        if self._pool.blocks_for(seq.max_length - 1) > self._pool.num_blocks:
-            return (
-                f"Prompt and output of {seq.max_length} tokens can never fit into the KV cache of "
-                f"{self._pool.num_blocks * self._pool.block_size} tokens."
-            )
-        return ""
 
     def abort(self, request_id: str) -> bool:
         """End it now, whatever its state, with no output. False when it is not here (any more)."""
@@ -162,7 +166,7 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, code: ErrorCode, message: str) -> TokenOutput:
         self._end(seq)
-        return _error(seq, code, message)
+        return refusal(seq, code, message)
 
     def _end(self, seq: Sequence) -> None:
         del self._sequences[seq.request_id]
@@ -170,27 +174,34 @@ class Scheduler:
             self._stop(seq)
         else:
             self._line.remove(seq)
+            self._policy.gives_up(seq)
             self._prompts.stopped(seq)
             if seq.adapters and not self._line.waits_for(seq.digests):
                 self._gate.cancel(seq.adapters)
         seq.state = State.FINISHED
 
-    def preempt_youngest(self) -> bool:
-        """Send the youngest running sequence back to the line, to be recomputed later; nothing of it is
-        lost. False when at most one runs. Raises RuntimeError while a step is in flight."""
+    def preempt(self) -> bool:
+        """Send a running sequence back to the line, the policy says which, to be recomputed later; nothing of
+        it is lost. False when at most one runs. Raises RuntimeError while a step is in flight."""
         if self._in_flight:
             raise RuntimeError("a sequence in flight cannot be preempted: tokens of it are not known yet")
         if len(self._running) < 2:
             return False
-        seq = self._running.youngest
+        self._send_back(self._policy.victim(self._running))
+        return True
+
+    def _send_back(self, seq: Sequence) -> None:
         self._stop(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.preemptions += 1
-        self._line.add(seq)
-        return True
+        self._wait(seq)
 
-    def _start(self, seq: Sequence) -> None:
+    def _wait(self, seq: Sequence) -> None:
+        self._policy.waits(seq, self._clock())
+        self._line.add(seq)
+
+    def _start(self, seq: Sequence, now: float) -> None:
         self._line.remove(seq)
         if seq.started_at is None:
             seq.started_at = self._clock()
@@ -198,51 +209,90 @@ class Scheduler:
         seq.state = State.RUNNING
         self._running.add(seq)
         self._prompts.started(seq)
+        self._policy.starts(seq, now)
 
     def _stop(self, seq: Sequence) -> None:
         """A running sequence gives back what it holds; the caller sets its new state."""
         self._running.remove(seq)
+        self._policy.stops(seq)
         if seq.adapters:
             self._gate.release(seq.adapters)
         self._pool.release(seq.block_ids)
         seq.block_ids = []
         self._prompts.stopped(seq)
 
+    # -- when a step fails
+
+    def make_way(self) -> list[TokenOutput]:
+        """Memory ran out in a step. Those in flight are lost, and who ran in them is computed again. One of
+        those that run, the policy says which, makes way for the others; where it did so before and has got no
+        token since, it ends with an error. Alone, it is tried once more. Plan again without new ones."""
+        seq = self._policy.victim(self._running) if self._running else None
+        for each in self._running:
+            each.logits_state.clear()  # perhaps of a token that nobody got
+        self._lose_flight()
+        if seq is None:
+            return []
+        if seq.was_too_large:
+            return [self._fail(seq, ErrorCode.OUT_OF_MEMORY, TOO_LARGE)]
+        seq.was_too_large = True
+        if seq.state is State.RUNNING and len(self._running) > 1:
+            self._send_back(seq)
+        return []
+
+    def _lose_flight(self) -> None:
+        lost = {run.seq: None for plan, _ in self._in_flight for run in plan.runs}
+        self._in_flight.clear()
+        for seq in lost:
+            if seq.state is State.RUNNING:
+                self._send_back(seq)
+                seq.forget_unread()
+
     # -- planning
 
-    def plan(self) -> StepPlan:
-        """The next step, possibly of no runs. Blocks of every run are allocated, adapters acquired."""
+    def plan(self, admit: bool = True) -> StepPlan:
+        """The next step, possibly of no runs. Blocks of every run are allocated, adapters acquired. With
+        `admit` off nobody starts."""
+        now = self._clock()
+        failed = self._end_late(now)
         self._grow()
-        failed: list[TokenOutput] = []
-        if self._line and len(self._running) < self._max_num_seqs:
+        if admit and self._line and (self._has_place or self._policy.may_hand_over):
             tokens = self._max_num_batched_tokens - self._running.decoding - self._running.tokens_to_prefill
             if tokens > 0:
-                failed = self._admit(tokens)
+                failed += self._admit(tokens, now)
         tokens = self._max_num_batched_tokens - self._running.decoding
         return StepPlan(self._running.runs(tokens), failed, self._prompts.copies)
 
+    @property
+    def _has_place(self) -> bool:
+        return len(self._running) < self._max_num_seqs
+
+    def _end_late(self, now: float) -> list[TokenOutput]:
+        ended = [self._sequences[request_id] for request_id in self._deadlines.passed(now)]
+        return [self._fail(seq, ErrorCode.DEADLINE_EXCEEDED, late(seq)) for seq in ended]
+
     def _grow(self) -> None:
         """A block for each sequence that needs one more, oldest first; prompts kept for choices yet to
-        start make way when there is none, then the youngest. The oldest always goes on, so there is no
-        livelock."""
+        start make way when there is none, then whoever the policy says. Each time somebody goes on, so
+        there is no livelock."""
         for seq in self._running.take_growing():
             while seq.state is State.RUNNING and not self._pool.available:
-                if not (self._prompts.make_room() or self.preempt_youngest()):
+                if not (self._prompts.make_room() or self.preempt()):
                     break
             if seq.state is State.RUNNING:
                 seq.block_ids += self._pool.allocate(1)
 
-    def _admit(self, tokens: int) -> list[TokenOutput]:
+    def _admit(self, tokens: int, now: float) -> list[TokenOutput]:
         """Start waiting sequences while there are places, tokens, blocks and adapters for them.
 
         One that lacks adapters is passed over; one that lacks blocks holds up those behind it, because
         otherwise long prompts would starve. Returns the errors of those whose adapters cannot be had.
         """
         failed: list[TokenOutput] = []
-        now = self._clock()
         turns = AdapterTurns(self._gate, self._line, self._running.mixes, now)
-        for seq in self._line.in_order(self._policy, now, turns.passed_over):
-            if tokens <= 0 or len(self._running) == self._max_num_seqs:
+        self._is_owed_a_place = False
+        for seq in self._line.in_order(now, turns.passed_over):
+            if tokens <= 0 or not (self._has_place or self._may_take_place(seq)):
                 turns.end(first_not_tried=seq)
                 break
             if self._prompts.must_wait(seq) or (answer := turns.take(seq)) is None:
@@ -251,60 +301,33 @@ class Scheduler:
                 code = answer.error or ErrorCode.ADAPTER_LOAD_FAILED
                 failed.append(self._fail(seq, code, answer.message))
                 continue
-            if not self._take_blocks(seq):
+            if not self._take_room(seq):
                 turns.give_back(seq)
                 turns.end(first_not_tried=seq)
                 break
-            self._start(seq)
+            self._start(seq, now)
             turns.started(seq)
             tokens -= seq.num_tokens - seq.num_computed
         else:
             turns.end(first_not_tried=None)
         return failed
 
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Cached blocks of its prefix and new ones for all other known tokens; all or nothing.
+    def _may_take_place(self, seq: Sequence) -> bool:
+        """Whether somebody who runs is to make way for it now."""
+        owed = self._policy.may_hand_over and self._policy.owed_by(seq, self._running) is not None
+        if owed and self._in_flight:
+            self._is_owed_a_place = True
+        return owed and not self._in_flight
 
-        Room for the whole prompt and not for its next chunk alone, so that two long prompts never preempt
-        one another half-way; and one block more for each running sequence, which will soon want it.
-        """
-        while not self._try_blocks(seq):
-            # Kept prompts make way; the one that it would share only where nobody runs who would make room.
-            if not self._prompts.make_room(but_for=seq if self._running else None):
+    def _take_room(self, seq: Sequence) -> bool:
+        """A place and blocks, from those who owe them where there are none."""
+        while not (self._has_place and self._blocks.take(seq, len(self._running))):
+            if not self._may_take_place(seq):
                 return False
+            other = self._policy.owed_by(seq, self._running)
+            assert other is not None
+            self._send_back(other)
         return True
-
-    def _try_blocks(self, seq: Sequence) -> bool:
-        pool = self._pool
-        # The last token is always computed: its logits give the next one.
-        most = (seq.num_tokens - 1) // pool.block_size
-        prompt = self._prompts.prompt_of(seq)
-        if prompt:
-            hits = prompt[:most]
-            pool.share(hits)
-        else:
-            hits = self._cached_blocks(seq, most)
-        wanted = pool.blocks_for(seq.num_tokens) - len(hits)
-        if wanted + len(self._running) > pool.available:
-            pool.release(hits)
-            return False
-        seq.block_ids = hits + pool.allocate(wanted)
-        seq.num_computed = len(hits) * pool.block_size
-        if prompt:
-            self._prompts.copy(seq, prompt[most], seq.block_ids[most])
-            seq.num_computed = seq.num_tokens - 1
-        elif not seq.num_preemptions:
-            self.prefix_query_tokens += seq.num_prompt_tokens if pool.prefix_caching else 0
-            seq.cached_tokens = seq.num_computed
-            self.cached_prompt_tokens += seq.num_computed
-        return True
-
-    def _cached_blocks(self, seq: Sequence, most: int) -> list[int]:
-        """Blocks of its prefix that the cache knows, with a reference to each."""
-        if not self._pool.prefix_caching:
-            return []
-        extend_hashes(seq.block_hashes, seq.tokens, seq.mix_key, self._pool.block_size)
-        return self._pool.match_prefix(seq.block_hashes[:most])
 
     # -- after the step
 
@@ -349,18 +372,10 @@ class Scheduler:
         outputs: list[TokenOutput] = []
         for at, run in enumerate(plan.runs):
             if counts[at] and run.seq.state is State.RUNNING:
-                self._offer_blocks(run)
+                self._blocks.offer(run)
                 if token_ids[at]:
                     outputs.append(self._sampled(run, token_ids[at], logprobs[at] if logprobs else ()))
         return outputs
-
-    def _offer_blocks(self, run: ScheduledRun) -> None:
-        """Those that the run filled, for reuse: their tokens are known now."""
-        seq, block_size, end = run.seq, self._pool.block_size, run.start + run.num_tokens
-        if self._pool.prefix_caching and end // block_size > run.start // block_size:
-            extend_hashes(seq.block_hashes, seq.tokens[:end], seq.mix_key, block_size)
-            for i in range(run.start // block_size, end // block_size):
-                self._pool.register(seq.block_ids[i], seq.block_hashes[i])
 
     def _sampled(
         self, run: ScheduledRun, tokens: abc.Iterable[int], logprobs: abc.Sequence[Logprobs]
@@ -374,6 +389,8 @@ class Scheduler:
             if reason is not None:
                 break
         self.generated_tokens += len(taken)
+        self._policy.generated(seq, len(taken))
+        seq.was_too_large = False
         if reason is not None:
             self._end(seq)
         elif run.rows > 1:
@@ -388,7 +405,3 @@ class Scheduler:
             started_at=seq.started_at if first else None,
             waited_for_adapter=seq.waited_for_adapter if first else False,
         )
-
-
-def _error(seq: Sequence, code: ErrorCode, message: str) -> TokenOutput:
-    return TokenOutput(seq.request_id, [], finish_reason="error", error=code, message=message)

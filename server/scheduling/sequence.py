@@ -34,7 +34,8 @@ class Sequence:
     """Tokens, cache position and limits of one choice. The scheduler alone changes it.
 
     `order` is the place in the line of arrivals: of two sequences the one with the smaller order is the
-    older. `arrival` is in seconds of the scheduler's clock. `digests` are of the adapters that it needs.
+    older. `arrival` and `deadline` are in seconds of the scheduler's clock. `digests` are of the adapters it
+    needs.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "cached_tokens",
+        "deadline",
         "digests",
         "group",
         "last_token",
@@ -56,13 +58,18 @@ class Sequence:
         "num_tokens",
         "num_unread",
         "order",
+        "priority",
         "request_id",
         "sampling",
         "seed",
         "started_at",
         "state",
         "stop_ids",
+        "tenant",
+        "timeout_s",
         "waited_for_adapter",
+        "was_too_large",
+        "weight",
     )
 
     def __init__(self, request: Request, arrival: float, order: int) -> None:
@@ -72,7 +79,12 @@ class Sequence:
         self.mix_key: MixKey = tuple((ref.digest, ref.weight) for ref in request.adapters)
         self.digests = frozenset(ref.digest for ref in request.adapters)
         self.seed: int = _seed(request.sampling.seed)
+        self.tenant: str = request.tenant
+        self.weight: float = request.weight
+        self.priority: int = request.priority
+        self.timeout_s: float | None = request.timeout_s
         self.arrival = arrival
+        self.deadline = None if request.timeout_s is None else arrival + request.timeout_s
         self.order = order
 
         self._buffer: Tokens = np.array(request.prompt_token_ids, dtype=np.int64)
@@ -90,6 +102,7 @@ class Sequence:
         self.num_preemptions = 0
         self.started_at: float | None = None  # when it first left the line, by the scheduler's clock
         self.waited_for_adapter = False  # then: its adapters were what it had waited for last
+        self.was_too_large = False  # a step ran out of memory with it, and it has got no token since
         self.stop_ids: frozenset[int] = frozenset(self.sampling.stop_token_ids)
         self.max_length = self.num_prompt_tokens + self.sampling.max_tokens  # prompt and output, tokens
 
@@ -109,6 +122,12 @@ class Sequence:
         self.max_length = min(self.max_length, max_model_len)
         if not self.sampling.ignore_eos:
             self.stop_ids |= eos_token_ids
+
+    def forget_unread(self) -> None:
+        """The tokens that were expected will never be known; nothing of it is in the cache any more."""
+        self.num_tokens -= self.num_unread
+        self.num_unread = self.num_computed = 0
+        self.last_token = int(self._buffer[self.num_tokens - 1])
 
     @property
     def tokens(self) -> Tokens:

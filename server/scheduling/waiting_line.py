@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Container, Iterator
 
 from server.scheduling.adapter_gate import AcquireStatus
-from server.scheduling.adapter_queue import AdapterQueue, place
+from server.scheduling.adapter_queue import AdapterQueue
 from server.scheduling.policy import Policy
 from server.scheduling.sequence import Sequence
 
@@ -17,8 +17,9 @@ class WaitingLine:
     Nothing here but `add` and `remove` of one sequence costs more for a long queue than for a short one.
     """
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, policy: Policy) -> None:
         self._patience_s = patience_s
+        self._policy = policy
         self._patience_from = float("-inf")  # it runs for nobody from earlier on
         self._queues: dict[frozenset[str], AdapterQueue] = {}  # by digests; none is empty
         self._length = 0
@@ -43,7 +44,7 @@ class WaitingLine:
     def add(self, seq: Sequence) -> None:
         """An arrival, or one that was preempted."""
         if seq.digests not in self._queues:
-            self._queues[seq.digests] = AdapterQueue(seq.digests)
+            self._queues[seq.digests] = AdapterQueue(seq.digests, self._policy)
         self._queues[seq.digests].add(seq)
         self._length += 1
 
@@ -55,38 +56,37 @@ class WaitingLine:
             del self._queues[seq.digests]
         self._length -= 1
 
-    def in_order(
-        self, policy: Policy, now: float, passed_over: Container[frozenset[str]]
-    ) -> Iterator[Sequence]:
+    def in_order(self, now: float, passed_over: Container[frozenset[str]]) -> Iterator[Sequence]:
         """Everyone here in the order to try, but nobody more of a queue whose digests get into `passed_over`.
-        The caller may take out the sequence that it was given last."""
-
-        def turn(queue: AdapterQueue, at: int) -> tuple[bool, float, int, int, AdapterQueue]:
-            arrived, order = place(queue[at])
-            return arrived, policy.rank(queue[at], now) if arrived else 0.0, order, at, queue
-
-        turns = [turn(queue, 0) for queue in self._queues.values()]
+        The caller may take out the sequence that it was given last, and put others in."""
+        turns = []
+        for at, queue in enumerate(self._queues.values()):
+            queue.rewind()
+            if found := queue.next(now):
+                turns.append((found[0], at, queue))
         heapq.heapify(turns)
         while turns:
-            *_, at, queue = turns[0]
-            seq = queue[at]
-            yield seq
-            if at < len(queue) and queue[at] is seq:
-                at += 1
-            if at == len(queue) or queue.digests in passed_over:
+            rank, at, queue = turns[0]
+            found = None if queue.digests in passed_over else queue.next(now)
+            if found is None:
                 heapq.heappop(turns)
-            else:
-                heapq.heapreplace(turns, turn(queue, at))
+            elif found[0] != rank:  # those before it have gone, or were served meanwhile
+                heapq.heapreplace(turns, (found[0], at, queue))
+            elif (seq := found[1].next) is not None:
+                yield seq
+                queue.pass_by(seq, found[1])
 
     def pass_over(self, digests: frozenset[str], status: AcquireStatus | None) -> None:
         """These adapters are not here, for all who wait for them. FULL: nor is there room; PENDING: they have
         their room; None: the gate was not asked."""
         self._queues[digests].pass_over(status)
 
-    def start_patience(self, digests: frozenset[str], now: float, before: Sequence | None) -> None:
-        """It runs from now on, if it did not yet, for those who wait for these adapters and come `before` a
-        sequence; None: for all of them."""
-        self._queues[digests].start_patience(now, before)
+    def start_patience(
+        self, digests: frozenset[str], now: float, before: Sequence | None, tried: Sequence | None = None
+    ) -> None:
+        """It runs from now on, if it did not yet, for those who wait for these adapters and are older than
+        `before` (None: for all of them), and for the one that was `tried`."""
+        self._queues[digests].start_patience(now, before, tried)
 
     def ready(self, seq: Sequence) -> None:
         """If it still waits, it is not for its adapters."""
@@ -95,9 +95,9 @@ class WaitingLine:
     def starving(self, now: float) -> frozenset[str] | None:
         """The adapters that have wanted room for longest, if for longer than patience allows."""
         wanting = [
-            (max(since, self._patience_from), since, place(queue[0]), digests)
+            (max(wanted[0], self._patience_from), *wanted, digests)
             for digests, queue in self._queues.items()
-            if (since := queue.room_wanted_since) is not None
+            if (wanted := queue.room_wanted_since) is not None
         ]
         if not wanting:
             return None

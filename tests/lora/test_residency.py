@@ -14,7 +14,7 @@ from server.lora.residency import Residency
 from server.lora.version import Place
 from server.messages import AdapterRef, ErrorCode
 from server.peft.format import judge
-from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
+from server.scheduling.adapter_gate import Acquire, AcquireStatus, AdapterGate
 from tests.lora.adapter_folder import LIMITS, TARGETS, weights, write
 from tests.lora.image import Image, packed
 
@@ -45,10 +45,12 @@ def adapters(tmp_path_factory):
 class Bench:
     """A Residency, and a way to wait for its worker."""
 
-    def __init__(self, arena_bytes: int, host_bytes: int = 1 << 20) -> None:
+    def __init__(self, arena_bytes: int, host_bytes: int = 1 << 20, pinned_share: float = 1.0) -> None:
         self.landed = threading.Semaphore(0)
         self.arena = Arena(arena_bytes, len(TARGETS), torch.float32, slots=1)
-        self.residency = Residency(self.arena, TARGETS, host_bytes, LIMITS, wake=self.landed.release)
+        self.residency = Residency(
+            self.arena, TARGETS, host_bytes, LIMITS, pinned_share=pinned_share, wake=self.landed.release
+        )
 
     def step(self) -> None:
         """Wait for one job, if any is under way, and take in what is there."""
@@ -71,6 +73,12 @@ class Bench:
             self.step()
         return answer.status
 
+    def load(self, ref: AdapterRef, pin: bool = False) -> Acquire:
+        """Ask at every step until the answer is final."""
+        while (answer := self.residency.load(ref, pin)).status is PENDING:
+            self.step()
+        return answer
+
     def holds(self, image: Image, digest: str) -> bool:
         return image.lies_in(self.arena, self.residency.slot(digest))
 
@@ -79,7 +87,7 @@ class Bench:
 def bench(adapters):
     made = []
 
-    def make(*ranks: int, **options: int) -> Bench:
+    def make(*ranks: int, **options: float) -> Bench:
         """With an arena that just holds these ranks."""
         made.append(Bench(adapters.nbytes(*ranks), **options))
         return made[-1]
@@ -411,6 +419,38 @@ def test_pinned_ones_stay(adapters, bench):
     assert two.digest in b.residency.resident
     assert b.residency.unload(two.digest) == "host"
     assert b.residency.pinned == frozenset()
+
+
+def test_pins_have_a_share_and_no_more(adapters, bench):
+    b = bench(6, 4, 2, 1, pinned_share=0.4)
+    one, two, _, four, *_ = adapters.refs
+    assert b.load(four, pin=True).status is READY
+    assert b.load(four, pin=True).status is READY  # again: it holds no more
+    refusal = b.load(two, pin=True)
+    assert (refusal.status, refusal.error) == (FAILED, ErrorCode.PIN_LIMIT)
+    assert str(adapters.nbytes(2)) in refusal.message
+    assert b.residency.pinned == {four.digest}
+    assert b.load(one, pin=True).status is READY  # a smaller one still fits
+    assert b.load(two).status is READY  # and without a pin any
+    b.residency.unload(four.digest)
+    assert b.load(two, pin=True).status is READY
+    assert b.residency.pinned == {one.digest, two.digest}
+
+
+def test_who_can_never_get_room_beside_pins_is_told(adapters, bench):
+    b = bench(4, 2)
+    two, four, five = (adapters.refs[rank - 1] for rank in (2, 4, 5))
+    assert b.load(two, pin=True).status is READY
+    while (answer := b.residency.acquire((five,))).status is PENDING:
+        b.step()
+    assert (answer.status, answer.error) == (FAILED, ErrorCode.OUT_OF_MEMORY)
+    assert "inned adapters hold" in answer.message
+    assert b.acquire(two, four) is READY  # a pinned one of the mix itself is not in the way
+    b.residency.release((two, four))
+    b.residency.unload(two.digest)
+    assert b.acquire(five) is READY
+    b.residency.release((five,))
+    assert b.residency.promises == set()
 
 
 def test_an_unload_waits_for_the_last_use(adapters, bench):

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from server.messages import AdapterRef, ErrorCode, Request, SamplingParams, TokenOutput
 from server.scheduling.adapter_gate import Acquire, AcquireStatus
 from server.scheduling.block_pool import BlockPool
+from server.scheduling.policy import Policy
 from server.scheduling.prompt_group import sequences_of
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.sequence import MixKey, Sequence
@@ -207,6 +208,7 @@ class Harness:
         max_model_len: int = 256,
         patience_s: float = 2.0,
         ahead: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         self.clock = Clock()
         self.seconds_per_step = seconds_per_step
@@ -221,6 +223,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             eos_token_ids=[EOS],
+            policy=policy,
             patience_s=patience_s,
             clock=self.clock,
         )

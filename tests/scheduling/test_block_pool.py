@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.scheduling.block_pool import BlockPool, extend_hashes, mix_hash
+from server.scheduling.block_pool import BlockPool, extend_hashes, root_hash
 from server.scheduling.sequence import MixKey
 
 BLOCK = 4
@@ -14,7 +14,7 @@ BLOCK = 4
 
 def hashes(tokens: list[int], mix: MixKey = (), block_size: int = BLOCK) -> list[bytes]:
     result: list[bytes] = []
-    extend_hashes(result, np.array(tokens, dtype=np.int64), mix, block_size)
+    extend_hashes(result, np.array(tokens, dtype=np.int64), root_hash(mix), block_size)
     return result
 
 
@@ -148,14 +148,14 @@ def test_other_adapters_or_weights_never_share_a_block() -> None:
     assert len({block for blocks in owned for block in blocks}) == 2 * len(MIXES)
     for mix, blocks in zip(MIXES, owned, strict=True):
         assert pool.match_prefix(hashes([1] * 8, mix)) == blocks
-    assert len({mix_hash(mix) for mix in MIXES}) == len(MIXES)
+    assert len({root_hash(mix) for mix in MIXES}) == len(MIXES)
 
 
 def test_hashes_grow_to_the_same_chain_in_any_steps() -> None:
     tokens = np.arange(30, dtype=np.int64)
     grown: list[bytes] = []
     for end in (3, 4, 11, 12, 13, 29, 30):
-        extend_hashes(grown, tokens[:end], (("a", 1.0),), BLOCK)
+        extend_hashes(grown, tokens[:end], root_hash((("a", 1.0),)), BLOCK)
         assert len(grown) == end // BLOCK
     assert grown == hashes(list(range(30)), (("a", 1.0),))
 

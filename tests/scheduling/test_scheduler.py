@@ -284,7 +284,7 @@ def test_a_prompt_preempted_half_way_takes_up_its_own_blocks_but_counts_no_cache
     h.step()
     h.step()
     assert h.sequences["b"].num_computed == 4 + 5
-    assert h.scheduler.preempt_youngest()
+    assert h.scheduler.preempt()
     assert described(h.step())[1] == ("b", 8, 4, True)
     h.drain()
     assert h.outputs["b"][0].cached_tokens == 0
@@ -296,7 +296,7 @@ def test_a_plan_from_before_a_preemption_is_not_taken_in() -> None:
     h.add(request("a", 4), request("b", 3))
     h.step()
     old = h.scheduler.plan()
-    assert h.scheduler.preempt_youngest()
+    assert h.scheduler.preempt()
     h.scheduler.plan()  # "b" starts again
     assert [output.request_id for output in h.scheduler.update(old, [[1], [1]])] == ["a"]
     assert h.sequences["b"].num_computed == 0
@@ -317,12 +317,12 @@ def test_a_preempted_sequence_goes_before_the_others_that_wait() -> None:
 def test_the_engine_may_ask_for_a_preemption_but_the_last_one_stays() -> None:
     h = Harness()
     a, b = h.add(request("a", 4), request("b", 4, "x"))
-    assert not h.scheduler.preempt_youngest()
+    assert not h.scheduler.preempt()
     h.step()
-    assert h.scheduler.preempt_youngest()
+    assert h.scheduler.preempt()
     assert (a.state, b.state, b.block_ids) == (State.RUNNING, State.WAITING, [])
     assert not +h.gate.references
-    assert not h.scheduler.preempt_youngest()
+    assert not h.scheduler.preempt()
     h.drain()
     assert h.tokens("b") == alone(h.requests["b"], 256)[0]
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.messages import AdapterRef, ErrorCode, Fork, Request
+from server.scheduling.policy import FairShare, FirstComeFirstServed
 from server.scheduling.sequence import Sequence, State
 from server.scheduling.step_plan import StepPlan
 from tests.scheduling.fake_step import FakeGate, Harness, alone, request
@@ -36,6 +37,8 @@ class Life:
     arrivals: float  # mean, each step
     troubles: float  # chance of an abort, a failure or a lost step, each step
     ahead: bool = False  # whether steps are planned before the one before is read
+    fair: bool = True
+    tenants: int = 1
 
 
 LIVES = st.builds(
@@ -53,6 +56,8 @@ LIVES = st.builds(
     arrivals=st.floats(0.1, 2.0),
     troubles=st.sampled_from([0.0, 0.0, 0.3]),
     ahead=st.booleans(),
+    fair=st.booleans(),
+    tenants=st.integers(1, 4),
 )
 
 
@@ -70,6 +75,7 @@ class TraceHarness(Harness):
             max_model_len=40,
             patience_s=0.5,
             ahead=life.ahead,
+            policy=FairShare(ageing_s=1.0) if life.fair else FirstComeFirstServed(),
         )
         self.life = life
         self.rng = random.Random(life.seed)
@@ -95,14 +101,22 @@ class TraceHarness(Harness):
             seed=1,
         )
         forks = rng.choice([0, 0, 0, 1, 4])
-        return msgspec.structs.replace(alone_, forks=tuple(Fork(f"{name}.{k}") for k in range(forks)))
+        tenant = rng.randrange(self.life.tenants)
+        return msgspec.structs.replace(
+            alone_,
+            forks=tuple(Fork(f"{name}.{k}") for k in range(forks)),
+            tenant=f"tenant{tenant}",
+            weight=float(1 + tenant),
+            priority=rng.choice([0, 0, 0, 3, -1]),
+            timeout_s=rng.choice([None] * 9 + [1.5]),
+        )
 
     def trouble(self) -> None:
         rng = self.rng
         if not self.live():
             return
         victim = rng.choice(self.live()).request_id
-        kind = rng.randrange(4)
+        kind = rng.randrange(5)
         if kind == 0:
             assert self.scheduler.abort(victim)
             self.gone.add(victim)
@@ -114,9 +128,15 @@ class TraceHarness(Harness):
             if not self.scheduler.can_plan_ahead:
                 self.read()
             self.collect(self.scheduler.plan().failed)  # the step is lost
-        else:
+        elif kind == 3:
             self.read()
-            self.scheduler.preempt_youngest()
+            self.scheduler.preempt()
+        else:  # memory runs out, and what is in flight is lost
+            self.in_flight.clear()
+            ended = self.scheduler.make_way()
+            assert all(output.error is ErrorCode.OUT_OF_MEMORY for output in ended)
+            self.collect(ended)
+            self.collect(self.scheduler.plan(admit=False).failed)
 
     def step(self) -> StepPlan:
         running = [seq for seq in self.live() if seq.state is State.RUNNING]
@@ -126,7 +146,7 @@ class TraceHarness(Harness):
         plan = super().step()
         self.check_plan(plan)
         self.check_books()
-        if oldest and oldest.state is not State.FINISHED:
+        if oldest and oldest.state is not State.FINISHED and not self.life.fair:
             assert oldest.state is State.RUNNING, "the oldest is never preempted"
             assert oldest.num_computed > before or prefilling or oldest.is_full
         return plan
@@ -165,7 +185,7 @@ class TraceHarness(Harness):
                 for seq, i in sharing:
                     end = (i + 1) * pool.block_size
                     assert seq.num_computed >= end, "a shared block that is not full"
-                    assert seq.mix_key == first.mix_key
+                    assert (seq.mix_key, seq.tenant) == (first.mix_key, first.tenant)
                     assert seq.tokens[:end].tolist() == first.tokens[:end].tolist()
         assert all(not seq.block_ids and seq.num_computed == 0 for seq in waiting)
         assert +self.gate.references == Counter(d for seq in running for d, _ in seq.mix_key)
@@ -195,6 +215,10 @@ def test_books_balance_and_everyone_ends_once(life: Life) -> None:
     assert h.pool.held == 0
     assert not +h.gate.references
     assert h.scheduler.waiting_digests == ()
+    policy = h.scheduler._policy
+    if isinstance(policy, FairShare):
+        assert (policy._adapters, policy._weights, policy._classes) == ({}, {}, {})
+        assert not policy._tenants.are_running | policy._tenants.are_waiting
     fed = sum(len(h.tokens(name)) for name in h.requests)
     assert h.scheduler.generated_tokens == fed
     for name, item in h.requests.items():
@@ -204,8 +228,10 @@ def test_books_balance_and_everyone_ends_once(life: Life) -> None:
             assert (h.tokens(name), ends[0]) == alone(item, h.max_model_len)
         elif ends and not life.troubles:
             never_fits = h.outputs[name][0].error is ErrorCode.NEVER_FITS
+            late = h.outputs[name][-1].error is ErrorCode.DEADLINE_EXCEEDED
+            assert not late or item.timeout_s is not None
             unloadable = len(item.adapters) > life.capacity or BROKEN in {a.digest for a in item.adapters}
-            assert never_fits or unloadable
+            assert never_fits or unloadable or late
 
 
 @settings(max_examples=100, deadline=None)
@@ -230,7 +256,8 @@ def test_every_token_is_computed_or_taken_from_the_cache_once(life: Life) -> Non
             cached += taken
     assert h.scheduler.prompt_tokens >= computed
     assert h.scheduler.cached_prompt_tokens >= cached
-    if not h.scheduler.preemptions and not life.troubles:
+    late = any(o.error is ErrorCode.DEADLINE_EXCEEDED for each in h.outputs.values() for o in each)
+    if not (h.scheduler.preemptions or life.troubles or late):
         assert (h.scheduler.prompt_tokens, h.scheduler.cached_prompt_tokens) == (computed, cached)
     if not life.prefix_caching:
         assert h.scheduler.cached_prompt_tokens == 0
@@ -248,12 +275,16 @@ def test_the_same_life_gives_the_same_plans(life: Life) -> None:
 def test_the_traces_reach_the_hard_cases() -> None:
     """Guards the generator: lives of this kind preempt, share prefixes and run out of arena room."""
     preemptions = cached = copies = 0
+    errors = Counter[ErrorCode | None]()
     for seed in range(20):
-        h = TraceHarness(Life(seed, 40, 14, 2, 12, 6, 6, 2, 1, True, 1.0, 0.1))
+        h = TraceHarness(Life(seed, 40, 14, 2, 12, 6, 6, 2, 1, True, 1.0, 0.1, fair=seed % 2 == 0, tenants=2))
         h.live_through()
+        errors.update(output.error for outputs in h.outputs.values() for output in outputs)
         preemptions += h.scheduler.preemptions
         cached += h.scheduler.cached_prompt_tokens
         copies += h.gate.copies
     assert preemptions > 20
     assert cached > 60
     assert copies > 60
+    assert errors[ErrorCode.DEADLINE_EXCEEDED] > 20
+    assert errors[ErrorCode.OUT_OF_MEMORY] > 0

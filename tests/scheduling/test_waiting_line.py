@@ -5,13 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.scheduling.adapter_gate import AcquireStatus
-from server.scheduling.policy import FirstComeFirstServed
+from server.scheduling.policy import FirstComeFirstServed, Policy, Rank
 from server.scheduling.sequence import Sequence, State
 from server.scheduling.waiting_line import WaitingLine
 from tests.scheduling.fake_step import FakeGate, Harness, request
 
 FULL, PENDING = AcquireStatus.FULL, AcquireStatus.PENDING
-FCFS = FirstComeFirstServed()
 X, Y = frozenset("x"), frozenset("y")
 
 
@@ -21,16 +20,18 @@ def sequence(order: int, *adapters: str, preempted: bool = False) -> Sequence:
     return seq
 
 
-def line_of(*sequences: Sequence, patience_s: float = 1.0) -> WaitingLine:
-    line = WaitingLine(patience_s)
+def line_of(*sequences: Sequence, patience_s: float = 1.0, policy: Policy | None = None) -> WaitingLine:
+    line = WaitingLine(patience_s, policy or FirstComeFirstServed())
     for seq in sequences:
         line.add(seq)
     return line
 
 
-class LastComeFirstServed:
-    def rank(self, seq: Sequence, now: float) -> float:
-        return -seq.arrival
+class ByName(FirstComeFirstServed):
+    """The last adapter of the alphabet first."""
+
+    def rank(self, tenant: str, digests: frozenset[str]) -> Rank:
+        return (-float(ord(min(digests))),)
 
 
 MEMBER = st.tuples(st.sampled_from([(), ("x",), ("y",), ("x", "y")]), st.booleans(), st.booleans())
@@ -48,7 +49,7 @@ def test_preempted_ones_first_then_in_order_whatever_they_wait_for(
     line = line_of(*sequences)
     passed_over: set[frozenset[str]] = set()
     tried = []
-    for seq in line.in_order(FCFS, 0.0, passed_over):
+    for seq in line.in_order(0.0, passed_over):
         tried.append(seq)
         if seq.digests == skipped:
             passed_over.add(skipped)
@@ -60,12 +61,11 @@ def test_preempted_ones_first_then_in_order_whatever_they_wait_for(
     assert len(line) == len(sequences) - sum(seq.digests != skipped for seq in starts)
 
 
-def test_a_policy_ranks_the_first_of_each_queue_but_not_those_that_were_preempted() -> None:
+def test_the_policy_ranks_lanes_and_in_each_preempted_ones_go_first() -> None:
     mixes = ["x", "y", "x", "z"]
-    preempted = sequence(9, "w", preempted=True)
-    line = line_of(*(sequence(order, mix) for order, mix in enumerate(mixes)), preempted)
-    tried = [seq.order for seq in line.in_order(LastComeFirstServed(), 0.0, ())]
-    assert tried == [9, 3, 1, 0, 2]
+    preempted = sequence(9, "x", preempted=True)
+    line = line_of(*(sequence(order, mix) for order, mix in enumerate(mixes)), preempted, policy=ByName())
+    assert [seq.order for seq in line.in_order(0.0, ())] == [3, 1, 9, 0, 2]
 
 
 def test_a_queue_that_is_passed_over_waits_for_its_adapters_as_one() -> None:

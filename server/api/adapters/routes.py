@@ -33,7 +33,7 @@ from server.api.inference.parsing import from_validation
 from server.api.operation import SEE_ADAPTERS, Operation
 from server.api.paging import Page
 from server.border.client import EngineClient
-from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory
+from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory, PinLimit
 from server.messages import AdapterResult, ErrorCode
 from server.registry.records import AdapterVersion, Published, Retired, split_version
 from server.telemetry.audit import audit
@@ -277,21 +277,32 @@ async def _move_pin(face: Face, version: AdapterVersion) -> None:
     """A pinned name got a new version: that one stays in memory now, the one before it need not."""
     registry = face.require_registry()
     try:
+        records = registry.get(version.name, tenant=version.tenant).versions
+        before = [each.version for each in records if each.version.number == version.number - 1]
         with registry.acquire(f"{version.name}@{version.number}", tenant=version.tenant):
-            await _load(face, version, pin=True)
-        for record in registry.get(version.name, tenant=version.tenant).versions:
-            if record.version.number == version.number - 1:
-                await face.engine.unload_adapter(record.version.digest)
+            try:
+                await _load(face, version, pin=True)
+            except PinLimit:  # for both at once there is no room among the pins
+                await _unload_all(face, before)
+                await _load(face, version, pin=True)
+        await _unload_all(face, before)
     except ChorusError as error:
         _log.warning("the pin of %s could not be moved to its new version: %s", version.label, error.message)
 
 
+async def _unload_all(face: Face, versions: list[AdapterVersion]) -> None:
+    for version in versions:
+        await face.engine.unload_adapter(version.digest)
+
+
 async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult:
-    """Raises OutOfMemory when there is no room now, InvalidRequest when there never is."""
+    """Raises OutOfMemory when there is no room now, InvalidRequest when there never is, PinLimit."""
     face.names.remember(version.digest, version.label)
     result = await face.engine.load_adapter(version.ref(), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
-        raise OutOfMemory("There is no room for this adapter in accelerator memory now.")
+        raise OutOfMemory(f"There is no room for this adapter in accelerator memory now: {result.message}")
+    if result.error is ErrorCode.PIN_LIMIT:
+        raise PinLimit(result.message, param="pin")
     if result.error is ErrorCode.NEVER_FITS:
         raise InvalidRequest(
             "This adapter is larger than all accelerator memory for adapters.",

@@ -63,6 +63,8 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
         n=request.n,
         text=await text_options(request, face.tokenizer),
         stream=bool(request.stream),
+        priority=request.priority,
+        timeout_s=request.timeout,
         reply=ChatReply(request, face),
     )
 

@@ -12,8 +12,9 @@ from typing import Self
 import msgspec
 
 from server.api.inference.replies import ChoiceFinishReason
+from server.api.waiting_room import Ticket
 from server.border.client import EngineClient
-from server.errors import ChorusError, InvalidRequest, OutOfMemory, TooSlow, Unavailable
+from server.errors import ChorusError, DeadlineExceeded, InvalidRequest, OutOfMemory, TooSlow, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.telemetry.sequence_metrics import SequenceTimes
@@ -144,9 +145,15 @@ class Generation:
     """
 
     def __init__(
-        self, engine: EngineClient, choices: list[Choice], metrics: Metrics, most_waiting: int
+        self,
+        engine: EngineClient,
+        choices: list[Choice],
+        metrics: Metrics,
+        ticket: Ticket,
+        most_waiting: int,
     ) -> None:
         self.choices = choices
+        self._ticket = ticket
         self._engine = engine
         self.times: dict[str, SequenceTimes] = {}  # of each choice that the engine was asked for, by its id
         self._metrics = metrics.sequences
@@ -236,6 +243,8 @@ class Generation:
                 if choice is None:
                     continue  # of after its stop string
                 delta = choice.advance(output)
+                if delta.choice.completion_tokens == len(delta.token_ids):
+                    self._ticket.started()
                 if delta.token_ids:
                     self._metrics.output(self.times[output.request_id], output, len(delta.token_ids))
                 self._put(delta)
@@ -267,6 +276,8 @@ def engine_error(output: TokenOutput) -> ChorusError:
     match output.error:
         case ErrorCode.NEVER_FITS:
             return InvalidRequest(text or "The request can never fit.", param="prompt", code="never_fits")
+        case ErrorCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(text or "The request's time was over.", param="timeout")
         case ErrorCode.OUT_OF_MEMORY:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:

@@ -20,6 +20,8 @@ MAX_LOGPROB_ENTRIES = 2**19  # of one answer, which has up to 75 bytes for each
 MAX_TEMPLATE_OPTIONS = 64
 MAX_MESSAGES = 4096
 MAX_MIX = 16
+MAX_PRIORITY = 9  # a request can only step back: what is before 0 is not a client's to say
+MAX_TIMEOUT_S = 86_400.0
 _INT64 = 2**63
 
 # Accepted and without effect: they change nothing in what is answered.
@@ -179,7 +181,8 @@ class GenerationRequest(Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    priority: Literal[0] = 0  # all requests are equal so far
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0  # the smaller goes first
+    timeout: Annotated[FiniteFloat | None, Field(gt=0, le=MAX_TIMEOUT_S)] = None  # seconds
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None

@@ -29,15 +29,27 @@ class GenerationSpec:
     text: TextOptions
     stream: bool
     reply: Reply
+    priority: int = 0
+    timeout_s: float | None = None
 
-    def choices(self, leased: LeasedMix) -> list[Choice]:
-        """Choice i * n + k is the k-th of prompt i. Their ids are new, whatever the client calls them."""
+    def choices(self, leased: LeasedMix, tenant: str, longest_s: float) -> list[Choice]:
+        """Choice i * n + k is the k-th of prompt i. Their ids are new, whatever the client calls them.
+        `longest_s`: what the server lets any request take."""
         run = uuid.uuid4().hex
         choices = []
         for at, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
             ids = [f"{run}-{at * self.n + k}" for k in range(self.n)]
             forks = tuple(Fork(ids[k], _seed(sampling.seed, k)) for k in range(1, self.n))
-            request = Request(ids[0], prompt, sampling, leased.refs, forks)
+            request = Request(
+                ids[0],
+                prompt,
+                sampling,
+                leased.refs,
+                forks,
+                tenant=tenant,
+                priority=self.priority,
+                timeout_s=min(self.timeout_s or longest_s, longest_s),
+            )
             choices += [
                 Choice(at * self.n + k, at, request, request_id, self.text)
                 for k, request_id in enumerate(ids)

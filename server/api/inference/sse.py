@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.body import read_body
 from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
-from server.api.face import Face, face_of
+from server.api.face import Face, face_of, tenant_of
 from server.api.inference.generation import ClientGone, Generation
 from server.api.inference.mix import LeasedMix
 from server.api.inference.served import count_served
@@ -38,6 +38,7 @@ async def generate(
     """What an inference route answers. `spec_of` judges the body."""
     face = face_of(request)
     info = face.require_engine()
+    face.waiting_room.check(tenant_of(request))  # before anything is read
     body = await read_body(request, face.settings.max_request_bytes)
     return GenerationResponse(face, request, await spec_of(face, info, body))
 
@@ -53,12 +54,16 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what failed before the first token, so that it is answered with its own status."""
-        face, spec = self._face, self._spec
+        face, spec, tenant = self._face, self._spec, tenant_of(self._request)
         try:
-            with spec.mix.lease(face, caller_of(self._request).tenant) as leased:
-                choices = spec.choices(leased)
+            with (
+                face.waiting_room.enter(tenant, len(spec.prompts) * spec.n) as ticket,
+                spec.mix.lease(face, caller_of(self._request).tenant) as leased,
+            ):
+                choices = spec.choices(leased, tenant, face.settings.request_timeout_s)
                 spec.reply.start(leased.version, choices)
-                generation = Generation(face.engine, choices, face.metrics, face.settings.max_unread_bytes)
+                most_unread = face.settings.max_unread_bytes
+                generation = Generation(face.engine, choices, face.metrics, ticket, most_unread)
                 with face.drain.serving(generation.fail), self._counted(leased, generation):
                     await self._answer(generation, receive, send)
         except ClientGone:
