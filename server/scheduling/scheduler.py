@@ -203,10 +203,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, now: float) -> None:
         self._line.remove(seq)
-        if seq.started_at is None:
-            seq.started_at = self._clock()
-            seq.waited_for_adapter = seq.state is State.WAITING_FOR_ADAPTER
-        seq.state = State.RUNNING
+        seq.start(now)
         self._running.add(seq)
         self._prompts.started(seq)
         self._policy.starts(seq, now)
@@ -395,13 +392,4 @@ class Scheduler:
             self._end(seq)
         elif run.rows > 1:
             self._running.moved_on(seq)
-        return TokenOutput(
-            seq.request_id,
-            taken,
-            finish_reason=reason,
-            stop_token=taken[-1] if reason == "stop" else None,
-            cached_tokens=seq.cached_tokens if first else 0,
-            logprobs=list(logprobs[: len(taken)]) or None,
-            started_at=seq.started_at if first else None,
-            waited_for_adapter=seq.waited_for_adapter if first else False,
-        )
+        return seq.output(taken, reason, list(logprobs[: len(taken)]), first=first)

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from server.messages import AdapterRef, FinishReason, Fork, Request, SamplingParams
+from server.messages import AdapterRef, FinishReason, Fork, Logprobs, Request, SamplingParams, TokenOutput
 
 Tokens = npt.NDArray[np.int64]
 MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
@@ -148,6 +149,13 @@ class Sequence:
         self.append(UNREAD)
         self.num_unread += 1
 
+    def start(self, now: float) -> None:
+        """It runs: for the first time at `now`, seconds of the scheduler's clock, or again."""
+        if self.started_at is None:
+            self.started_at = now
+            self.waited_for_adapter = self.state is State.WAITING_FOR_ADAPTER
+        self.state = State.RUNNING
+
     def take(self, token: int) -> FinishReason | None:
         """The next generated token: one that was expected, or one more. Returns why it is the last one."""
         if self.num_unread:
@@ -162,6 +170,26 @@ class Sequence:
         if token in self.stop_ids and place - self.num_prompt_tokens + 1 >= self.sampling.min_tokens:
             return "stop"
         return "length" if place + 1 >= self.max_length else None
+
+    def output(
+        self, tokens: list[int], reason: FinishReason | None, logprobs: list[Logprobs], *, first: bool
+    ) -> TokenOutput:
+        """What is told of the tokens that a step gave it; with the `first` ones, how it began."""
+        output = TokenOutput(
+            self.request_id,
+            tokens,
+            finish_reason=reason,
+            stop_token=tokens[-1] if reason == "stop" else None,
+            logprobs=logprobs or None,
+        )
+        if not first:
+            return output
+        return msgspec.structs.replace(
+            output,
+            cached_tokens=self.cached_tokens,
+            started_at=self.started_at,
+            waited_for_adapter=self.waited_for_adapter,
+        )
 
     def append(self, token: int) -> None:
         """Add a generated token."""
