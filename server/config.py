@@ -120,6 +120,9 @@ class Settings(BaseSettings):
         False, description="On CUDA, run decode steps kernel by kernel, not as captured graphs."
     )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
+    spare_engine: bool = Field(
+        True, description="Keep a process that is ready to load the model, for when the engine dies."
+    )
 
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")

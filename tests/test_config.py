@@ -15,7 +15,7 @@ OPTIONS = [
     "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "max_unpacked_bytes",
     "max_header_bytes", "max_adapter_tensors",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
-    "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",
+    "host_cache_bytes", "attention", "enforce_eager", "prefix_caching", "spare_engine",
     "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
 ]  # fmt: skip
 
