@@ -50,7 +50,7 @@ def create_app(
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of)
     face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
-    engine.on_ready = face.restore_pins
+    engine.on_ready = face.restore_adapters
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -105,7 +105,7 @@ async def _boot(
         return
     face.registry = registry
     try:
-        await face.restore_pins()
+        await face.restore_adapters()
     except Exception:  # an engine without its pinned adapters is better than none
         logger.exception("pinned adapters could not be loaded")
     if on_ready is not None:

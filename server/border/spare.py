@@ -134,12 +134,11 @@ class Spares:
     def wait_s(self) -> float:
         """Seconds until a process is there that could begin to load a model, as far as is known."""
         line = self._line
+        if line is not None and line.warm_at is not None:
+            self._read_s = line.warm_at - line.began_at
         if line is None or line.gone:
             return self._read_s
-        if line.warm_at is None:
-            return max(0.0, self._read_s - (time.monotonic() - line.began_at))
-        self._read_s = line.warm_at - line.began_at
-        return 0.0
+        return 0.0 if line.warm_at is not None else max(0.0, line.began_at + self._read_s - time.monotonic())
 
     @property
     def pid(self) -> int | None:

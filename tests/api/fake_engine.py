@@ -64,6 +64,10 @@ class FakeEngine:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.pinned: list[str] = []
+        self.loaded: list[str] = []  # digests, as they were asked for
+        self.refuses: set[str] = set()  # digests
+        self.accepts_calls = False  # before it is ready, as one does to which adapters are brought back
+        self.ready_after: int | None = None  # loads
         self._info = engine_info(**info)
         self._died = asyncio.Event()
         self.starts = 0
@@ -118,9 +122,14 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
-        if self.state != "ready":
+        if self.state != "ready" and not self.accepts_calls:
             raise self._unavailable()
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
+        self.loaded.append(ref.digest)
+        if len(self.loaded) == self.ready_after:
+            self.state = "ready"
+        if ref.digest in self.refuses:
+            return AdapterResult(0, "disk", error=ErrorCode.ADAPTER_LOAD_FAILED, message="refused")
         if pin:
             self.pinned.append(ref.digest)
         return AdapterResult(0, "arena", milliseconds=1.0)
