@@ -1,4 +1,4 @@
-"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face`."""
+"""`python -m load_tests trace | adapters | run | report | scaling | engine-overhead | face | kills`."""
 
 from __future__ import annotations
 
@@ -232,6 +232,7 @@ def report(
 app.add_typer(benchmarks.scaling, name="scaling")
 app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
+app.command("kills")(benchmarks.kills)
 
 
 if __name__ == "__main__":
