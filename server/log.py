@@ -14,6 +14,11 @@ def configure(level: str) -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    root = logging.getLogger()
     root.setLevel(level.upper())
     for name in ("httpx", "httpcore", "uvicorn", "huggingface_hub", "asyncio", "multipart"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

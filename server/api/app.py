@@ -11,7 +11,7 @@ from contextlib import ExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 import server
-from server.api import errors, health, models
+from server.api import errors, health, models, reload
 from server.api.adapters import routes as adapters
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
@@ -30,7 +30,7 @@ from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (completions.router, chat.router, models.router, adapters.router, health.router)
+ROUTERS = (completions.router, chat.router, models.router, adapters.router, health.router, reload.router)
 
 
 def create_app(

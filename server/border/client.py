@@ -100,6 +100,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    def configure(self, settings: Settings) -> None:
+        """Go by these from now on; an engine process that runs keeps those that it began with."""
+        ...
+
     async def start(self) -> None: ...
 
     async def wait_ready(self) -> None:
@@ -184,6 +188,9 @@ class ProcessEngineClient:
 
     def _restart_s(self) -> float:
         return _FIRST_DELAY_S + self._spares.wait_s + self._load_s
+
+    def configure(self, settings: Settings) -> None:
+        self._settings = settings
 
     async def start(self) -> None:
         """Returns at once; see `wait_ready`."""

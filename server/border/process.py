@@ -109,7 +109,7 @@ class EngineProcess:
         self._inbox.bind(inbox)
         self._outbox.connect(outbox)
         return Start(
-            settings=self._settings.model_dump(mode="json"),
+            settings=self._settings.model_dump(mode="json") | {"config": None},  # all of it is read already
             factory=self._spares.factory,
             inbox=outbox,
             outbox=inbox,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from load_tests.fake_engine import choices_of
 from server.border.client import EngineStartFailed, EngineState, OnReady
+from server.config import Settings
 from server.errors import EngineDied, Unavailable
 from server.messages import (
     AdapterRef,
@@ -64,6 +65,7 @@ class FakeEngine:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.pinned: list[str] = []
+        self.configured: list[Settings] = []
         self.loaded: list[str] = []  # digests, as they were asked for
         self.refuses: set[str] = set()  # digests
         self.accepts_calls = False  # before it is ready, as one does to which adapters are brought back
@@ -75,6 +77,9 @@ class FakeEngine:
     @property
     def healthy(self) -> bool:
         return self.state == "ready" and time.monotonic() - self.last_heartbeat <= 60
+
+    def configure(self, settings: Settings) -> None:
+        self.configured.append(settings)
 
     async def start(self) -> None:
         self.starts += 1
