@@ -57,7 +57,7 @@ class EngineProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="chorus-")  # mode 0700
         self._context = zmq.Context()
         try:
-            self.pid = self._spares.begin(self._open_sockets())
+            self.pid = await self._spares.begin(self._open_sockets())
         except zmq.ZMQError as error:
             self._close()
             raise OSError(error.errno, str(error)) from error

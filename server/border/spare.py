@@ -34,6 +34,7 @@ _BOOTSTRAP = (
 )
 
 _AGAIN_S = 10.0  # after this long a spare that ended by itself is replaced
+_COPY_S = 5.0  # an engine has left its copy, or has not, well before this has gone by
 _LARGEST = 4096  # bytes of what a process says while it waits
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -65,12 +66,19 @@ class Spare:
         self._loop.add_reader(self._control.fileno(), self._read)
         self.gone = False  # none waits, nor will
         self.pid: int | None = first.pid  # of the one that waits; None between a start and its copy
+        self._settled = asyncio.Event()  # it is known who waits, or that nobody does
+        self._settled.set()
         self.began_at = time.monotonic()
         self.warm_at: float | None = None  # when it had read its program
 
-    def begin(self, start: Start) -> int | None:
+    async def begin(self, start: Start) -> int | None:
         """Make an engine of the process that waits. Returns its id; None where none waits."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), _COPY_S)
+        if self.gone:
+            return None
         pid, self.pid = self.pid, None
+        self._settled.clear()
         if pid is not None:
             try:
                 self._control.send(msgspec.json.encode(start))
@@ -82,11 +90,14 @@ class Spare:
 
     def close(self) -> None:
         """End the process that waits. Its engine has ended before, so it is a child of this process."""
-        if self.pid is not None and _is_child(self.pid):
+        self._read()  # there may be one that has not been heard yet
+        if not self.gone and self.pid is not None and _is_child(self.pid):
             os.kill(self.pid, signal.SIGKILL)
         self._end()
 
     def _read(self) -> None:
+        if self.gone:
+            return
         try:
             frame = self._control.recv(_LARGEST)
         except BlockingIOError:
@@ -101,12 +112,14 @@ class Spare:
             self.warm_at = time.monotonic()
         else:
             self.pid = waiting.pid
+            self._settled.set()
 
     def _end(self) -> None:
         if not self.gone:
             self.gone = True
             self._loop.remove_reader(self._control.fileno())
             self._control.close()
+            self._settled.set()
             self._on_gone(self.pid)
 
 
@@ -145,14 +158,15 @@ class Spares:
         """Of the process that waits."""
         return None if self._line is None or self._line.gone else self._line.pid
 
-    def begin(self, start: Start) -> int:
+    async def begin(self, start: Start) -> int:
         """Make an engine of the spare, or of a new process where there is none; its id. Raises OSError."""
         if self.keep:
             _adopt_orphans()
-        pid = None if self._line is None or self._line.gone else self._line.begin(start)
+        pid = None if self._line is None or self._line.gone else await self._line.begin(start)
         if pid is None:
+            self.discard()
             self._line = Spare(self.factory, self._on_gone)
-            pid = self._line.begin(start)
+            pid = await self._line.begin(start)
         if pid is None:
             raise OSError(errno.EPIPE, "it ended at once")
         return pid

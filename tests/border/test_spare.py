@@ -82,6 +82,22 @@ async def test_the_spare_becomes_the_next_engine_and_leaves_another() -> None:
     assert no_children()
 
 
+async def test_an_engine_killed_as_it_begins_leaves_its_copy_or_nothing() -> None:
+    """At any moment of the fork: the next one begins all the same, and nobody is left."""
+    spares = Spares(f"{ECHO}:create_engine", keep=True)
+    process = await begun(spares)
+    for pause_ms in range(0, 20, 2):
+        await killed(process)
+        process = EngineProcess(Settings(model="echo"), spares, lambda message: None)
+        await process.start()
+        await asyncio.sleep(pause_ms / 1000)
+    await killed(process)
+    process = await begun(spares)
+    assert await process.stop() == 0
+    spares.close()
+    await until(no_children)
+
+
 async def test_a_spare_that_ends_is_no_zombie_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.border.spare._AGAIN_S", 0.1)
     spares = Spares(f"{ECHO}:create_engine", keep=True)
