@@ -234,6 +234,7 @@ app.command("engine-overhead")(benchmarks.engine_overhead)
 app.command("face")(benchmarks.face)
 app.command("dashboard")(benchmarks.dashboard)
 app.command("fairness")(benchmarks.fairness)
+app.command("kills")(benchmarks.kills)
 
 
 @app.command()

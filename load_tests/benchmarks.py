@@ -268,3 +268,36 @@ def fairness(
         Console().print(f"{result.kind}, {result.capacity:.1f} requests/s", as_rich(measuring.rows(result)))
         for policy in measuring.POLICIES:
             Console().print(f"{policy}: p99 moved by {result.moved(policy):.2f}x")
+
+
+def kills(
+    model: Model,
+    adapters: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of adapters.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="New folder for kills.json and the server's log.")
+    ],
+    count: Annotated[int, typer.Option(min=1, help="How many times the engine is killed.")] = 200,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    pause: Annotated[
+        float, typer.Option(min=0, help="Longest time from ready to the next kill, seconds.")
+    ] = 3.0,
+    prompt: Annotated[str, typer.Option(help="What is asked.")] = "Anna saw two red apples =>\n",
+    seed: Annotated[int, typer.Option(min=0, help="Of the moments of the kills.")] = 0,
+    serve_flags: ServeFlags = "",
+) -> None:
+    """SIGKILL the engine at random moments under traffic; starts the server itself.
+
+    Exit status 1 where an answer was wrong, an open request had no end within a second, or something leaked.
+    """
+    import asyncio
+
+    from load_tests.kills import Kills, as_json, serving, table
+
+    with serving(model, adapters, out, shlex.split(serve_flags)) as server:
+        run = Kills(server, out / "tmp", prompt, seed).run(count, clients, pause)
+        result = asyncio.run(run)
+    (out / "kills.json").write_text(as_json(result))
+    Console(width=140).print(table(result))
+    for wrong in result.wrong[:10]:
+        Console(stderr=True).print(wrong, markup=False)
+    raise typer.Exit(1 if result.wrong or result.late or result.leaked else 0)

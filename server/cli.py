@@ -78,9 +78,14 @@ def _settings(given: dict[str, Any]) -> Settings:
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             _fail(f"{_flag(name)} is missing (or {_variable(name)})", code=2)
-        _fail(f"{_flag(name) if name in given else _variable(name)}: {reason}", code=2)
+        _fail(f"{_flag(name) if name in given else _elsewhere(name, given)}: {reason}", code=2)
     except SettingsError as error:
         _fail(str(error), code=2)
+
+
+def _elsewhere(name: str, given: dict[str, Any]) -> str:
+    """Where a setting that no flag gives was read from."""
+    return f"{_variable(name)} or {name} in {given['config']}" if "config" in given else _variable(name)
 
 
 def _fail(reason: str, *, code: int) -> NoReturn:

@@ -10,10 +10,29 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+# What a running server takes over when its --config file is read again. All else is read once, at start.
+RELOADABLE = frozenset(
+    {
+        "max_upload_bytes",
+        "max_unpacked_bytes",
+        "max_request_bytes",
+        "shutdown_grace_s",
+        "watchdog_s",
+        "log_level",
+    }
+)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -76,11 +95,34 @@ class Limits:
     max_rank: int | None = None  # where the engine has one; the settings know none
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where settings came from, which makes no difference between them."""
+
+    given: dict[str, Any]  # the arguments
+    read: dict[str, Any]  # the values that came of them, the environment and the file
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Settings(BaseSettings):
-    """Everything that can be set. Sizes accept `512MiB` or `2GB`. An empty value is as good as none."""
+    """Everything that can be set. Sizes accept `512MiB` or `2GB`. An empty value is as good as none.
+
+    A value comes from the arguments, else the environment, else the file that `config` names.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="CHORUS_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    _origin: Origin = PrivateAttr(default_factory=lambda: Origin({}, {}))
+
+    config: Path | None = Field(
+        None, description="TOML file with any of these settings, named as the variables are, in lower case."
     )
 
     # base model
@@ -150,6 +192,9 @@ class Settings(BaseSettings):
         "fair", description="fair: by service had so far, of tenants and their adapters; fcfs: by arrival."
     )
     max_pinned_share: float = Field(0.5, ge=0, le=1, description="Most of the arena that pins may hold.")
+    spare_engine: bool = Field(
+        True, description="Keep a process that is ready to load the model, for when the engine dies."
+    )
 
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -219,6 +264,41 @@ class Settings(BaseSettings):
         None, description="Collector that traces go to (OTLP/HTTP), a URL. Default: as OTEL_* says, or none."
     )
 
+    def __init__(self, **given: Any) -> None:
+        """Raises pydantic.ValidationError, and SettingsError where the file or a variable cannot be read."""
+        super().__init__(**given)
+        self._origin = Origin(given, self.model_dump())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        *others: PydanticBaseSettingsSource,
+        **more: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        named = init_settings().get("config", env_settings().get("config"))
+        if not named:
+            return init_settings, env_settings
+        return init_settings, env_settings, _file(settings_cls, Path(named))
+
+    def reread(self) -> Self:
+        """The same arguments and environment with the file as it is now. Raises as the constructor does."""
+        return type(self)(**self._origin.given)
+
+    def taking(self, new: Self) -> tuple[Self, dict[str, Any], list[str]]:
+        """These settings with those of `new`, which were read again, that a running server can take over.
+
+        Returns them, what changed, and the names of what else has changed since the start.
+        """
+        before = self._origin.read
+        differing = {name: value for name, value in new._origin.read.items() if value != before[name]}
+        changed = {name: value for name, value in differing.items() if name in RELOADABLE}
+        taken = self.model_copy(update=changed)
+        taken._origin = Origin(self._origin.given, before | changed)
+        return taken, changed, [name for name in differing if name not in changed]
+
     @property
     def limits(self) -> Limits:
         """Of every adapter, wherever it comes from."""
@@ -272,6 +352,15 @@ class OtelEnvironment:
             protocol=get(f"{otlp}_TRACES_PROTOCOL") or get(f"{otlp}_PROTOCOL", ""),
             disabled=get("OTEL_SDK_DISABLED", "").lower() == "true" or get("OTEL_TRACES_EXPORTER") == "none",
         )
+
+
+def _file(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
+    if not path.is_file():
+        raise SettingsError(f"--config {path}: there is no such file")
+    try:
+        return TomlConfigSettingsSource(settings_cls, toml_file=path)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--config {path}: {error}") from error
 
 
 def user_data_dir() -> Path:

@@ -23,6 +23,11 @@ def configure(level: str, log_format: LogFormat = "text") -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else _text())
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    root = logging.getLogger()
     root.setLevel(level.upper())
     for name in ("httpx", "httpcore", "uvicorn", "huggingface_hub", "asyncio", "multipart", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

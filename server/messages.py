@@ -14,14 +14,21 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 Location = Literal["disk", "host", "arena"]  # where the weights of an adapter version are
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """What a process that has read its program says, as JSON: it can become an engine now."""
+
+    pid: int
+
+
 class Start(msgspec.Struct, frozen=True):
-    """What the process reads from its standard input, as JSON, before anything else."""
+    """What makes an engine of a waiting process, as JSON."""
 
     settings: dict[str, Any]
     factory: str  # "module:callable", called with Settings, returns an EngineLike
     inbox: str  # ipc:// address the worker binds and receives ToEngine on
     outbox: str  # ipc:// address the face binds; the worker sends FromEngine to it
     parent_pid: int
+    leave_spare: bool = False  # a copy of the process is to wait for the next Start
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pydantic
 import pytest
+from pydantic_settings import SettingsError
 
-from server.config import Settings, parse_bytes, user_data_dir
+from server.config import RELOADABLE, Settings, parse_bytes, user_data_dir
 
 OPTIONS = [
+    "config",
     "model", "revision", "served_model_name", "tokenizer", "load_format", "dtype", "device", "threads",
     "seed",
     "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "max_unpacked_bytes",
     "max_header_bytes", "max_adapter_tensors",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching", "scheduling_policy",
-    "max_pinned_share",
+    "max_pinned_share", "spare_engine",
     "host", "port", "api_key", "auth", "max_request_bytes", "max_waiting_requests", "request_timeout_s",
     "allowed_hosts", "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",
     "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",
@@ -86,3 +88,48 @@ def test_user_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_data_dir() == tmp_path / ".local" / "share"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_read_behind_arguments_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "chorus.toml", 'model = "m"\nport = 1\nseed = 2\nkv_cache_bytes = "1GiB"\n')
+    monkeypatch.setenv("CHORUS_SEED", "3")
+    settings = Settings(config=file, port=4)  # type: ignore[call-arg]  # the file has the model
+    assert (settings.model, settings.port, settings.seed, settings.kv_cache_bytes) == ("m", 4, 3, 2**30)
+    monkeypatch.setenv("CHORUS_CONFIG", str(file))
+    assert Settings().model == "m"  # type: ignore[call-arg]
+    assert Settings(model="other", config=None).seed == 3
+    assert Settings(model="other", config=None).kv_cache_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "no such file"), ("port = ", "Invalid value"), ("no_such = 1", "no_such")]
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str | None, reason: str) -> None:
+    file = tmp_path / "chorus.toml"
+    if text is not None:
+        write(file, text)
+    with pytest.raises((SettingsError, pydantic.ValidationError), match=reason):
+        Settings(model="m", config=file)
+
+
+def test_reading_again_takes_what_a_running_server_can(tmp_path: Path) -> None:
+    file = write(tmp_path / "chorus.toml", 'watchdog_s = 5\nlog_level = "info"\nseed = 1\n')
+    settings = Settings(model="m", config=file, shutdown_grace_s=7)
+    settings = settings.model_copy(update={"model": "/found/m"})  # as at start
+    write(file, "watchdog_s = 6\nseed = 2\nshutdown_grace_s = 8\n")
+    for changed in ({"watchdog_s": 6.0}, {}):  # again: what waits for a restart is told again
+        settings, took, others = settings.taking(settings.reread())
+        assert (took, others) == (changed, ["seed"])  # an argument wins as it did
+    assert (settings.model, settings.watchdog_s, settings.seed) == ("/found/m", 6, 1)
+    assert settings.shutdown_grace_s == 7
+
+
+def test_what_can_be_reloaded_is_a_setting() -> None:
+    assert Settings.model_fields.keys() >= RELOADABLE

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 import server
 from server.access.keyring import Keyring
-from server.api import errors, health, keys, models
+from server.api import errors, health, keys, models, reload
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
 from server.api.door import Door, check_host
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 ROUTERS = (
     completions.router, chat.router, models.router, adapters.router, keys.router, health.router,
+    reload.router,
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def create_app(
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)
     face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), names=names)
-    engine.on_ready = face.restore_pins
+    engine.on_ready = face.restore_adapters
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -156,7 +157,7 @@ async def _boot(
         return
     face.registry = registry
     try:
-        await face.restore_pins()
+        await face.restore_adapters()
     except Exception:  # an engine without its pinned adapters is better than none
         logger.exception("pinned adapters could not be loaded")
     if on_ready is not None:

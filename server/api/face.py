@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from server.border.client import EngineClient
 from server.config import Settings
 from server.errors import Unavailable
 from server.messages import EngineInfo
+from server.registry.records import AdapterVersion
 from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
@@ -100,13 +102,37 @@ class Face:
             raise self._not_ready()
         return self.registry
 
-    async def restore_pins(self, _: object = None) -> None:
-        """Bring pinned adapters (back) into the arena, each time an engine is new. Failures are logged."""
-        for version in self.registry.pinned() if self.registry else []:
-            self.names.remember(version.digest, version.label)
-            result = await self.engine.load_adapter(version.ref(), pin=True)
-            if result.error is not None:
-                logger.error("pinned adapter %s could not be loaded: %s", version.label, result.message)
+    async def restore_adapters(self, resident: Sequence[str] = ()) -> None:
+        """Bring adapters (back) into the arena before a new engine is ready: pinned ones, then those of the
+        digests `resident`, most recently used last, as far as there is time. Failures are logged."""
+        if self.registry is None:
+            return
+        pinned = self.registry.pinned()
+        for version in pinned:
+            await self._restore(version, pin=True)
+        others = self._served_from(set(resident) - {version.digest for version in pinned})
+        recent = [others[digest] for digest in reversed(resident) if digest in others]
+        for done, version in enumerate(recent):
+            if self.engine.state == "ready":
+                logger.info("%d adapters are left to come back when they are asked for", len(recent) - done)
+                return
+            await self._restore(version, pin=False)
+        if pinned or recent:
+            logger.info("%d pinned and %d other adapters are loaded", len(pinned), len(recent))
+
+    def _served_from(self, digests: set[str]) -> dict[str, AdapterVersion]:
+        """The adapters that can be asked for now and have this content, by digest."""
+        if self.registry is None or not digests:
+            return {}
+        versions = self.registry.current_versions()
+        return {version.digest: version for version in versions if version.digest in digests}
+
+    async def _restore(self, version: AdapterVersion, *, pin: bool) -> None:
+        self.names.remember(version.digest, version.label)
+        result = await self.engine.load_adapter(version.ref(), pin=pin)
+        if result.error is not None:
+            kind = "pinned adapter" if pin else "adapter"
+            logger.error("%s %s could not be loaded: %s", kind, version.label, result.message)
 
     def _not_ready(self) -> Unavailable:
         return Unavailable(

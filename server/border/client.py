@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import itertools
 import logging
 import math
 import signal
@@ -13,10 +12,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Literal, Protocol
 
+from server.border.open_calls import OpenCalls
 from server.border.process import EngineProcess
-from server.border.stream import OutputStream
+from server.border.spare import Spares
 from server.config import Settings
-from server.errors import ChorusError, EngineDied, Unavailable
+from server.errors import EngineDied, Unavailable
 from server.messages import (
     Abort,
     AdapterRef,
@@ -36,10 +36,10 @@ from server.messages import (
 logger = logging.getLogger(__name__)
 
 EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
-OnReady = Callable[[EngineInfo], Awaitable[None] | None]
+OnReady = Callable[[tuple[str, ...]], Awaitable[None] | None]
 
-_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 10.0  # before a restart, doubling
-_SOUND_S = 60.0  # an engine that was ready this long starts the delays anew
+_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 10.0  # before a restart; doubles with each that did not get ready
+_RESTORE_S = 1.5  # how long an engine that could serve waits for adapters to come back
 
 # What silence of a ready engine means, in times of watchdog_s. More than 1: not ready. An engine that can be
 # healed here must be, before a probe restarts the whole server for it; the client looks every watchdog_s.
@@ -62,7 +62,11 @@ class EngineClient(Protocol):
     """What the API asks of an engine. Needs no torch; tests of the API use a fake of it."""
 
     on_ready: OnReady | None
-    """Called, and awaited as a task, each time an engine gets ready, to bring pinned adapters back."""
+    """Called each time an engine has loaded, to bring adapters back before `state` says ready; with the
+    digests that were in the arena when the engine before it ended, most recently used last.
+
+    It may call `load_adapter`. `state` waits for it no longer than a moment, nor for what it raises.
+    """
 
     @property
     def info(self) -> EngineInfo | None:
@@ -92,8 +96,12 @@ class EngineClient(Protocol):
     def retry_after_s(self) -> int:
         """Whole seconds, 1 or more, after which a request that finds no engine should come again.
 
-        What the last start took, less what has gone by of the one that is under way.
+        What a start is known to take, less what has gone by of the one that is under way.
         """
+        ...
+
+    def configure(self, settings: Settings) -> None:
+        """Go by these from now on; an engine process that runs keeps those that it began with."""
         ...
 
     async def start(self) -> None: ...
@@ -139,16 +147,19 @@ class ProcessEngineClient:
         self.failure: str | None = None  # why the engine is not there; None while it is ready
         self.on_ready: OnReady | None = None
         self._settings = settings
-        self._factory = factory
+        self._spares = Spares(factory, keep=settings.spare_engine)
         self._process: EngineProcess | None = None
-        self._began_at = time.monotonic()  # the present start, or the next one
-        self._start_s = 0.0  # how long the last start took
-        self._ready_at: float | None = None  # of the present process
+        self._began_at = time.monotonic()  # the present start
+        self._load_s = 0.0  # how long the last start took a process that had read its program
+        self._due_at = time.monotonic()  # when the present start, or the next, is likely to be done
+        self._loaded = False  # the present process takes adapter calls
+        self._served = False  # it has been ready
+        self._restores = True  # adapters are brought back when the next one has loaded
         self._refusal: str | None = None  # its reason, when it could not load
-        self._streams: dict[str, OutputStream] = {}  # choices of one request have the same
-        self._calls: dict[int, asyncio.Future[AdapterResult]] = {}
-        self._call_ids = itertools.count(1)
+        self._resident: tuple[str, ...] = ()  # adapters that the last engine ended with
+        self._open_calls = OpenCalls()
         self._supervisor: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._hook: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._settled = asyncio.Event()  # neither starting nor restarting
@@ -164,8 +175,22 @@ class ProcessEngineClient:
 
     @property
     def retry_after_s(self) -> int:
-        gone = 0.0 if self.state == "ready" else time.monotonic() - self._began_at
-        return max(1, math.ceil(self._start_s - gone))
+        return max(1, math.ceil(self._due_in_s()))
+
+    def _due_in_s(self) -> float:
+        if self.state != "ready":
+            return self._due_at - time.monotonic()
+        if self.healthy:
+            return self._restart_s()
+        # It may go on at any time: as likely as not within as long again. If not, it is killed.
+        until_killed = max(0.0, HUNG_FACTOR * self._settings.watchdog_s - self.heartbeat_age)
+        return min(self.heartbeat_age, until_killed + self._restart_s())
+
+    def _restart_s(self) -> float:
+        return _FIRST_DELAY_S + self._spares.wait_s + self._load_s
+
+    def configure(self, settings: Settings) -> None:
+        self._settings = settings
 
     async def start(self) -> None:
         """Returns at once; see `wait_ready`."""
@@ -182,7 +207,7 @@ class ProcessEngineClient:
     async def stop(self) -> None:
         """End the process in bounded time. What is still open ends with Unavailable."""
         self._enter("stopped")
-        self._fail_open(lambda: Unavailable(_NOT_READY["stopped"]))
+        self._open_calls.fail(lambda: Unavailable(_NOT_READY["stopped"]))
         self._stopping.set()
         if self._hook is not None:
             self._hook.cancel()
@@ -192,46 +217,48 @@ class ProcessEngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         process = self._ready_process()
         request_ids = [request.request_id, *(fork.request_id for fork in request.forks)]
-        stream = OutputStream(request_ids)
-        self._streams.update(dict.fromkeys(request_ids, stream))
-        try:
-            process.send(request)
-            while outputs := await stream.take():
-                for output in outputs:
-                    yield output
-        finally:
-            for request_id in request_ids:
-                del self._streams[request_id]
-            if stream.running:
-                process.send(Abort(sorted(stream.running)))
+        with self._open_calls.stream(request_ids) as stream:
+            try:
+                process.send(request)
+                while outputs := await stream.take():
+                    for output in outputs:
+                        yield output
+            finally:
+                if stream.running:
+                    process.send(Abort(sorted(stream.running)))
 
     def abort(self, request_id: str) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None and request_id in stream.running and self._process is not None:
-            stream.give_up(request_id)
+        if self._open_calls.give_up(request_id) and self._process is not None:
             self._process.send(Abort([request_id]))
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
-        return await self._call(LoadAdapter(next(self._call_ids), ref, pin))
+        process = self._loaded_process()
+        with self._open_calls.call() as (call_id, answer):
+            process.send(LoadAdapter(call_id, ref, pin))
+            return await answer
 
     async def unload_adapter(self, digest: str, forget: bool = False) -> AdapterResult:
-        return await self._call(UnloadAdapter(next(self._call_ids), digest, forget))
-
-    async def _call(self, message: LoadAdapter | UnloadAdapter) -> AdapterResult:
-        process = self._ready_process()
-        answer: asyncio.Future[AdapterResult] = asyncio.get_running_loop().create_future()
-        self._calls[message.call_id] = answer
-        try:
-            process.send(message)
+        process = self._loaded_process()
+        with self._open_calls.call() as (call_id, answer):
+            process.send(UnloadAdapter(call_id, digest, forget))
             return await answer
-        finally:
-            del self._calls[message.call_id]
 
     def _ready_process(self) -> EngineProcess:
-        if self.state != "ready" or self._process is None:
-            reason = _NOT_READY.get(self.state, _NOT_READY["restarting"])
-            raise Unavailable(reason, retry_after_s=self.retry_after_s)
+        """The one that takes requests. Raises Unavailable."""
+        if self.state != "ready":
+            raise self._unavailable(_NOT_READY[self.state])
+        return self._loaded_process()
+
+    def _loaded_process(self) -> EngineProcess:
+        """The one that takes adapter calls, if not requests yet. Raises Unavailable."""
+        if not self._loaded or self._process is None:
+            raise self._unavailable(_NOT_READY.get(self.state, _NOT_READY["restarting"]))
+        if self.heartbeat_age > self._settings.watchdog_s:
+            raise self._unavailable("The engine does not answer at present.")
         return self._process
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(reason, retry_after_s=self.retry_after_s)
 
     def _enter(self, state: EngineState) -> None:
         self.state = state
@@ -245,45 +272,49 @@ class ProcessEngineClient:
         if isinstance(message, StepOutputs):
             if message.stats is not None:
                 self.stats = message.stats
-            for output in message.outputs:
-                stream = self._streams.get(output.request_id)
-                if stream is not None:  # else it was aborted meanwhile
-                    stream.push(output)
+            self._open_calls.push(message.outputs)
         elif isinstance(message, AdapterResult):
-            answer = self._calls.get(message.call_id)
-            if answer is not None and not answer.done():
-                answer.set_result(message)
+            self._open_calls.answer(message)
         elif isinstance(message, Ready):
-            self._on_engine_ready(message.info)
+            self._on_loaded(message.info)
         elif isinstance(message, Failed):
             self._refusal = message.message
 
-    def _on_engine_ready(self, info: EngineInfo) -> None:
-        if self._stopping.is_set():
-            return
-        self.info, self.failure, self._ready_at = info, None, time.monotonic()
-        self._start_s = self._ready_at - self._began_at
-        self._enter("ready")
-        logger.info("engine process %d is ready after %.1f s", info.pid, info.load_seconds)
-        if self.on_ready is not None:
-            self._hook = asyncio.create_task(self._call_hook(self.on_ready, info), name="engine-on-ready")
+    def _on_loaded(self, info: EngineInfo) -> None:
+        if not self._stopping.is_set():
+            self.info, self._loaded = info, True
+            self._opening = asyncio.create_task(self._open(info), name="engine-opening")
 
-    async def _call_hook(self, hook: OnReady, info: EngineInfo) -> None:
+    async def _open(self, info: EngineInfo) -> None:
+        """Bring adapters back, as long as that takes no more than a moment; then be ready."""
+        if self.on_ready is not None and self._restores:
+            self._restores = False  # for the next engine, should this one not survive it
+            self._hook = asyncio.create_task(self._call_hook(self.on_ready), name="engine-on-ready")
+            await asyncio.wait({self._hook}, timeout=_RESTORE_S)
+        if self._stopping.is_set() or not self._loaded or self.info is not info:
+            return
+        self.failure, self._restores, self._served = None, True, True
+        self._load_s = time.monotonic() - max(self._began_at, self._spares.warm_at)
+        self._enter("ready")
+        logger.info("engine process %d is ready after %.1f s", info.pid, time.monotonic() - self._began_at)
+
+    async def _call_hook(self, hook: OnReady) -> None:
         try:
-            pending = hook(info)
+            pending = hook(self._resident)
             if inspect.isawaitable(pending):
                 await pending
-        except Exception:  # an engine without its pinned adapters is better than none
+        except EngineDied:
+            logger.warning("the engine ended while adapters were brought back")
+        except Exception:  # an engine without its adapters is better than none
             logger.exception("the on_ready hook failed")
 
-    def _fail_open(self, error: Callable[[], ChorusError]) -> None:
-        for stream in self._streams.values():
-            stream.fail(error())
-        for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(error())
-
     async def _supervise(self) -> None:
+        try:
+            await self._lives()
+        finally:
+            self._spares.close()
+
+    async def _lives(self) -> None:
         """One life of the engine after another, until `stop` or a first start that failed."""
         delay = _FIRST_DELAY_S
         while True:
@@ -295,10 +326,10 @@ class ProcessEngineClient:
                 logger.error("the engine could not start: %s", failure)
                 self._enter("failed")
                 return
-            if self._ready_at is not None and time.monotonic() - self._ready_at > _SOUND_S:
+            if self._served:
                 delay = _FIRST_DELAY_S
             logger.error("the engine is gone (%s); it is started again in %.1f s", failure, delay)
-            self._began_at = time.monotonic() + delay
+            self._due_at = time.monotonic() + delay + self._spares.wait_s + self._load_s
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
                 return
@@ -306,24 +337,33 @@ class ProcessEngineClient:
             self.restarts += 1
 
     async def _live(self) -> str:
-        """Start a process, follow it to its end, fail what it leaves open. Returns why it ended."""
-        self._ready_at = self._refusal = None
+        """Begin a process, follow it to its end, fail what it leaves open. Returns why it ended."""
+        self._refusal, self._served = None, False
         self._began_at = time.monotonic()
-        process = EngineProcess(self._settings, self._factory, self._on_message)
+        process = EngineProcess(self._settings, self._spares, self._on_message)
         try:
             await process.start()
         except OSError as error:
             return f"process could not be started: {error.strerror}"
+        self._due_at = time.monotonic() + self._spares.wait_s + self._load_s
         self._process = process
         await self._follow(process)
-        self._process = None
-        self.stats = None
-        self._began_at = time.monotonic()  # of what comes next
+        self._clear()
+        return self._refusal or _describe(process.exited.result())
+
+    def _clear(self) -> None:
+        """The process has ended."""
+        if not self._loaded:
+            self._spares.discard()  # it may be the spare's fault
+        if self._served and self.stats is not None:
+            self._resident = self.stats.resident
+        self._process = self.stats = None
+        self._loaded = False
+        self._due_at = time.monotonic() + self._restart_s()
         if not self._stopping.is_set():
             if self.info is not None:
                 self._enter("restarting")
-            self._fail_open(self._died)
-        return self._refusal or _describe(process.exited.result())
+            self._open_calls.fail(self._died)
 
     def _died(self) -> EngineDied:
         message = "The engine ended while it worked on this request."
@@ -339,7 +379,7 @@ class ProcessEngineClient:
             )
             if stopping.done():
                 await process.stop()
-            elif self._ready_at is not None and self.heartbeat_age > HUNG_FACTOR * watchdog_s:
+            elif self._loaded and self.heartbeat_age > HUNG_FACTOR * watchdog_s:
                 process.read()  # perhaps it was this loop that hung, and the heartbeats lie there
                 if self.heartbeat_age > HUNG_FACTOR * watchdog_s:
                     logger.error("no sign of life from the engine for %.0f s", self.heartbeat_age)

@@ -1,4 +1,4 @@
-"""The face's hold on one engine process: starts it, talks to it, watches it, stops it.
+"""The face's hold on one engine process: begins it, talks to it, watches it, stops it.
 
 One `EngineProcess` is one life. A restart makes a new one with a new folder and new sockets, so that no
 message of an old life can reach a new engine or a new request.
@@ -10,21 +10,19 @@ import asyncio
 import logging
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 import zmq
 
 from server.border.private_folder import PrivateFolder
+from server.border.spare import Spares
 from server.config import Settings
 from server.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine
 
 logger = logging.getLogger(__name__)
-
-# The child finds the same modules as this process, wherever it is started: `-P` keeps the working folder
-# (which may hold some other package named `server`) out, and sys.path is handed on.
-_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from server.engine.worker import main; main()"
 
 _SHUTDOWN_S = 5.0  # after Shutdown, before SIGTERM
 _TERM_S = 2.0  # after SIGTERM, before SIGKILL
@@ -44,9 +42,9 @@ class EngineProcess:
     so a reader must go on until the socket is empty (see `read`).
     """
 
-    def __init__(self, settings: Settings, factory: str, on_message: Callable[[FromEngine], None]) -> None:
+    def __init__(self, settings: Settings, spares: Spares, on_message: Callable[[FromEngine], None]) -> None:
         self._settings = settings
-        self._factory = factory
+        self._spares = spares
         self._on_message = on_message
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._encoder = msgspec.msgpack.Encoder()
@@ -54,17 +52,12 @@ class EngineProcess:
         self._closed = False
 
     async def start(self) -> None:
-        """Start the process; returns when it runs, long before it is ready. Raises OSError."""
+        """Begin; returns when the process runs, long before it is ready. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self._folder = PrivateFolder()
         self._context = zmq.Context()
         try:
-            start = self._open_sockets()
-            self._child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path),
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # signals to the face's process group are for the face alone
-            )
+            self.pid = await self._spares.begin(self._open_sockets())
         except zmq.ZMQError as error:
             self._close()
             raise OSError(error.errno, str(error)) from error
@@ -73,13 +66,6 @@ class EngineProcess:
             raise
         self._loop.add_reader(self._inbox.fileno(), self.read)
         self.exited = asyncio.create_task(self._watch(), name="engine-exit")
-        assert self._child.stdin is not None  # asked for above
-        self._child.stdin.write(msgspec.json.encode(start))
-        self._child.stdin.close()
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; never blocks. One to a process that has ended goes nowhere: see `exited`."""
@@ -123,11 +109,12 @@ class EngineProcess:
         self._inbox.bind(inbox)
         self._outbox.connect(outbox)
         return Start(
-            settings=self._settings.model_dump(mode="json"),
-            factory=self._factory,
+            settings=self._settings.model_dump(mode="json") | {"config": None},  # all of it is read already
+            factory=self._spares.factory,
             inbox=outbox,
             outbox=inbox,
             parent_pid=os.getpid(),
+            leave_spare=self._spares.keep,
         )
 
     def _take(self, message: FromEngine) -> None:
@@ -140,10 +127,12 @@ class EngineProcess:
     def _signal(self, number: signal.Signals) -> None:
         if not self.exited.done():
             logger.info("sending %s to engine process %d", number.name, self.pid)
-            self._child.send_signal(number)
+            os.kill(self.pid, number)
 
     async def _watch(self) -> int:
-        code = await self._child.wait()
+        await _ended(self.pid)
+        code = _reap(self.pid)
+        self._spares.engine_ended()
         while self.read():
             pass
         self._loop.remove_reader(self._inbox.fileno())
@@ -154,3 +143,35 @@ class EngineProcess:
         self._closed = True
         self._context.destroy(linger=0)
         self._folder.cleanup()
+
+
+async def _ended(pid: int) -> None:
+    """Until a child has ended. It is a zombie then, so that its id is still its own.
+
+    In a thread of its own, as asyncio does it for the processes that it starts itself.
+    """
+    loop = asyncio.get_running_loop()
+    end = asyncio.Event()
+
+    def wait() -> None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(end.set)
+
+    threading.Thread(target=wait, name=f"engine-{pid}", daemon=True).start()
+    await end.wait()
+
+
+def _reap(pid: int) -> int:
+    """Take the exit code of a child that has ended. What it had started itself, a compiler say, ends too."""
+    os.killpg(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    threading.Thread(target=_reap_group, args=(pid,), daemon=True).start()
+    return os.waitstatus_to_exitcode(status)
+
+
+def _reap_group(pid: int) -> None:
+    """Wait for the orphans of a group of processes, which have come to this process."""
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-pid, 0)

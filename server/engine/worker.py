@@ -1,6 +1,6 @@
 """The engine process: receive, step, publish.
 
-`server.border.process` starts it; nothing else does. The engine itself comes from a dotted factory name, so
+`server.border.spare` starts it; nothing else does. The engine itself comes from a dotted factory name, so
 that this module never imports torch.
 """
 
@@ -13,9 +13,11 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -41,6 +43,7 @@ from server.messages import (
     ToEngine,
     TokenOutput,
     UnloadAdapter,
+    Waiting,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ EXIT_STEP_FAILED = 70  # EX_SOFTWARE of sysexits.h
 _HEARTBEAT_S = 0.5  # stats of an idle engine
 _STATS_S = 0.05  # stats of a busy one, at most this often
 _LINGER_MS = 1000  # how long the last messages may take to leave before the process ends
+_LARGEST_START = 2**20  # bytes
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -205,17 +209,65 @@ class Worker:
             self.send(result)
 
 
-def main() -> NoReturn:
-    """Read `Start` from standard input, serve, end the process."""
-    start = msgspec.json.decode(sys.stdin.buffer.read(), type=Start)
+def main(factory: str) -> NoReturn:
+    """Wait for a `Start` on standard input, a socket, then serve and end the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the face, which then tells us
-    _die_with_parent(start.parent_pid)
+    _end_with_parent()
+    control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # the socket must end with those who wait for it
+    _read_program(factory)
+    start = _take_start(control)
+    _end_with_parent()
+    if os.getppid() != start.parent_pid:  # it ended before the call above
+        os._exit(EXIT_STOPPED)
     code = _serve(start)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a copy thread or a device library's exit hook must not be able to hold the process.
     os._exit(code)
+
+
+def _read_program(factory: str) -> None:
+    """Import the engine. What fails here fails again in `_run`, which can say so."""
+    gc.disable()  # nothing that is imported is garbage
+    with suppress(Exception):
+        importlib.import_module(factory.partition(":")[0])
+    gc.freeze()  # a collection would write to every object, and so part the memory of engine and spare
+
+
+def _take_start(control: socket.socket) -> Start:
+    """Wait until this process is to be an engine. A copy of it goes on waiting, if one is wanted.
+
+    Forks before the process has a thread, a device or anything else that a copy must not share.
+    """
+    while True:
+        control.send(msgspec.json.encode(Waiting(os.getpid())))
+        frame = control.recv(_LARGEST_START)
+        if not frame:  # the face has ended, or wants no spare any more
+            os._exit(EXIT_STOPPED)
+        start = msgspec.json.decode(frame, type=Start)
+        spare = os.fork() if start.leave_spare else None
+        if spare != 0:
+            break
+        os.setsid()  # what ends the engine's group of processes is not meant for its spare
+    control.close()
+    gc.enable()
+    if spare is not None:
+        _leave_no_zombie(spare)
+    return start
+
+
+def _leave_no_zombie(child: int) -> None:
+    """Have this child waited for when it ends; others are the affair of who starts them."""
+
+    def wait(*_: object) -> None:
+        with suppress(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
+
+    signal.signal(signal.SIGCHLD, wait)
+    wait()  # it may have ended before
 
 
 def _serve(start: Start) -> int:
@@ -257,12 +309,10 @@ def _run(start: Start, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> i
     return EXIT_STOPPED
 
 
-def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends (prctl(2), Linux only)."""
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent, the face, ends (prctl(2), Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the call above
-        os._exit(EXIT_STOPPED)
 
 
 def _public(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from server.model.proof import LENGTHS, InFloat32, Proof, probe_ids, probe_posit
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_SMALL = 50_000_000  # parameters: one core computes the probe in a fraction of a second
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,8 +80,10 @@ def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:
         )
     model = model.to(device).eval().requires_grad_(False)
     vocab_size = config.get_text_config().vocab_size
-    specs, attention_options, proof = probe(model, vocab_size, device)
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
+    parameters = sum(p.numel() for p in unique)
+    with _threads_for(parameters):
+        specs, attention_options, proof = probe(model, vocab_size, device)
     return LoadedModel(
         model=model,
         model_type=config.model_type,
@@ -91,10 +95,22 @@ def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:
         cache_specs=specs,
         attention_options=attention_options,
         proof=proof,
-        parameters=sum(p.numel() for p in unique),
+        parameters=parameters,
         weights_bytes=sum(p.nbytes for p in unique),
         load_seconds=time.monotonic() - started,
     )
+
+
+@contextmanager
+def _threads_for(parameters: int) -> Iterator[None]:
+    """One thread inside, for a small model: on a busy machine threads that wait for each other take twenty
+    times as long as the few tokens of the probe."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if parameters < _SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

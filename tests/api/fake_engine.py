@@ -10,6 +10,7 @@ from pathlib import Path
 
 from load_tests.fake_engine import choices_of
 from server.border.client import EngineStartFailed, EngineState, OnReady
+from server.config import Settings
 from server.errors import EngineDied, Unavailable
 from server.messages import (
     AdapterRef,
@@ -64,6 +65,11 @@ class FakeEngine:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.pinned: list[str] = []
+        self.configured: list[Settings] = []
+        self.loaded: list[str] = []  # digests, as they were asked for
+        self.refuses: set[str] = set()  # digests
+        self.accepts_calls = False  # before it is ready, as one does to which adapters are brought back
+        self.ready_after: int | None = None  # loads
         self._info = engine_info(**info)
         self._died = asyncio.Event()
         self.starts = 0
@@ -71,6 +77,9 @@ class FakeEngine:
     @property
     def healthy(self) -> bool:
         return self.state == "ready" and time.monotonic() - self.last_heartbeat <= 60
+
+    def configure(self, settings: Settings) -> None:
+        self.configured.append(settings)
 
     async def start(self) -> None:
         self.starts += 1
@@ -118,9 +127,14 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     async def load_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterResult:
-        if self.state != "ready":
+        if self.state != "ready" and not self.accepts_calls:
             raise self._unavailable()
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
+        self.loaded.append(ref.digest)
+        if len(self.loaded) == self.ready_after:
+            self.state = "ready"
+        if ref.digest in self.refuses:
+            return AdapterResult(0, "disk", error=ErrorCode.ADAPTER_LOAD_FAILED, message="refused")
         if pin:
             self.pinned.append(ref.digest)
         return AdapterResult(0, "arena", milliseconds=1.0)

@@ -15,7 +15,7 @@ from load_tests.fake_engine import empty_stats
 from server.border.client import DEAD_FACTOR, HUNG_FACTOR
 from server.messages import EngineStats, ErrorCode
 from tests.api.face_site import ADAPTERS, Site, eventually, open_site
-from tests.api.fake_engine import FakeEngine, engine_info
+from tests.api.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -151,10 +151,55 @@ async def test_pinned_adapters_come_back(tmp_path: Path) -> None:
     async with open_site(tmp_path / "a") as site:
         site.face.require_registry().set_pinned("sql", True)
         assert site.engine.on_ready is not None
-        restored = site.engine.on_ready(engine_info())  # as each life of the engine begins
+        restored = site.engine.on_ready(())  # as each life of the engine begins
         assert restored is not None
         await restored
         assert site.engine.pinned == [site.digest("sql")]
+
+
+async def brought_back(site: Site, resident: tuple[str, ...]) -> list[str]:
+    """What is loaded again after an engine that had these adapters, in this order."""
+    site.engine.loaded.clear()
+    site.engine.state = "restarting"
+    assert site.engine.on_ready is not None
+    restored = site.engine.on_ready(resident)
+    assert restored is not None
+    await restored
+    return site.engine.loaded
+
+
+async def test_resident_adapters_come_back_the_pinned_first_then_the_most_recent(site: Site) -> None:
+    sql, team = site.digest("sql"), site.digest("team/json")
+    site.engine.accepts_calls = True
+    assert await brought_back(site, (sql, "deleted since", team)) == [team, sql]
+    site.face.require_registry().set_pinned("sql", True)
+    assert await brought_back(site, (sql, team)) == [sql, team]
+    assert site.engine.pinned == [sql]
+
+
+async def test_an_adapter_that_does_not_load_does_not_keep_the_others(site: Site) -> None:
+    sql, team = site.digest("sql"), site.digest("team/json")
+    site.engine.accepts_calls = True
+    site.engine.refuses = {team}
+    assert await brought_back(site, (sql, team)) == [team, sql]
+
+
+async def test_adapters_that_are_not_back_in_time_come_when_they_are_asked_for(site: Site) -> None:
+    resident = (site.digest("sql"), site.digest("team/json"))
+    site.engine.accepts_calls = True
+    site.engine.ready_after = 1
+    assert await brought_back(site, resident) == [resident[1]]
+
+
+async def test_a_silent_engine_is_asked_nothing(site: Site) -> None:
+    """It would hold whoever asks for as long as it is silent."""
+    site.engine.retry_after_s = 17
+    site.engine.last_heartbeat = time.monotonic() - 1.1 * site.face.settings.watchdog_s
+    for response in (await site.complete(), await site.chat()):
+        assert (response.status_code, response.headers["retry-after"]) == (503, "17")
+        assert response.json()["error"]["code"] == "engine_not_ready"
+        assert "unresponsive" in response.json()["error"]["message"]
+    assert site.engine.requests == []
 
 
 async def test_metrics(site: Site) -> None:

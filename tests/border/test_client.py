@@ -16,7 +16,7 @@ import psutil
 import pytest
 import uvloop
 
-from server.border.client import EngineClient, EngineStartFailed, ProcessEngineClient
+from server.border.client import HUNG_FACTOR, EngineClient, EngineStartFailed, ProcessEngineClient
 from server.config import Settings
 from server.errors import EngineDied, Unavailable
 from server.messages import (
@@ -216,12 +216,12 @@ async def test_adapter_calls_are_answered() -> None:
 
 
 async def test_kill_fails_every_open_call_and_the_engine_comes_back() -> None:
-    readied: list[EngineInfo] = []
+    readied: list[EngineInfo | None] = []
     async with serving() as client:
 
-        async def reload(info: EngineInfo) -> None:
+        async def reload(resident: tuple[str, ...]) -> None:
             await client.load_adapter(AdapterRef("pinned", "path"), pin=True)
-            readied.append(info)
+            readied.append(client.info)
 
         client.on_ready = reload
         old = client.info
@@ -246,6 +246,106 @@ async def test_kill_fails_every_open_call_and_the_engine_comes_back() -> None:
         await until(lambda: readied)
         assert readied == [client.info]
         await until(lambda: client.stats and client.stats.resident == ("pinned",))
+
+
+async def kill(client: ProcessEngineClient) -> None:
+    assert client.info is not None
+    os.kill(client.info.pid, signal.SIGKILL)
+    await until(lambda: client.state == "restarting")
+
+
+async def test_adapters_are_back_before_the_engine_is_ready_again() -> None:
+    async with serving() as client:
+        states: list[str] = []
+
+        async def bring_back(resident: tuple[str, ...]) -> None:
+            for digest in resident:
+                await client.load_adapter(AdapterRef(digest, "path"))
+            states.append(client.state)
+
+        client.on_ready = bring_back
+        for digest in ("older", "newer"):
+            await client.load_adapter(AdapterRef(digest, "path"))
+        await until(lambda: client.stats and client.stats.resident == ("older", "newer"))
+        await kill(client)
+        with pytest.raises(Unavailable, match="restarting"):
+            await client.load_adapter(AdapterRef("too early", "path"))
+        await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+        assert states == ["restarting"]
+        assert client.stats is not None
+        assert client.stats.resident == ("older", "newer")
+
+
+async def test_adapters_that_take_long_do_not_keep_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.border.client._RESTORE_S", 0.1)
+    async with serving() as client:
+        left = asyncio.Event()
+
+        async def hang(resident: tuple[str, ...]) -> None:
+            await client.load_adapter(AdapterRef("never", "path"))
+            left.set()
+
+        client.on_ready = hang
+        await kill(client)
+        await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+        assert not left.is_set()
+        assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]
+
+
+async def test_an_adapter_that_ends_the_engine_is_not_brought_back_for_ever() -> None:
+    async with serving() as client:
+        tries = []
+
+        async def crash(resident: tuple[str, ...]) -> None:
+            tries.append(client.state)
+            await client.load_adapter(AdapterRef("deadly", "path"))
+
+        client.on_ready = crash
+        await kill(client)
+        await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+        assert (tries, client.restarts) == (["restarting"], 2)
+        assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]
+
+
+async def test_a_silent_engine_is_asked_nothing_and_comes_back_to_itself() -> None:
+    async with serving(watchdog_s=1.0) as client:  # twice the time between an idle engine's heartbeats
+        assert client.info is not None
+        os.kill(client.info.pid, signal.SIGSTOP)
+        await until(lambda: not client.healthy)
+        for call in (collect(client, request()), client.load_adapter(AdapterRef("d", "path"))):
+            with pytest.raises(Unavailable, match="does not answer") as refused:
+                await call
+            assert refused.value.retry_after_s is not None
+            assert 1 <= refused.value.retry_after_s <= HUNG_FACTOR + 1
+        os.kill(client.info.pid, signal.SIGCONT)
+        await until(lambda: client.healthy)
+        assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]
+
+
+async def test_engines_that_die_again_and_again_are_each_replaced_by_their_spare() -> None:
+    """However soon after another: only starts that fail are put off longer and longer."""
+    async with serving() as client:
+        assert client.info is not None
+        for life in range(1, 6):
+            engine = psutil.Process(client.info.pid)
+            assert engine.ppid() == os.getpid()
+            await until(engine.children)
+            (spare,) = engine.children()
+            began = time.monotonic()
+            await kill(client)
+            assert client._due_at - began < 1 + client._load_s  # the first delay, each time
+            await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+            assert (client.info.pid, client.restarts) == (spare.pid, life)
+            assert not engine.is_running()
+
+
+async def test_without_a_spare_it_comes_back_all_the_same() -> None:
+    async with serving(spare_engine=False) as client:
+        assert client.info is not None
+        assert psutil.Process(client.info.pid).children() == []
+        await kill(client)
+        await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
+        assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]
 
 
 async def test_a_step_that_raises_restarts_the_engine() -> None:
@@ -370,10 +470,10 @@ async def test_heartbeats_arrive_while_idle() -> None:
 
 
 async def test_a_hook_that_raises_does_not_harm() -> None:
-    called: list[EngineInfo] = []
+    called: list[tuple[str, ...]] = []
 
-    def hook(info: EngineInfo) -> None:
-        called.append(info)
+    def hook(resident: tuple[str, ...]) -> None:
+        called.append(resident)
         raise RuntimeError("hook")
 
     client = ProcessEngineClient(Settings(model="echo"), f"{ECHO}:create_engine")
@@ -381,7 +481,7 @@ async def test_a_hook_that_raises_does_not_harm() -> None:
     await client.start()
     await asyncio.wait_for(client.wait_ready(), PATIENCE_S)
     assert tokens(await collect(client, request())) == [1, 2, 3, 1, 2]
-    assert called == [client.info]
+    assert called == [()]
     await client.stop()
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from server.border.process import EngineProcess
+from server.border.spare import Spares
 from server.config import Settings
 from server.messages import Failed, FromEngine, Ready, Request, SamplingParams, StepOutputs
 from tests.engine.echo_engine import CRASH, HANG
@@ -30,6 +31,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the processes of a test make their private folders."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
+
+
+def spares(factory: str) -> Spares:
+    """None is kept."""
+    return Spares(f"{ECHO}:{factory}", keep=False)
 
 
 def is_gone(pid: int) -> bool:
@@ -54,7 +60,7 @@ async def started(
 ) -> tuple[EngineProcess, list[FromEngine]]:
     """A process that has said its first word, and the list its messages go to."""
     messages: list[FromEngine] = []
-    process = EngineProcess(SETTINGS, f"{ECHO}:{factory}", messages.append)
+    process = EngineProcess(SETTINGS, spares(factory), messages.append)
     await process.start()
     await until(lambda: messages or process.exited.done())
     assert isinstance(messages[0], first)
@@ -111,7 +117,7 @@ async def test_kill_is_seen_as_a_signal_and_later_messages_go_nowhere(folder: Pa
 
 
 async def test_a_process_that_still_loads_is_terminated_at_once() -> None:
-    process = EngineProcess(SETTINGS, f"{ECHO}:create_slow_engine", lambda message: None)
+    process = EngineProcess(SETTINGS, spares("create_slow_engine"), lambda message: None)
     await process.start()
     assert await asyncio.wait_for(process.stop(), PATIENCE_S) == -signal.SIGTERM
 
@@ -143,7 +149,7 @@ async def test_a_program_that_is_not_there_is_an_oserror(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(folder / "nothing"))
-    process = EngineProcess(SETTINGS, f"{ECHO}:create_engine", lambda message: None)
+    process = EngineProcess(SETTINGS, spares("create_engine"), lambda message: None)
     with pytest.raises(OSError, match="nothing"):
         await process.start()
     assert names_in(folder) == []
@@ -169,12 +175,13 @@ PARENT = f"""
 import asyncio
 from server.config import Settings
 from server.border.process import EngineProcess
+from server.border.spare import Spares
 
 async def main():
     def tell(message):
         print(process.pid, flush=True)
 
-    process = EngineProcess(Settings(model="echo"), "{ECHO}:FACTORY", tell)
+    process = EngineProcess(Settings(model="echo"), Spares("{ECHO}:FACTORY", keep=False), tell)
     await process.start()
     print(process.pid, flush=True)
     await asyncio.sleep(3600)

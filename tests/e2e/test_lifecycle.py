@@ -159,6 +159,8 @@ def test_an_engine_that_dies_under_load_comes_back_with_its_adapters(server: Ser
         assert events[-2]["error"]["code"] == "engine_restarted"
         assert events[-2]["at"] - killed < 1.0
     server.wait_ready()
+    residency = {name: server.http.get(f"/v1/adapters/{name}").json()["residency"] for name in models[:2]}
+    assert residency == {"mine": "arena", "upper": "arena"}  # before anybody has asked for them
     assert server.complete("mine", PROMPT)["choices"][0]["text"] == want
 
 

@@ -7,6 +7,7 @@ Some first tokens of a prompt have a meaning (below), and what was aborted is to
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ class EchoEngine:
     def load_adapter(self, call: LoadAdapter) -> None:
         if call.adapter.digest == "broken":
             raise RuntimeError("broken adapter")
+        if call.adapter.digest == "deadly":
+            os._exit(4)
+        if call.adapter.digest == "never":
+            return
         self.copies.append((time.monotonic() + COPY_S, call))
 
     def unload_adapter(self, call: UnloadAdapter) -> None:
@@ -130,6 +135,12 @@ def create_engine(settings: Settings) -> EchoEngine:
 
 def create_paced_engine(settings: Settings) -> EchoEngine:
     return EchoEngine(step_s=0.002)
+
+
+def create_parent_engine(settings: Settings) -> EchoEngine:
+    """Has started a program that does not end by itself."""
+    subprocess.Popen(["sleep", "3600"])
+    return EchoEngine()
 
 
 def create_refused_engine(settings: Settings) -> EchoEngine:
