@@ -25,7 +25,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"  # the tensors of a module
 _CHUNK_BYTES = 1 << 18  # stays in the second-level cache
@@ -81,7 +81,7 @@ class LoraAdapter:
 
 def is_pickle(name: str) -> bool:
     """Whether a file's name says that it is a pickle."""
-    return name.lower().endswith(_PICKLES)
+    return name.lower().endswith(PICKLES)
 
 
 def holds_pickle(folder: Path) -> bool:

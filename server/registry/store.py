@@ -106,6 +106,10 @@ class Staging:
     def scratch_sink(self) -> Sink:
         return self._track(Sink(self.scratch))
 
+    def unhashed(self, name: str) -> BinaryIO:
+        """One of the two files, for somebody else to write; hashed when it is sealed."""
+        return (self.content / name).open("xb", buffering=0)
+
     def copy(self, name: str, source: int) -> None:
         """Copy an open file in, inside the kernel where the file systems can (a reflink costs nothing)."""
         with (self.content / name).open("xb") as target:
