@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
     max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
     max_header_bytes: Bytes = Field(
-        16 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
+        4 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
     )
     max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
 
