@@ -47,7 +47,7 @@ class Limits:
     max_unpacked_bytes: int  # of what comes out of an archive
     max_header_bytes: int  # of the safetensors file
     max_tensors: int
-    max_rank: int | None = None  # where the engine has one; the settings know none
+    max_rank: int | None = None  # of the engine; None: it is not known
 
 
 class Settings(BaseSettings):
@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         4 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
     )
     max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
+    max_lora_rank: int | None = Field(
+        None,
+        gt=0,
+        description="Most that ranks of one request's adapters may add up to. Default: what can be served.",
+    )
 
     # engine
     max_model_len: int | None = Field(

@@ -203,7 +203,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     arena_bytes: int
     lora_targets: list[LoraTarget]
     load_seconds: float
-    max_mix_rank: int | None = None  # most that a mix's ranks on one module may add up to; None: no limit
+    max_mix_rank: int | None = None  # most that a mix's ranks on one module may add up to; None: not known
 
     @property
     def rank16_adapters(self) -> int:

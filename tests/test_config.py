@@ -13,7 +13,7 @@ OPTIONS = [
     "model", "revision", "served_model_name", "tokenizer", "load_format", "dtype", "device", "threads",
     "seed",
     "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "max_unpacked_bytes",
-    "max_header_bytes", "max_adapter_tensors",
+    "max_header_bytes", "max_adapter_tensors", "max_lora_rank",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",
     "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",

@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +34,7 @@ from server.messages import (
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators
 from server.model.loader import LoadedModel, load
-from server.model.memory import MemorySizes, memory_sizes, token_budget
+from server.model.memory import MemorySizes, memory_sizes, rank_limit, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
@@ -82,12 +83,14 @@ class Engine:
                 partial(device.graphs, settings=settings, max_model_len=loaded.max_model_len),
                 max_num_seqs=settings.max_num_seqs,
             )
+        tokens = token_budget(settings, device)
+        self._max_rank = rank_limit(settings, self._runner.targets, self._runner.max_mix_rank(tokens))
         self._wakeup = Wakeup()
         self._residency = Residency(
             self._arena,
             self._runner.targets,
             memory.host_cache_bytes,
-            settings.limits,
+            replace(settings.limits, max_rank=self._max_rank),
             copies=device.copies,
             wake=self._wakeup.set,
         )
@@ -97,7 +100,7 @@ class Engine:
             self._pool,
             self._residency,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=token_budget(settings, device),
+            max_num_batched_tokens=tokens,
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
         )
@@ -222,7 +225,7 @@ class Engine:
             kv_bytes=memory.kv_bytes,
             arena_bytes=self._arena.bytes_total,
             lora_targets=self._runner.targets,
-            max_mix_rank=self._runner.max_mix_rank,
+            max_mix_rank=self._max_rank,
             load_seconds=loaded.load_seconds,
         )
 

@@ -264,6 +264,18 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_only(
     assert len(tokens_of(outputs["fine"])) == 4
 
 
+def test_a_rank_above_the_limit_is_refused_where_it_was_registered_before(
+    model: Path, adapter: Path, engines: list[Engine]
+) -> None:
+    engine = make_engine(model, max_lora_rank=2)
+    engines.append(engine)
+    assert engine.info.max_mix_rank == 2
+    engine.add(greedy("wide", prompt(5, 1), 4, [adapter_ref(adapter)]))
+    (output,) = run(engine)["wide"]
+    assert output.error == ErrorCode.ADAPTER_LOAD_FAILED
+    assert "the limit of this server is 2" in output.message
+
+
 @pytest.fixture
 def loads_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """No adapter comes in until this is set."""

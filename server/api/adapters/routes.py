@@ -252,7 +252,7 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
             code="never_fits",
         )
     if result.error is not None:
-        raise ChorusError("The engine could not load this adapter.", code=str(result.error))
+        raise ChorusError(result.message or "The engine could not load this adapter.", code=str(result.error))
     face.require_registry().loaded(version.digest, result.milliseconds)
     return result
 
