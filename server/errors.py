@@ -45,6 +45,12 @@ class InvalidAdapter(InvalidRequest):
     code = "invalid_adapter"
 
 
+class DamagedAdapter(ChorusError):
+    """500: the stored files of an adapter are not what was stored."""
+
+    code = "adapter_damaged"
+
+
 class Forbidden(ChorusError):
     """403: outside what this server may read."""
 
@@ -66,8 +72,17 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"The model `{name[:200]}` does not exist.", param="model")
+    def __init__(self, name: str, reason: str | None = None) -> None:
+        why = "does not exist" if reason is None else f"cannot be served: {reason}"
+        super().__init__(f"The model `{name[:200]}` {why.rstrip('.')}.", param="model")
+
+
+class TooSlow(ChorusError):
+    """408: the client took too long to send its request, or to read the answer."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "too_slow"
 
 
 class Conflict(ChorusError):

@@ -110,6 +110,7 @@ class ErrorCode(enum.StrEnum):
     """Why the engine ended a sequence with finish_reason "error"."""
 
     ADAPTER_LOAD_FAILED = "adapter_load_failed"
+    ADAPTER_DAMAGED = "adapter_damaged"  # its files are not what was stored
     OUT_OF_MEMORY = "out_of_accelerator_memory"
     NEVER_FITS = "never_fits"
     NON_FINITE = "non_finite_logits"

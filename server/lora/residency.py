@@ -14,11 +14,12 @@ from server.lora.arena import Arena, Extent
 from server.lora.copies import Copies, HostCopies
 from server.lora.host_cache import HostCache
 from server.lora.layout import Layout, RecentLayouts
-from server.lora.loader import Job, Loaded, Loader
+from server.lora.loader import Check, Job, Loaded, Loader
 from server.lora.promises import Promises
 from server.lora.residents import Residents
 from server.lora.version import Place, Version
 from server.messages import AdapterRef, ErrorCode, Location, LoraTarget
+from server.peft.digest import check_digest
 from server.scheduling.adapter_gate import Acquire, AcquireStatus
 
 _MAX_PREFETCHES = 16  # jobs ahead of need at one time; more would push each other out of the host cache
@@ -49,6 +50,7 @@ class Residency:
         *,
         copies: Copies | None = None,
         threads: int = 1,
+        check: Check = check_digest,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self.arena = arena
@@ -67,6 +69,7 @@ class Residency:
             threads=threads,
             wake=wake,
             limits=limits,
+            check=check,
         )
 
     # for the scheduler

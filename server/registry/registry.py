@@ -18,8 +18,9 @@ from pathlib import Path
 import msgspec
 
 from server.config import Limits
-from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
+from server.errors import ChorusError, Conflict, DamagedAdapter, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
+from server.peft.digest import check_digest
 from server.peft.format import LoraAdapter, judge
 from server.registry.catalogue import AdapterRow, Catalogue
 from server.registry.counters import Counters
@@ -36,6 +37,8 @@ from server.registry.records import (
     split_version,
 )
 from server.registry.store import ContentStore, Staging
+
+_DAMAGED = "its stored files are damaged; upload it again"
 
 KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
 
@@ -107,7 +110,7 @@ class Registry:
             adapter = self._adapters.get(base)
             version = adapter.find(wanted) if adapter else None
             if version is None or version.error is not None:
-                raise ModelNotFound(name)
+                raise ModelNotFound(name, version.error if version else None)
             version.leases += 1
         return Lease(version.info, lambda: self._give_back(version))
 
@@ -228,7 +231,8 @@ class Registry:
         version = VersionBooks(info)
         row = dataclasses.replace(row, current=number)
         beyond = list(old.versions.values())[: 1 - KEPT_VERSIONS] if old else []
-        self._store.add(staging, digest)
+        mend = self._spoilt(digest)
+        self._store.add(staging, digest, mend=bool(mend))
         try:
             self._catalogue.publish(row, version.row(), [v.info.number for v in beyond])
         except BaseException:
@@ -239,6 +243,8 @@ class Registry:
             adapter.versions[number] = version
             adapter.row = dataclasses.replace(row, pinned=adapter.row.pinned)
             self._failed.pop(name, None)
+            for each in mend:
+                each.error = None
         retired = self._retire(adapter, beyond)
         return Published(info, "replaced" if old else "created", retired, adapter.row.pinned)
 
@@ -283,7 +289,27 @@ class Registry:
             if name not in self._adapters:
                 self._failed[name] = reason
 
+    def recheck(self, version: AdapterVersion) -> None:
+        """Read a version's files again: damaged ones are not served until they are uploaded again. Belongs in
+        a thread."""
+        try:
+            check_digest(version.path, version.digest)
+        except (DamagedAdapter, OSError) as error:
+            _log.error("adapter %s@%d is damaged: %s", version.name, version.number, error)
+            with self._lock:
+                for books in self._holding(version.digest):
+                    books.error = _DAMAGED
+
     # books
+
+    def _holding(self, digest: str) -> list[VersionBooks]:
+        versions = (v for adapter in self._adapters.values() for v in adapter.versions.values())
+        return [version for version in versions if version.info.digest == digest]
+
+    def _spoilt(self, digest: str) -> list[VersionBooks]:
+        """The versions of this content whose files were found damaged."""
+        with self._lock:
+            return [version for version in self._holding(digest) if version.error == _DAMAGED]
 
     def _record(self, name: str) -> AdapterRecord | None:
         if adapter := self._adapters.get(name):

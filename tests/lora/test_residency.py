@@ -48,7 +48,9 @@ class Bench:
     def __init__(self, arena_bytes: int, host_bytes: int = 1 << 20) -> None:
         self.landed = threading.Semaphore(0)
         self.arena = Arena(arena_bytes, len(TARGETS), torch.float32, slots=1)
-        self.residency = Residency(self.arena, TARGETS, host_bytes, LIMITS, wake=self.landed.release)
+        self.residency = Residency(
+            self.arena, TARGETS, host_bytes, LIMITS, wake=self.landed.release, check=lambda *_: None
+        )
 
     def step(self) -> None:
         """Wait for one job, if any is under way, and take in what is there."""

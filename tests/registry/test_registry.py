@@ -381,3 +381,33 @@ def test_a_lease_has_its_files_whatever_others_do(
     assert adapter_files.on_disk(data_dir) == set()
     assert adapter_files.staged(data_dir) == []
     assert list(registry.records()) == []
+
+
+def test_damaged_files_are_not_served_until_they_are_uploaded_again(
+    registry: Registry, publish: Publish
+) -> None:
+    version = publish(registry, "a").version
+    publish(registry, "twin")
+    other = publish(registry, "b", seed=1).version
+    registry.recheck(version)
+    assert registry.get("a").state == "ready"
+    weights = version.path / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    flip(weights)
+    for each in (version, other):
+        registry.recheck(each)
+    for name in ("a", "twin"):
+        assert registry.get(name).state == "failed"
+        with pytest.raises(ModelNotFound, match="damaged"):
+            registry.acquire(name)
+    assert publish(registry, "a").outcome == "replaced"
+    assert [registry.get(name).state for name in ("a", "twin", "b")] == ["ready"] * 3
+    with registry.acquire("twin") as lease:
+        assert (lease.version.path / weights.name).read_bytes() == sound
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)

@@ -32,7 +32,7 @@ from server.api.inference.replies import encode_list
 from server.api.inference.schemas import from_validation
 from server.api.operation import Operation
 from server.border.client import EngineClient
-from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory
+from server.errors import ChorusError, Conflict, DamagedAdapter, InvalidRequest, OutOfMemory
 from server.messages import AdapterRef, AdapterResult, ErrorCode
 from server.registry.records import AdapterVersion, Published, Retired, split_version
 
@@ -251,6 +251,9 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
             param="name",
             code="never_fits",
         )
+    if result.error is ErrorCode.ADAPTER_DAMAGED:
+        await asyncio.to_thread(face.require_registry().recheck, version)
+        raise DamagedAdapter(result.message)
     if result.error is not None:
         raise ChorusError(result.message or "The engine could not load this adapter.", code=str(result.error))
     face.require_registry().loaded(version.digest, result.milliseconds)

@@ -93,9 +93,9 @@ class TritonKernels:
 
     `max_mix_rank` is the width of h: the ranks of a mix's adapters on one module may sum up to it, however
     many tokens a step has (h takes 4 * tokens * splits * modules * max_mix_rank bytes from `begin` to
-    `finish`; only live columns are touched, and splits fall as tokens grow). A wider mix gives NaN. `programs`
-    is how many programs fill the chip; default: four for each multiprocessor. Raises RuntimeError without
-    Triton.
+    `finish`; only live columns are touched, and splits fall as tokens grow). A wider mix gives NaN.
+    `programs` is how many programs fill the chip; default: four for each multiprocessor. Raises RuntimeError
+    without Triton.
     """
 
     def __init__(self, max_mix_rank: int = 512, programs: int | None = None) -> None:
