@@ -87,6 +87,14 @@ class Settings(BaseSettings):
         (), description="Folders that clients may register adapters from, besides --adapters."
     )
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
+    upload_rate_bytes: Bytes = Field(
+        16 * 2**10,
+        ge=0,
+        description="Least that must come of an upload, bytes for each second of waiting for it.",
+    )
+    upload_timeout_s: float = Field(
+        3600.0, gt=0, description="Longest that an upload may take to come, seconds."
+    )
     max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
     max_header_bytes: Bytes = Field(
         4 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."

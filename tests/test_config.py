@@ -12,7 +12,8 @@ from server.config import Settings, parse_bytes, user_data_dir
 OPTIONS = [
     "model", "revision", "served_model_name", "tokenizer", "load_format", "dtype", "device", "threads",
     "seed",
-    "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "max_unpacked_bytes",
+    "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "upload_rate_bytes",
+    "upload_timeout_s", "max_unpacked_bytes",
     "max_header_bytes", "max_adapter_tensors", "max_lora_rank",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",

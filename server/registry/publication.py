@@ -17,7 +17,9 @@ _MAX_DESCRIPTION = 1000  # characters
 class Publisher(Protocol):
     """What a publication asks of the registry."""
 
-    def claim(self, name: str, *, create: bool, replace: bool) -> None: ...
+    def look(self, name: str, *, create: bool, replace: bool) -> object: ...
+
+    def claim(self, name: str, *, create: bool, replace: bool, seen: object) -> None: ...
 
     def unclaim(self, name: str) -> None: ...
 
@@ -37,9 +39,10 @@ class Publisher(Protocol):
 
 
 class Publication:
-    """One write of one name: `claim` it, fill `staging`, `publish`. Close it in any case.
+    """One write of one name: `begin` with it, fill `staging`, `publish`. Close it in any case.
 
-    Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
+    Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left. The
+    name is free for others while staging is filled, however long that takes: the first who publishes wins.
     """
 
     def __init__(self, publisher: Publisher, staging: Staging, *, create: bool, replace: bool) -> None:
@@ -48,15 +51,18 @@ class Publication:
         self._create = create
         self._replace = replace
         self._name: str | None = None
+        self._seen: object = None
+        self._claimed = False
 
     @property
     def name(self) -> str | None:
-        """The name claimed, if one is."""
+        """The name it began with, if it did."""
         return self._name
 
-    def claim(self, name: str) -> None:
-        """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
-        self._publisher.claim(name, create=self._create, replace=self._replace)
+    def begin(self, name: str) -> None:
+        """Refuse at once what would be refused at the end. Raises InvalidRequest for a bad name, Conflict for
+        one that is taken."""
+        self._seen = self._publisher.look(name, create=self._create, replace=self._replace)
         self._name = name
 
     def publish(
@@ -64,7 +70,8 @@ class Publication:
     ) -> Published:
         """Judge what is staged, store it and make it the name's current version, kept with its `provenance`.
 
-        Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest.
+        Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest, and Conflict
+        when somebody else writes the name, or has written or deleted it since `begin`.
         """
         if self._name is None:
             raise InvalidRequest("`name` is missing.", param="name")
@@ -72,6 +79,8 @@ class Publication:
             raise InvalidRequest(
                 f"`description` is longer than {_MAX_DESCRIPTION} characters.", param="description"
             )
+        self._publisher.claim(self._name, create=self._create, replace=self._replace, seen=self._seen)
+        self._claimed = True
         content = self.staging.content
         adapter = self._publisher.judge(content)
         # Hash and sync while the weights are read.
@@ -91,9 +100,9 @@ class Publication:
 
     def close(self) -> None:
         """Idempotent."""
-        name, self._name = self._name, None
-        if name is not None:
-            self._publisher.unclaim(name)
+        claimed, self._claimed = self._claimed, False
+        if claimed and self._name is not None:
+            self._publisher.unclaim(self._name)
         self.staging.discard()
 
     def __enter__(self) -> Self:

@@ -174,19 +174,30 @@ class Registry:
         """Begin a write that may create a name, give a known one a new version, or both."""
         return Publication(self, self._store.staging(expected_bytes), create=create, replace=replace)
 
-    def claim(self, name: str, *, create: bool, replace: bool) -> None:
-        """Keep other writers off `name` until `unclaim`. See Publication.claim."""
+    def look(self, name: str, *, create: bool, replace: bool) -> object:
+        """What a write of `name` would take the place of, if anything. See Publication.begin."""
         check_name(name)
         if name == self._base_name:
             raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
         with self._lock:
-            if name in self._adapters and not replace:
-                raise Conflict(f"The adapter `{name}` exists already.", param="name")
-            if name not in self._adapters and not create:
-                raise _unknown(name)
+            return self._look(name, create=create, replace=replace)
+
+    def claim(self, name: str, *, create: bool, replace: bool, seen: object) -> None:
+        """Keep other writers off `name` until `unclaim`, if a look at it shows what was `seen`."""
+        with self._lock:
+            if self._look(name, create=create, replace=replace) is not seen:
+                raise Conflict(f"The adapter `{name}` was changed by another call meanwhile.", param="name")
             if name in self._claims:
                 raise Conflict(f"The adapter `{name}` is being written by another call.", param="name")
             self._claims.add(name)
+
+    def _look(self, name: str, *, create: bool, replace: bool) -> VersionBooks | None:
+        adapter = self._adapters.get(name)
+        if adapter is not None and not replace:
+            raise Conflict(f"The adapter `{name}` exists already.", param="name")
+        if adapter is None and not create:
+            raise _unknown(name)
+        return adapter.current if adapter else None
 
     def unclaim(self, name: str) -> None:
         with self._lock:
@@ -256,7 +267,8 @@ class Registry:
         with self._lock:
             if name not in self._adapters and self._failed.pop(name, None) is not None:
                 return ()
-        self.claim(name, create=False, replace=True)
+        seen = self.look(name, create=False, replace=True)
+        self.claim(name, create=False, replace=True, seen=seen)
         try:
             self._catalogue.delete(name)
             with self._lock:

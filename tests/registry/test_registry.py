@@ -6,13 +6,14 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
+from server.peft.format import LoraAdapter
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources.local import copy_folder
@@ -123,16 +124,47 @@ def test_the_books_are_free_while_all_names_are_read(registry: Registry, publish
     assert [record.name for record in records] == ["b"]
 
 
-def test_one_writer_per_name(registry: Registry, publish: Publish) -> None:
-    with registry.publication(create=True, replace=True) as publication:
-        publication.claim("a")
-        assert registry.get("a").state == "validating"
-        with pytest.raises(Conflict):
-            publish(registry, "a")
-        publish(registry, "b")
-    with pytest.raises(ModelNotFound):
-        registry.get("a")
+def test_one_writer_per_name(registry: Registry, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is judged and stored: no other writes it and nobody deletes it."""
     publish(registry, "a")
+    real = registry.judge
+
+    def judge(folder: Path) -> LoraAdapter:
+        monkeypatch.undo()
+        assert [record.state for record in registry.records()] == ["ready", "validating"]
+        for attempt in (lambda: publish(registry, "new"), lambda: registry.delete("new")):
+            with pytest.raises((Conflict, ModelNotFound)):
+                attempt()
+        publish(registry, "b")
+        return real(folder)
+
+    monkeypatch.setattr(registry, "judge", judge)
+    assert publish(registry, "new").outcome == "created"
+    assert [record.name for record in registry.records()] == ["a", "b", "new"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("between", ["publish", "delete", "both"])
+def test_who_publishes_first_wins(
+    registry: Registry, publish: Publish, tmp_path: Path, known: bool, between: str
+) -> None:
+    """An upload that takes long holds the name from nobody, and undoes nothing that was done meanwhile."""
+    if known:
+        publish(registry, "a", seed=1)
+    folder = adapter_files.write(tmp_path / "slow", adapter_files.files(seed=2))
+    with registry.publication(create=True, replace=True) as slow:
+        slow.begin("a")
+        copy_folder(folder, slow.staging)
+        if between != "delete":
+            publish(registry, "a", seed=3)
+        if between != "publish":
+            with suppress(ModelNotFound):
+                registry.delete("a")
+        changed = known or between == "publish"
+        with pytest.raises(Conflict, match="meanwhile") if changed else nullcontext():
+            slow.publish("upload")
+    assert registry._claims == set()
+    publish(registry, "a", seed=4)
 
 
 def test_fifty_writers_of_one_name(registry: Registry, publish: Publish, data_dir: Path) -> None:
@@ -153,7 +185,7 @@ def test_what_is_refused_leaves_nothing(registry: Registry, tmp_path: Path, data
     content = adapter_files.files() | {"adapter_model.safetensors": adapter_files.weights(spoil=float("nan"))}
     folder = adapter_files.write(tmp_path / "bad", content)
     with registry.publication(create=True, replace=True) as publication:
-        publication.claim("a")
+        publication.begin("a")
         copy_folder(folder, publication.staging)
         with pytest.raises(InvalidAdapter) as caught:
             publication.publish("upload")

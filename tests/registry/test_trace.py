@@ -43,7 +43,7 @@ class RegistryTrace(RuleBasedStateMachine):
     @rule(name=NAMES, seed=st.integers(0, SEEDS - 1))
     def publish(self, name: str, seed: int) -> None:
         with self.registry.publication(create=True, replace=True) as publication:
-            publication.claim(name)
+            publication.begin(name)
             copy_folder(self.sources[seed], publication.staging)
             published = publication.publish("upload")
         self.retired += published.retired

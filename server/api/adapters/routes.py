@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.adapters.upload import UPLOAD_FORM, fetch, in_thread, receive
+from server.api.adapters.upload import UPLOAD_FORM, UPLOADERS, fetch, in_thread, receive
 from server.api.adapters.views import (
     AdapterListView,
     AdapterView,
@@ -85,7 +85,7 @@ async def create_adapter(request: Request) -> Response:
         return _published(face, await receive(face, request, name=None, replace=False))
     body = await _json(request, SourceBody)
     call = partial(fetch, face, body.name, body.source, replace=False, description=body.description)
-    published = await in_thread(call)
+    published = await in_thread(call, UPLOADERS)
     return _published(face, published)
 
 
@@ -173,7 +173,7 @@ async def load_lora_adapter(request: Request) -> Response:
     body = await _json(request, LoadLoraBody)
     call = partial(fetch, face, body.lora_name, body.lora_path, replace=body.load_inplace)
     try:
-        published = await in_thread(call)
+        published = await in_thread(call, UPLOADERS)
     except ChorusError as error:
         raise _as_compatible(error) from error
     _follow_up(face, published)
@@ -253,9 +253,9 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
         )
     if result.error is ErrorCode.ADAPTER_DAMAGED:
         await asyncio.to_thread(face.require_registry().recheck, version)
-        raise DamagedAdapter(result.message)
+        raise DamagedAdapter("The stored files of this adapter are damaged; upload it again.")
     if result.error is not None:
-        raise ChorusError(result.message or "The engine could not load this adapter.", code=str(result.error))
+        raise ChorusError("The engine could not load this adapter.", code=str(result.error))
     face.require_registry().loaded(version.digest, result.milliseconds)
     return result
 

@@ -32,8 +32,7 @@ MEMORY_BYTES = 192 * 2**20  # of address space, most of it Python's own
 CPU_S = 0.3  # for what is read of an archive's structure, and
 CPU_BYTES_PER_S = 20e6  # for what is unpacked or passed over, on top
 
-_CHUNK_BYTES = 1 << 20
-_DIRECTORY_BYTES = 1 << 19  # of a zip; it has up to a thousand entries
+_CHUNK_BYTES = 1 << 19  # most that is read in one piece: of a member, of a header, of a zip's directory
 _MAX_ENTRIES = 1000
 _NESTED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".zst")
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others may need much memory to unpack
@@ -239,9 +238,9 @@ class _BoundedReads:
         self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
-        if size > _DIRECTORY_BYTES:
+        if size > _CHUNK_BYTES:
             raise _refuse("has a directory of an unreasonable size")
-        return self._file.read(_DIRECTORY_BYTES if size < 0 else size)
+        return self._file.read(_CHUNK_BYTES if size < 0 else size)
 
 
 class _ForwardStream:
