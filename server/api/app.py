@@ -20,6 +20,7 @@ from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.border.client import EngineClient, EngineStartFailed
 from server.config import Settings
+from server.registry.belonging import OtherBaseModelError, check_base_model
 from server.registry.registry import Registry
 from server.registry.sources.folders import register_tree
 from server.registry.sources.table import Sources
@@ -98,7 +99,7 @@ async def _boot(
             undo.pop_all()  # from here on it is the registry's, whose thread ends even if this task does not
             registry = await asyncio.to_thread(_open_registry, face, store)
     except Exception as error:
-        expected = isinstance(error, (EngineStartFailed, DataDirInUseError, OSError))
+        expected = isinstance(error, (EngineStartFailed, DataDirInUseError, OtherBaseModelError, OSError))
         logger.log(logging.DEBUG if expected else logging.ERROR, "the start failed", exc_info=error)
         if on_failed is not None:
             on_failed(str(error) or type(error).__name__)
@@ -113,8 +114,14 @@ async def _boot(
 
 
 def _open_store(face: Face) -> ContentStore:
-    """Raises DataDirInUseError, OSError."""
-    return ContentStore(face.settings.data_dir or default_data_dir(face.base.fingerprint))
+    """Raises DataDirInUseError, OtherBaseModelError, OSError."""
+    store = ContentStore(face.settings.data_dir or default_data_dir(face.base.fingerprint))
+    try:
+        check_base_model(store.data_dir, face.base.fingerprint)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def _open_registry(face: Face, store: ContentStore) -> Registry:

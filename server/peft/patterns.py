@@ -16,7 +16,7 @@ import regex  # type: ignore[import-untyped]  # it ships no types; chosen over r
 
 from server.errors import InvalidAdapter
 
-_SECONDS = 2.0  # to read and match all patterns of one adapter: a client's pattern may backtrack for ever
+_SECONDS = 2.0  # of CPU, to read and match all patterns of one adapter: they may backtrack for ever
 _MOST = 4_000  # of one adapter; PEFT may write one for each module
 _CHARS = 10_000  # of one pattern
 _ALL_CHARS = 400_000
@@ -51,16 +51,16 @@ class Pattern:
 
 
 class Patterns:
-    """Those of one adapter."""
+    """Those of one adapter; of one thread."""
 
     def __init__(self) -> None:
-        self._deadline = time.monotonic() + _SECONDS
+        self._deadline = time.thread_time() + _SECONDS  # by the clock, a busy machine would refuse sound ones
         self._count = 0
         self._chars = 0
 
     @property
     def seconds_left(self) -> float:
-        return self._deadline - time.monotonic()
+        return self._deadline - time.thread_time()
 
     def admit(self, field: str, patterns: Collection[str]) -> None:
         """Count a field's patterns, before any is compiled. Raises InvalidAdapter when there are too many."""

@@ -18,12 +18,12 @@ from pathlib import Path
 import msgspec
 
 from server.config import Limits
-from server.errors import ChorusError, Conflict, DamagedAdapter, InvalidRequest, ModelNotFound
+from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
-from server.peft.digest import check_digest
 from server.peft.format import LoraAdapter, judge
 from server.registry.catalogue import AdapterRow, Catalogue
 from server.registry.counters import Counters
+from server.registry.damage import Damage
 from server.registry.publication import Publication
 from server.registry.records import (
     AdapterBooks,
@@ -37,8 +37,6 @@ from server.registry.records import (
     split_version,
 )
 from server.registry.store import ContentStore, Staging
-
-_DAMAGED = "its stored files are damaged; upload it again"
 
 KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
 
@@ -64,11 +62,13 @@ class Registry:
         self._limits = limits
         self._base_name = base_name
         self._lock = threading.Lock()
+        self._judging = threading.Lock()
         self._adapters: dict[str, AdapterBooks] = {}
         self._claims: set[str] = set()
         self._failed: dict[str, str] = {}
         self._draining: list[AdapterBooks] = []
         self._load_ms: dict[str, float] = {}  # by digest
+        self.damage = Damage(self._adapters, self._lock)
         self._counters = Counters(catalogue, self._lock)
 
     @classmethod
@@ -204,8 +204,10 @@ class Registry:
             self._claims.discard(name)
 
     def judge(self, folder: Path) -> LoraAdapter:
-        """Check config and tensor header against base model and engine; see `peft.format.judge`."""
-        return judge(folder, self._targets, self._limits)
+        """Check config and tensor header against base model and engine; see `peft.format.judge`. One at a
+        time: several threads of Python's at once would keep the event loop from its turn."""
+        with self._judging:
+            return judge(folder, self._targets, self._limits)
 
     def commit(
         self,
@@ -242,7 +244,7 @@ class Registry:
         version = VersionBooks(info)
         row = dataclasses.replace(row, current=number)
         beyond = list(old.versions.values())[: 1 - KEPT_VERSIONS] if old else []
-        mend = self._spoilt(digest)
+        mend = self.damage.of(digest)
         self._store.add(staging, digest, mend=bool(mend))
         try:
             self._catalogue.publish(row, version.row(), [v.info.number for v in beyond])
@@ -301,27 +303,7 @@ class Registry:
             if name not in self._adapters:
                 self._failed[name] = reason
 
-    def recheck(self, version: AdapterVersion) -> None:
-        """Read a version's files again: damaged ones are not served until they are uploaded again. Belongs in
-        a thread."""
-        try:
-            check_digest(version.path, version.digest)
-        except (DamagedAdapter, OSError) as error:
-            _log.error("adapter %s@%d is damaged: %s", version.name, version.number, error)
-            with self._lock:
-                for books in self._holding(version.digest):
-                    books.error = _DAMAGED
-
     # books
-
-    def _holding(self, digest: str) -> list[VersionBooks]:
-        versions = (v for adapter in self._adapters.values() for v in adapter.versions.values())
-        return [version for version in versions if version.info.digest == digest]
-
-    def _spoilt(self, digest: str) -> list[VersionBooks]:
-        """The versions of this content whose files were found damaged."""
-        with self._lock:
-            return [version for version in self._holding(digest) if version.error == _DAMAGED]
 
     def _record(self, name: str) -> AdapterRecord | None:
         if adapter := self._adapters.get(name):

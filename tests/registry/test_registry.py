@@ -421,13 +421,13 @@ def test_damaged_files_are_not_served_until_they_are_uploaded_again(
     version = publish(registry, "a").version
     publish(registry, "twin")
     other = publish(registry, "b", seed=1).version
-    registry.recheck(version)
+    registry.damage.recheck(version)
     assert registry.get("a").state == "ready"
     weights = version.path / "adapter_model.safetensors"
     sound = weights.read_bytes()
     flip(weights)
     for each in (version, other):
-        registry.recheck(each)
+        registry.damage.recheck(each)
     for name in ("a", "twin"):
         assert registry.get(name).state == "failed"
         with pytest.raises(ModelNotFound, match="damaged"):

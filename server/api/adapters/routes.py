@@ -252,7 +252,7 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
             code="never_fits",
         )
     if result.error is ErrorCode.ADAPTER_DAMAGED:
-        await asyncio.to_thread(face.require_registry().recheck, version)
+        await asyncio.to_thread(face.require_registry().damage.recheck, version)
         raise DamagedAdapter("The stored files of this adapter are damaged; upload it again.")
     if result.error is not None:
         raise ChorusError("The engine could not load this adapter.", code=str(result.error))

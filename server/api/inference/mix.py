@@ -96,7 +96,7 @@ class AdapterMix:
 async def _recheck(registry: Registry, leased: LeasedMix) -> None:
     """The engine says that files are damaged, and not whose."""
     for version, _ in leased.members:
-        await asyncio.to_thread(registry.recheck, version)
+        await asyncio.to_thread(registry.damage.recheck, version)
 
 
 def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:

@@ -36,9 +36,9 @@ def sparse(blocks: int = 80_000) -> bytes:
     return gzip.compress(bytes(head) + (more + b"\1" + bytes(7)) * blocks, 9)
 
 
-def nested(depth: int = 600) -> bytes:
+def nested(depth: int = 1_500) -> bytes:
     """Extended headers before extended headers: each is kept while the next one is read."""
-    body = b"1048576 comment=" + b"x" * (2**20 - 17) + b"\n"
+    body = b"262144 comment=" + b"x" * (2**18 - 16) + b"\n"
     return gzip.compress(_extended(tarfile.XHDTYPE, body)) * depth
 
 
