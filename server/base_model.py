@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
 
 from server.config import Settings, user_data_dir
 from server.errors import ChorusError
 
 _WEIGHTS = "*.safetensors"
 _FILES = ("*.json", "*.jinja")
+_PIECE_BYTES = 512
+
+
+class _Tensor(msgspec.Struct):
+    """An entry of a safetensors header; the one that holds metadata has no offsets."""
+
+    data_offsets: tuple[int, int] = (-1, -1)
 
 
 class StartError(ChorusError):
@@ -26,7 +37,7 @@ class BaseModel:
     name: str  # what clients put in `model`
     folder: Path
     tokenizer_folder: Path
-    fingerprint: str  # hex sha256; equal for equal weights files, without reading the weights
+    fingerprint: str  # hex sha256; equal for equal weights files, of which it reads a piece of each tensor
 
     @classmethod
     def resolve(cls, settings: Settings) -> BaseModel:
@@ -106,8 +117,29 @@ def _fingerprint(folder: Path, settings: Settings) -> str:
             f"--model {folder}: the folder has no .safetensors file (--load-format dummy needs none)"
         )
     for path in weights:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
-            (header_length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-            header = file.read(min(header_length, 100 * 2**20))
-        digest.update(f"{path.name} {path.stat().st_size} ".encode() + header)
+            for piece in _pieces(file):
+                digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The header of a weights file, and of each tensor its beginning, middle and end: models of the same
+    shapes differ there, because training moves all weights."""
+    (header_length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    header = file.read(min(header_length, 100 * 2**20))
+    yield header
+    for start, end in _tensors(header):
+        for place in (start, (start + end) // 2, end - _PIECE_BYTES):
+            file.seek(8 + header_length + max(start, place))
+            yield file.read(min(_PIECE_BYTES, end - start))
+
+
+def _tensors(header: bytes) -> list[tuple[int, int]]:
+    """Where each lies behind the header. A header that is none, whoever loads the weights will refuse."""
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, _Tensor])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+    return sorted(entry.data_offsets for entry in entries.values() if entry.data_offsets[0] >= 0)

@@ -92,7 +92,7 @@ class Limits:
     max_unpacked_bytes: int  # of what comes out of an archive
     max_header_bytes: int  # of the safetensors file
     max_tensors: int
-    max_rank: int | None = None  # where the engine has one; the settings know none
+    max_rank: int | None = None  # of the engine; None: it is not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +155,19 @@ class Settings(BaseSettings):
         (), description="Folders that clients may register adapters from, besides --adapters."
     )
     max_upload_bytes: Bytes = Field(2 * 2**30, gt=0, description="Largest upload, bytes.")
+    upload_timeout_s: float = Field(
+        3600.0, gt=0, description="Longest that an upload may take to come, seconds."
+    )
     max_unpacked_bytes: Bytes = Field(4 * 2**30, gt=0, description="Largest archive unpacked, bytes.")
     max_header_bytes: Bytes = Field(
-        16 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
+        4 * 2**20, gt=0, description="Largest safetensors header of an adapter, bytes."
     )
     max_adapter_tensors: int = Field(20_000, gt=0, description="Most tensors in one adapter.")
+    max_lora_rank: int | None = Field(
+        None,
+        gt=0,
+        description="Most that ranks of one request's adapters may add up to. Default: what can be served.",
+    )
 
     # engine
     max_model_len: int | None = Field(

@@ -48,6 +48,12 @@ class InvalidAdapter(InvalidRequest):
     code = "invalid_adapter"
 
 
+class DamagedAdapter(ChorusError):
+    """500: the stored files of an adapter are not what was stored."""
+
+    code = "adapter_damaged"
+
+
 class Forbidden(ChorusError):
     """403: outside what this server may read."""
 
@@ -90,8 +96,9 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"The model `{name[:200]}` does not exist.", param="model")
+    def __init__(self, name: str, reason: str | None = None) -> None:
+        why = "does not exist" if reason is None else f"cannot be served: {reason}"
+        super().__init__(f"The model `{name[:200]}` {why.rstrip('.')}.", param="model")
 
 
 class TooSlow(ChorusError):

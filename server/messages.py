@@ -37,6 +37,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
     digest: str  # of the version's content; the only identity the engine knows
     path: str  # folder with adapter_config.json and adapter_model.safetensors; never changes for a digest
     weight: float = 1.0
+    content: str = ""  # the digest of its files alone, where `digest` is a tenant's own
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -121,6 +122,7 @@ class ErrorCode(enum.StrEnum):
     """Why the engine ended a sequence with finish_reason "error"."""
 
     ADAPTER_LOAD_FAILED = "adapter_load_failed"
+    ADAPTER_DAMAGED = "adapter_damaged"  # its files are not what was stored
     OUT_OF_MEMORY = "out_of_accelerator_memory"
     NEVER_FITS = "never_fits"
     NON_FINITE = "non_finite_logits"
@@ -226,7 +228,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     arena_bytes: int
     lora_targets: list[LoraTarget]
     load_seconds: float
-    max_mix_rank: int | None = None  # most that a mix's ranks on one module may add up to; None: no limit
+    max_mix_rank: int | None = None  # most that a mix's ranks on one module may add up to; None: not known
 
     @property
     def rank16_adapters(self) -> int:

@@ -123,6 +123,15 @@ def test_torch_is_imported_where_steps_are_run_and_nowhere_else() -> None:
     assert importers <= {*in_rooms("model", "lora", "devices"), "server.engine.engine"}
 
 
+def test_archives_are_read_by_a_process_of_their_own() -> None:
+    """That starts fast, because it imports nothing of the server's, and that nobody imports."""
+    reader = "server.registry.sources.archive_reader"
+    importers = {module for module in modules() if imports_of(module) & {"tarfile", "zipfile", "gzip"}}
+    assert importers == {reader}
+    assert not [module for module in modules() if reader in imports_of(module)]
+    assert not [name for name in imports_of(reader) if name.partition(".")[0] not in sys.stdlib_module_names]
+
+
 def test_only_the_engine_sees_scheduler_and_runner() -> None:
     both = {"server.scheduling.scheduler", "server.model.runner"}
     assert [module for module in modules() if both <= {*imports_of(module), module}] == [

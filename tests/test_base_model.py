@@ -36,6 +36,8 @@ def test_fingerprint(tmp_path: Path) -> None:
     save_file({"w": np.zeros(5, np.float32)}, tmp_path / "b" / "model.safetensors")
     assert resolve(tmp_path / "b").fingerprint != first
     assert resolve(folder(tmp_path / "c", x=1)).fingerprint != first
+    save_file({"w": np.array([0, 0, 0, 1], np.float32)}, tmp_path / "b" / "model.safetensors")
+    assert resolve(tmp_path / "b").fingerprint != first  # the same shapes, other weights
     dummies = {resolve(tmp_path / "a", load_format="dummy", seed=seed).fingerprint for seed in (0, 0, 1)}
     assert len(dummies | {first}) == 3
 
@@ -61,3 +63,13 @@ def test_no_such_folders(tmp_path: Path) -> None:
         resolve(tmp_path / "nowhere")
     with pytest.raises(StartError, match="--tokenizer"):
         resolve(folder(tmp_path / "m"), tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_one_tensor_of_many_tells_two_models_apart(tmp_path: Path) -> None:
+    tensors = {f"w{i}": np.full((64, 64), 0.5, np.float32) for i in range(20)}
+    path = folder(tmp_path / "a") / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    first = resolve(tmp_path / "a").fingerprint
+    tensors["w7"] = tensors["w7"] + np.float32(1e-3)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert resolve(tmp_path / "a").fingerprint != first

@@ -27,6 +27,7 @@ from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.border.client import EngineClient, EngineStartFailed
 from server.config import Settings
+from server.registry.belonging import check_base_model
 from server.registry.data_folder import DataFolder
 from server.registry.registry import Registry
 from server.registry.sources.folders import register_tree
@@ -127,6 +128,7 @@ def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolde
         with ExitStack() as undo:
             folder = DataFolder(face.settings.data_dir or default_data_dir(face.base.fingerprint))
             undo.callback(folder.close)
+            check_base_model(folder, face.base.fingerprint)
             static = [key.get_secret_value() for key in face.settings.api_key]
             keyring = Keyring(static, folder.keys, wanted=face.settings.auth)
             check_host(face.settings, keyring, folder.store.data_dir)

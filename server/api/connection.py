@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # a refused client may go on sending for so long, or it would lose the answer
 _LINGER_BYTES = 2**20  # and so much
+_MOST_EARNED_S = 60.0  # that what came of a body faster than it must gives to the rest of it
 _LATE_ANSWER_S = 5.0  # after the end of a body's time, for the error to go out
 _REFUSED_AT_ONCE = 128  # connections over the limit that are told so; more of them are only closed
 _EVICTED_SHARE = 64  # of all connections, one in so many is closed when room is needed
@@ -245,7 +246,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._size += len(body)
+        most = self._limits.rate * (self.loop.time() - self._since + _MOST_EARNED_S)
+        self._size = min(self._size + len(body), int(most))
         super().on_body(body)
 
     def on_message_complete(self) -> None:

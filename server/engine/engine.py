@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,7 +37,7 @@ from server.messages import (
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators, is_out_of_memory
 from server.model.loader import LoadedModel, load
-from server.model.memory import MemorySizes, memory_sizes, token_budget
+from server.model.memory import MemorySizes, memory_sizes, rank_limit, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
@@ -86,12 +87,14 @@ class Engine:
                 partial(device.graphs, settings=settings, max_model_len=loaded.max_model_len),
                 max_num_seqs=settings.max_num_seqs,
             )
+        tokens = token_budget(settings, device)
+        self._max_rank = rank_limit(settings, self._runner.targets, self._runner.max_mix_rank(tokens))
         self._wakeup = Wakeup()
         self._residency = Residency(
             self._arena,
             self._runner.targets,
             memory.host_cache_bytes,
-            settings.limits,
+            replace(settings.limits, max_rank=self._max_rank),
             pinned_share=settings.max_pinned_share,
             copies=device.copies,
             wake=self._wakeup.set,
@@ -102,10 +105,10 @@ class Engine:
             self._pool,
             self._residency,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=token_budget(settings, device),
+            max_num_batched_tokens=tokens,
             max_model_len=loaded.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
-            policy=new_policy(settings.scheduling_policy, token_budget(settings, device)),
+            policy=new_policy(settings.scheduling_policy, tokens),
         )
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
@@ -233,7 +236,7 @@ class Engine:
             kv_bytes=memory.kv_bytes,
             arena_bytes=self._arena.bytes_total,
             lora_targets=self._runner.targets,
-            max_mix_rank=self._runner.max_mix_rank,
+            max_mix_rank=self._max_rank,
             load_seconds=loaded.load_seconds,
         )
 

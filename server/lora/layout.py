@@ -14,7 +14,8 @@ import torch
 
 from server.lora.kernels.interface import Part
 from server.messages import LoraTarget
-from server.peft.format import LoraAdapter, LoraModule, TensorSpan
+from server.peft.format import LoraAdapter, LoraModule
+from server.peft.header import TensorSpan
 
 ALIGN_BYTES = 64  # a cache line; every tensor starts on one, so kernels may load vectors
 

@@ -14,12 +14,17 @@ from pathlib import Path
 import torch
 
 from server.config import Limits
-from server.errors import ChorusError
+from server.errors import ChorusError, DamagedAdapter
 from server.lora.copies import Copies, Lane, Mark, Pieces, move, parts_of
 from server.lora.layout import Layout
 from server.lora.pack import pack
 from server.messages import ErrorCode, LoraTarget
+from server.peft.digest import check_digest
 from server.peft.format import judge
+
+Check = Callable[[Path, str], None]  # of a folder and its digest; raises DamagedAdapter, OSError
+
+_MOST_CHECKED = 100_000  # versions remembered, some 15 MB
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class Job:
     packed: bool = False  # the image is there already
     room: torch.Tensor | None = None  # [elements] of the arena, untouched by others until the job is done
     after: Mark | None = None  # steps that may still read what was in `room` before
+    content: str = ""  # what its files are compared with, where that is not `digest`
 
     @property
     def turn(self) -> int:
@@ -60,7 +66,8 @@ class Loaded:
 class Loader:
     """Runs jobs on its threads, by their `turn` and each kind in order.
 
-    `wake` is called on a worker thread after each job that ended.
+    Files are compared with their digest (`check`) when they are read for the first time. `wake` is called on
+    a worker thread after each job that ended.
     """
 
     def __init__(
@@ -72,7 +79,10 @@ class Loader:
         threads: int,
         wake: Callable[[], None] | None,
         limits: Limits,
+        check: Check = check_digest,
     ) -> None:
+        self._check = check
+        self._checked: dict[str, None] = {}  # digests, in the order in which their files were hashed
         self._targets = targets
         self._dtype = dtype
         self._copies = copies
@@ -122,8 +132,10 @@ class Loader:
                 layout = self._judge(job)
             else:
                 layout = job.layout
-                _load(job, layout, lane)
+                self._load(job, layout, lane)
             return Loaded(job.digest, (time.perf_counter() - start) * 1e3, layout)
+        except DamagedAdapter as failure:
+            error, message = ErrorCode.ADAPTER_DAMAGED, failure.message
         except ChorusError as failure:
             message = failure.message
         except OSError as failure:  # its own text may hold a path
@@ -139,15 +151,24 @@ class Loader:
         adapter = judge(Path(job.path), self._targets, self._limits)
         return Layout.of(adapter, self._targets, self._dtype)
 
+    def _load(self, job: Job, layout: Layout, lane: Lane) -> None:
+        """Disk to host, unless that is done, and host to arena, if there is room."""
+        image = job.pieces
+        if not job.packed:
+            self._check_once(job)
+            whole = image[0] if len(image) == 1 else lane.staging(layout.nbytes)
+            pack(Path(job.path), layout, whole.view(layout.dtype))
+            for part, piece in parts_of(whole, image) if len(image) > 1 else ():
+                move(part, piece)
+            image = (whole,)
+        if job.room is not None:
+            lane.copy(image, job.room, job.after)
 
-def _load(job: Job, layout: Layout, lane: Lane) -> None:
-    """Disk to host, unless that is done, and host to arena, if there is room."""
-    image = job.pieces
-    if not job.packed:
-        whole = image[0] if len(image) == 1 else lane.staging(layout.nbytes)
-        pack(Path(job.path), layout, whole.view(layout.dtype))
-        for part, piece in parts_of(whole, image) if len(image) > 1 else ():
-            move(part, piece)
-        image = (whole,)
-    if job.room is not None:
-        lane.copy(image, job.room, job.after)
+    def _check_once(self, job: Job) -> None:
+        """Hashing also brings the files into the page cache, from which they are packed."""
+        if job.digest in self._checked:
+            return
+        self._check(Path(job.path), job.content or job.digest)
+        self._checked[job.digest] = None
+        if len(self._checked) > _MOST_CHECKED:
+            self._checked.pop(next(iter(self._checked)), None)

@@ -12,7 +12,8 @@ import torch
 from server.errors import InvalidAdapter
 from server.lora.kernels.interface import Part
 from server.lora.layout import Layout, parts_of_module
-from server.peft.format import WEIGHTS_NAME, TensorSpan
+from server.peft.format import WEIGHTS_NAME
+from server.peft.header import TensorSpan
 
 # Elements per torch operation, just under what torch would spread over threads: packing runs beside a model
 # step, and a second team of threads on the same cores makes both many times slower.

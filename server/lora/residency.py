@@ -14,12 +14,13 @@ from server.lora.arena import Arena, Extent
 from server.lora.copies import Copies, HostCopies
 from server.lora.host_cache import HostCache
 from server.lora.layout import Layout, RecentLayouts
-from server.lora.loader import Job, Loaded, Loader
+from server.lora.loader import Check, Job, Loaded, Loader
 from server.lora.pins import Pins
 from server.lora.promises import Promises
 from server.lora.residents import Residents
 from server.lora.version import Place, Version
 from server.messages import AdapterRef, ErrorCode, Location, LoraTarget
+from server.peft.digest import check_digest
 from server.scheduling.adapter_gate import Acquire, AcquireStatus
 
 _MAX_PREFETCHES = 16  # jobs ahead of need at one time; more would push each other out of the host cache
@@ -51,6 +52,7 @@ class Residency:
         pinned_share: float = 1.0,
         copies: Copies | None = None,
         threads: int = 1,
+        check: Check = check_digest,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self.arena = arena
@@ -70,6 +72,7 @@ class Residency:
             threads=threads,
             wake=wake,
             limits=limits,
+            check=check,
         )
 
     # for the scheduler
@@ -276,7 +279,7 @@ class Residency:
         digest, layout = version.digest, self._layouts.get(version.digest)
         if layout is None or self.host.reserve(digest, layout.nbytes, self._may_leave_host):
             version.read()
-            self._submit(Job(digest, version.path, layout, self.host.pieces(digest)))
+            self._submit(Job(digest, version.path, layout, self.host.pieces(digest), content=version.content))
 
     def _copy(self, version: Version, extent: Extent) -> None:
         """Bring it into its extent of the arena, and to the host on the way, if there is room."""
@@ -286,7 +289,8 @@ class Residency:
             self.host.reserve(digest, layout.nbytes, self._may_leave_host)
         version.copy(extent)
         room, after = self.arena.room(extent), self._copies.mark()
-        self._submit(Job(digest, version.path, layout, self.host.pieces(digest), packed, room, after))
+        pieces = self.host.pieces(digest)
+        self._submit(Job(digest, version.path, layout, pieces, packed, room, after, version.content))
 
     def _submit(self, job: Job) -> None:
         self._jobs += 1
@@ -314,7 +318,8 @@ class Residency:
         version.settle(self._place_without_arena(version.digest))
         if version.place is Place.DISK and version.goes is not Place.DISK:
             # It was judged. The next step reads it ahead of need, unless this one brings it in.
-            self._ahead[version.digest] = AdapterRef(version.digest, version.path)
+            ref = AdapterRef(version.digest, version.path, content=version.content)
+            self._ahead[version.digest] = ref
 
     def _fail(self, version: Version, loaded: Loaded) -> None:
         """Give the room back, and keep the reason for those who wait; a later request tries again."""
@@ -367,7 +372,7 @@ class Residency:
         version = self._versions.get(ref.digest)
         if version is None:
             place = self._place_without_arena(ref.digest)
-            version = self._versions[ref.digest] = Version(ref.digest, ref.path, place)
+            version = self._versions[ref.digest] = Version(ref.digest, ref.path, place, ref.content)
         version.path = ref.path  # the content of a digest never changes, its folder may
         return version
 

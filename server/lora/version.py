@@ -30,9 +30,10 @@ class Version:
     None: it stays. Each method that moves it raises ValueError where it cannot go from its place.
     """
 
-    def __init__(self, digest: str, path: str, place: Place) -> None:
+    def __init__(self, digest: str, path: str, place: Place, content: str = "") -> None:
         self.digest = digest
         self.path = path
+        self.content = content  # as in AdapterRef
         self._place = place
         self.extent: Extent | None = None
         self.slot: int | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.config import Settings
+from server.messages import LoraTarget
 from server.model.device import Device
 from server.model.loader import LoadedModel
 
+_RANKS = 1024  # room for compositions on small models
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
@@ -52,6 +55,23 @@ def kv_bytes_per_token(loaded: LoadedModel) -> int:
 def token_budget(settings: Settings, device: Device) -> int:
     """Tokens of one step."""
     return settings.max_num_batched_tokens or device.step_tokens(settings.max_num_seqs)
+
+
+def rank_limit(settings: Settings, targets: Sequence[LoraTarget], servable: int) -> int:
+    """Most that the ranks of one request's adapters may add up to on a module.
+
+    By default what can be of use: a rank above the narrower side of every layer makes a step slower and no
+    adapter better. `servable`: what the kernels have scratch for. Raises ValueError when more is asked for.
+    """
+    if settings.max_lora_rank is None:
+        narrow = (min(target.in_features, target.out_features) for target in targets)
+        return min(servable, max(_RANKS, *narrow))
+    if settings.max_lora_rank > servable:
+        raise ValueError(
+            f"steps have scratch for ranks up to {servable} in all, not {settings.max_lora_rank} "
+            "(--max-lora-rank; fewer --max-num-batched-tokens may leave room for more)"
+        )
+    return settings.max_lora_rank
 
 
 def _activation_bytes(settings: Settings, loaded: LoadedModel, tokens: int) -> int:

@@ -7,7 +7,6 @@ field or tensor, never ignored in silence. No message holds a path.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,34 +18,18 @@ import numpy as np
 from server.config import Limits
 from server.errors import TooLarge, UnsupportedMedia
 from server.messages import LoraTarget
-from server.peft.rules import Rules, bad, check_fields
+from server.peft.header import DTYPES, TensorSpan, read_header
+from server.peft.patterns import bad
+from server.peft.rules import Rules, check_fields, parse_config
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"  # the tensors of a module
 _CHUNK_BYTES = 1 << 18  # stays in the second-level cache
-
-# safetensors dtype -> its name in torch, bytes, and the exponent bits that are all set in NaN and Inf
-_DTYPES = {
-    "F32": ("float32", 4, 0x7F80_0000),
-    "F16": ("float16", 2, 0x7C00),
-    "BF16": ("bfloat16", 2, 0x7F80),
-}
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """Where one tensor lies in adapter_model.safetensors."""
-
-    name: str
-    dtype: str  # torch's name: float32, float16 or bfloat16
-    shape: tuple[int, ...]
-    offset: int  # from the start of the file, bytes
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,7 @@ class LoraAdapter:
 
 def is_pickle(name: str) -> bool:
     """Whether a file's name says that it is a pickle."""
-    return name.lower().endswith(_PICKLES)
+    return name.lower().endswith(PICKLES)
 
 
 def holds_pickle(folder: Path) -> bool:
@@ -103,7 +86,7 @@ def judge(folder: Path, targets: Sequence[LoraTarget], limits: Limits) -> LoraAd
         raise pickle_refused(WEIGHTS_NAME)
     config = _read_config(folder)
     check_fields(config)
-    tensors = _read_tensors(folder, limits)
+    tensors = read_header(folder / WEIGHTS_NAME, limits)
     rules = Rules(config)
     modules = _match(tensors, targets, rules)
     widest = max(modules, key=lambda module: module.rank)
@@ -122,7 +105,7 @@ def judge(folder: Path, targets: Sequence[LoraTarget], limits: Limits) -> LoraAd
 
 def check_finite(folder: Path, adapter: LoraAdapter) -> None:
     """Read every weight once. Raises InvalidAdapter that names the first tensor with a NaN or Inf."""
-    masks = {name: (np.dtype(f"<u{width}"), mask) for name, width, mask in _DTYPES.values()}
+    masks = {name: (np.dtype(f"<u{width}"), mask) for name, width, mask in DTYPES.values()}
     raw = bytearray(_CHUNK_BYTES)
     scratch = np.empty(_CHUNK_BYTES, np.uint8)
     spans = [span for module in adapter.modules for span in module.spans]
@@ -148,32 +131,6 @@ def _read_exactly(file: BinaryIO, buffer: memoryview) -> None:
         done += count
 
 
-def _parse_json(raw: bytes, what: str) -> dict[str, object]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def no_constant(text: str) -> object:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
-        if b"\\ud" in raw.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
-    except RecursionError:
-        raise bad(what, "is nested too deeply") from None
-    except ValueError as error:
-        raise bad(what, f"is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise bad(what, "must be a JSON object")
-    return value
-
-
-# config
-
-
 def _read_config(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -182,63 +139,7 @@ def _read_config(folder: Path) -> dict[str, object]:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     if len(raw) > MAX_CONFIG_BYTES:
         raise TooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes", param=CONFIG_NAME)
-    return _parse_json(raw, CONFIG_NAME)
-
-
-# tensors
-
-
-def _read_tensors(folder: Path, limits: Limits) -> dict[str, TensorSpan]:
-    """The header of the safetensors file: 8 bytes of length (little-endian), then JSON, then the data."""
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise bad(WEIGHTS_NAME, "is missing")
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or header_bytes > file_bytes - 8:
-            raise bad(WEIGHTS_NAME, "is shorter than its header says")
-        if header_bytes > limits.max_header_bytes:
-            raise bad(WEIGHTS_NAME, f"has a header larger than {limits.max_header_bytes} bytes")
-        raw = file.read(header_bytes)
-    # Each tensor is an object of its own: count them before a large header becomes a larger tree.
-    if raw.count(b"{") > limits.max_tensors + 2:
-        raise bad(WEIGHTS_NAME, f"holds more than {limits.max_tensors} tensors")
-    header = _parse_json(raw, WEIGHTS_NAME)
-    header.pop("__metadata__", None)
-    if not header:
-        raise bad(WEIGHTS_NAME, "holds no tensors")
-    start = 8 + header_bytes
-    tensors = {name: _span(name, entry, start) for name, entry in header.items()}
-    end = start
-    for span in sorted(tensors.values(), key=lambda span: (span.offset, span.nbytes)):
-        if span.offset != end:
-            raise bad(span.name, "does not begin where the tensor before it ends")
-        end += span.nbytes
-    if end != file_bytes:
-        raise bad(WEIGHTS_NAME, f"has {file_bytes - start} bytes of data, its header says {end - start}")
-    return tensors
-
-
-def _span(name: str, entry: object, start: int) -> TensorSpan:
-    def whole_numbers(value: object, most: int) -> list[int]:
-        if not isinstance(value, list) or len(value) > most:
-            raise bad(name, "has a malformed header entry")
-        if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in value):
-            raise bad(name, "has a malformed header entry")
-        return value
-
-    if not isinstance(entry, dict):
-        raise bad(name, "has a malformed header entry")
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise bad(name, f"has dtype {str(dtype)[:20]}, expected one of {', '.join(_DTYPES)}")
-    shape = whole_numbers(entry.get("shape"), 8)
-    offsets = whole_numbers(entry.get("data_offsets"), 2)
-    torch_name, width, _ = _DTYPES[dtype]
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * width:
-        raise bad(name, f"has data_offsets that do not fit shape {shape} of {dtype}")
-    return TensorSpan(name, torch_name, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
+    return parse_config(raw)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-import time
 from collections.abc import Mapping
 
-import regex  # type: ignore[import-untyped]  # it ships no types; chosen over re for its timeout
+from server.peft.patterns import Pattern, Patterns, bad
 
-from server.errors import InvalidAdapter
-
-_REGEX_SECONDS = 2.0  # for all patterns of one adapter together: a client's pattern may backtrack for ever
-_PATTERN_CHARS = 10_000
-_PATTERN_REPEATS = 10_000  # product of all {n} in a pattern: compiling writes repeated parts out
+_FILE = "adapter_config.json"
+_MAX_VALUES = (
+    20_000  # in all of its lists and objects: what a megabyte of them would cost is out of proportion
+)
 
 # Fields that change what an adapter computes in a way this server does not do. A value that is false, null
 # or empty is fine.
@@ -47,10 +46,33 @@ _KNOWN = {
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def bad(param: str, message: str) -> InvalidAdapter:
-    """An error that names the field or tensor at fault, cut to a readable length."""
-    name = param if len(param) <= 200 else param[:200] + "..."
-    return InvalidAdapter(f"`{name}` {message}", param=name)
+def parse_config(raw: bytes) -> dict[str, object]:
+    """The fields of an adapter_config.json. Raises InvalidAdapter for what is no JSON object, has a key twice
+    or holds more values than any adapter needs."""
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
+        raise bad(_FILE, f"holds more than {_MAX_VALUES} values")
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if b"\\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+    except RecursionError:
+        raise bad(_FILE, "is nested too deeply") from None
+    except ValueError as error:
+        raise bad(_FILE, f"is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise bad(_FILE, "must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
 
 
 def check_fields(config: Mapping[str, object]) -> None:
@@ -79,18 +101,25 @@ class Rules:
     """What a config says of each module: targeted or not, rank, scaling (by PEFT's own matching rules)."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
-        self._deadline = time.monotonic() + _REGEX_SECONDS
+        self._patterns = Patterns()
         self.rank = _rank("r", config.get("r"))
         self.alpha = _alpha("lora_alpha", config.get("lora_alpha"))
         self._use_rslora = _flag("use_rslora", config.get("use_rslora"))
         self.lora_bias = _flag("lora_bias", config.get("lora_bias"))  # whether each lora_B has a bias
+        ranks, alphas = (self._admit(field, config) for field in ("rank_pattern", "alpha_pattern"))
         self._ranks = [
-            (pattern, _rank(f"rank_pattern[{key}]", value))
-            for key, pattern, value in self._patterns("rank_pattern", config)
+            (
+                self._patterns.compile("rank_pattern", key, tail=True),
+                _rank(f"rank_pattern[{key[:100]}]", value),
+            )
+            for key, value in ranks
         ]
         self._alphas = [
-            (pattern, _alpha(f"alpha_pattern[{key}]", value))
-            for key, pattern, value in self._patterns("alpha_pattern", config)
+            (
+                self._patterns.compile("alpha_pattern", key, tail=True),
+                _alpha(f"alpha_pattern[{key[:100]}]", value),
+            )
+            for key, value in alphas
         ]
         self._targets = self._selector("target_modules", config.get("target_modules"))
         excluded = config.get("exclude_modules")
@@ -100,64 +129,44 @@ class Rules:
         """PEFT's `get_pattern_key`: the first pattern in the file's order that matches wins."""
         rank, alpha = self.rank, self.alpha
         for pattern, pattern_rank in self._ranks:
-            if self._fullmatch("rank_pattern", pattern, module):
+            if pattern.matches(module):
                 rank = pattern_rank
                 break
         for pattern, pattern_alpha in self._alphas:
-            if self._fullmatch("alpha_pattern", pattern, module):
+            if pattern.matches(module):
                 alpha = pattern_alpha
                 break
         return rank, alpha / math.sqrt(rank) if self._use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
         """PEFT's `check_target_module_exists`, without layers_to_transform: there the tensors decide."""
-        if self._selects("exclude_modules", self._excluded, module):
-            return False
-        return self._selects("target_modules", self._targets, module)
+        return not _selects(self._excluded, module) and _selects(self._targets, module)
 
-    def _patterns(self, field: str, config: Mapping[str, object]) -> list[tuple[str, regex.Pattern, object]]:
+    def _admit(self, field: str, config: Mapping[str, object]) -> list[tuple[str, object]]:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
             raise bad(field, "must be an object from module patterns to numbers")
-        return [(key[:100], self._compile(field, rf"(.*\.)?({key})"), v) for key, v in patterns.items()]
+        self._patterns.admit(field, patterns)
+        return list(patterns.items())
 
-    def _selector(self, field: str, value: object) -> frozenset[str] | regex.Pattern:
+    def _selector(self, field: str, value: object) -> frozenset[str] | Pattern:
         if field == "target_modules" and value == "all-linear":
-            return self._compile(field, ".*")
+            return self._patterns.compile(field, ".*")
         if isinstance(value, str) and value:
-            return self._compile(field, value)
+            return self._patterns.compile(field, value)
         if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
             return frozenset(value)
         raise bad(field, "must be a list of module names, a regular expression or all-linear")
 
-    def _selects(self, field: str, selector: frozenset[str] | regex.Pattern, module: str) -> bool:
-        if not isinstance(selector, frozenset):
-            return self._fullmatch(field, selector, module)
-        while module not in selector:  # the whole name, or one of its ends after a dot
-            _, dot, module = module.partition(".")
-            if not dot:
-                return False
-        return True
 
-    def _compile(self, field: str, pattern: str) -> regex.Pattern:
-        counts = [max(1, int(count)) for count in regex.findall(r"\{\s*0*(\d{1,6})", pattern)]
-        if len(pattern) > _PATTERN_CHARS or math.prod(counts) > _PATTERN_REPEATS:
-            raise bad(field, f"holds a pattern that is too large: {pattern[:100]!r}")
-        try:
-            if time.monotonic() < self._deadline:
-                return regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError, MemoryError):
-            raise bad(field, f"holds a pattern that is not a regular expression: {pattern[:100]!r}") from None
-        raise bad(field, "holds patterns that take too long to read")
-
-    def _fullmatch(self, field: str, pattern: regex.Pattern, module: str) -> bool:
-        try:
-            left = self._deadline - time.monotonic()
-            if left > 0:
-                return pattern.fullmatch(module, timeout=left, concurrent=True) is not None
-        except TimeoutError:
-            pass
-        raise bad(field, "holds patterns that take too long to match")
+def _selects(selector: frozenset[str] | Pattern, module: str) -> bool:
+    if not isinstance(selector, frozenset):
+        return selector.matches(module)
+    while module not in selector:  # the whole name, or one of its ends after a dot
+        _, dot, module = module.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def _flag(field: str, value: object) -> bool:

@@ -1,4 +1,4 @@
-"""One write of one name, from its claim to the moment it is visible."""
+"""One write of one name, from its beginning to the moment it is visible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _MAX_DESCRIPTION = 1000  # characters
 class Publisher(Protocol):
     """What a publication asks of the registry."""
 
-    def claim(self, adapter: AdapterId, *, create: bool, replace: bool) -> None: ...
+    def look(self, adapter: AdapterId, *, create: bool, replace: bool) -> object: ...
+
+    def claim(self, adapter: AdapterId, *, create: bool, replace: bool, seen: object) -> None: ...
 
     def unclaim(self, adapter: AdapterId) -> None: ...
 
@@ -38,9 +40,10 @@ class Publisher(Protocol):
 
 
 class Publication:
-    """One write of one name: `claim` it, fill `staging`, `publish`. Close it in any case.
+    """One write of one name: `begin` with it, fill `staging`, `publish`. Close it in any case.
 
-    Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left.
+    Until `publish` returns nobody sees anything of it; after `close` nothing of a failed one is left. The
+    name is free for others while staging is filled, however long that takes: the first who publishes wins.
     """
 
     def __init__(
@@ -52,15 +55,18 @@ class Publication:
         self._create = create
         self._replace = replace
         self._name: str | None = None
+        self._seen: object = None
+        self._claimed = False
 
     @property
     def name(self) -> str | None:
-        """The name claimed, if one is."""
+        """The name it began with, if it did."""
         return self._name
 
-    def claim(self, name: str) -> None:
-        """Reserve the name. Raises InvalidRequest for a bad one, Conflict for one taken or being written."""
-        self._publisher.claim(self._id(name), create=self._create, replace=self._replace)
+    def begin(self, name: str) -> None:
+        """Refuse at once what would be refused at the end. Raises InvalidRequest for a bad name, Conflict for
+        one that is taken."""
+        self._seen = self._publisher.look(self._id(name), create=self._create, replace=self._replace)
         self._name = name
 
     def publish(
@@ -68,7 +74,8 @@ class Publication:
     ) -> Published:
         """Judge what is staged, store it and make it the name's current version, kept with its `provenance`.
 
-        Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest.
+        Raises InvalidAdapter, TooLarge, UnsupportedMedia, InsufficientStorage, InvalidRequest, and Conflict
+        when somebody else writes the name, or has written or deleted it since `begin`.
         """
         if self._name is None:
             raise InvalidRequest("`name` is missing.", param="name")
@@ -76,6 +83,9 @@ class Publication:
             raise InvalidRequest(
                 f"`description` is longer than {_MAX_DESCRIPTION} characters.", param="description"
             )
+        name = self._id(self._name)
+        self._publisher.claim(name, create=self._create, replace=self._replace, seen=self._seen)
+        self._claimed = True
         content = self.staging.content
         adapter = self._publisher.judge(content)
         # Hash and sync while the weights are read.
@@ -84,7 +94,7 @@ class Publication:
             check_finite(content, adapter)
             digest = sealing.result()
         return self._publisher.commit(
-            self._id(self._name),
+            name,
             adapter,
             self.staging,
             digest,
@@ -95,9 +105,9 @@ class Publication:
 
     def close(self) -> None:
         """Idempotent."""
-        name, self._name = self._name, None
-        if name is not None:
-            self._publisher.unclaim(self._id(name))
+        claimed, self._claimed = self._claimed, False
+        if claimed and self._name is not None:
+            self._publisher.unclaim(self._id(self._name))
         self.staging.discard()
 
     def _id(self, name: str) -> AdapterId:

@@ -79,7 +79,7 @@ class AdapterVersion:
 
     def ref(self, weight: float = 1.0) -> AdapterRef:
         """What the engine is told of it."""
-        return AdapterRef(self.digest, str(self.path), weight)
+        return AdapterRef(self.digest, str(self.path), weight, self.content)
 
 
 class Lease:

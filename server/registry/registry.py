@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from server.peft.format import LoraAdapter, judge
 from server.registry.books import Books
 from server.registry.catalogue import AdapterId, AdapterRow
 from server.registry.counters import Counters
+from server.registry.damage import Damage
 from server.registry.data_folder import DataFolder
 from server.registry.leases import Leases
 from server.registry.publication import Publication
@@ -64,9 +66,11 @@ class Registry:
         self._targets = tuple(targets)
         self._limits = limits
         self._base_name = base_name
+        self._judging = threading.Lock()
         self._books = Books()
         self._lock = self._books.lock
         self._leases = Leases(self._books, folder.store)
+        self.damage = Damage(self._books)
         self._counters = Counters(self._catalogue, self._lock)
 
     @classmethod
@@ -105,8 +109,10 @@ class Registry:
         with self._lock:
             adapter = self._books.find(AdapterId(tenant, base))
             version = adapter.find(wanted) if adapter else None
-            if adapter is None or version is None or version.error is not None:
+            if adapter is None or version is None:
                 raise ModelNotFound(name)
+            if version.error is not None:  # others need not know why
+                raise ModelNotFound(name, version.error if adapter.row.tenant == tenant else None)
             if own and adapter.row.tenant != tenant:
                 raise _not_yours(base)
             return self._leases.lease(version)
@@ -176,28 +182,42 @@ class Registry:
         staging = self._store.staging(expected_bytes)
         return Publication(self, staging, tenant, create=create, replace=replace)
 
-    def claim(self, adapter: AdapterId, *, create: bool, replace: bool) -> None:
-        """Keep other writers off it until `unclaim`. See Publication.claim."""
-        name, books = adapter.name, self._books
+    def look(self, adapter: AdapterId, *, create: bool, replace: bool) -> object:
+        """What a write of it would take the place of, if anything. See Publication.begin."""
+        name = adapter.name
         check_name(name)
         if name == self._base_name:
             raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
         with self._lock:
-            if adapter in books.adapters and not replace:
-                raise Conflict(f"The adapter `{name}` exists already.", param="name")
-            if adapter not in books.adapters and not create:
-                raise _not_yours(name) if name in books.shared else _unknown(name)
-            if adapter in books.claims:
+            return self._look(adapter, create=create, replace=replace)
+
+    def claim(self, adapter: AdapterId, *, create: bool, replace: bool, seen: object) -> None:
+        """Keep other writers off it until `unclaim`, if a look at it shows what was `seen`."""
+        name, claims = adapter.name, self._books.claims
+        with self._lock:
+            if self._look(adapter, create=create, replace=replace) is not seen:
+                raise Conflict(f"The adapter `{name}` was changed by another call meanwhile.", param="name")
+            if adapter in claims:
                 raise Conflict(f"The adapter `{name}` is being written by another call.", param="name")
-            books.claims.add(adapter)
+            claims.add(adapter)
+
+    def _look(self, adapter: AdapterId, *, create: bool, replace: bool) -> VersionBooks | None:
+        name, books = adapter.name, self._books.adapters.get(adapter)
+        if books is not None and not replace:
+            raise Conflict(f"The adapter `{name}` exists already.", param="name")
+        if books is None and not create:
+            raise _not_yours(name) if name in self._books.shared else _unknown(name)
+        return books.current if books else None
 
     def unclaim(self, adapter: AdapterId) -> None:
         with self._lock:
             self._books.claims.discard(adapter)
 
     def judge(self, folder: Path) -> LoraAdapter:
-        """Check config and tensor header against base model and engine; see `peft.format.judge`."""
-        return judge(folder, self._targets, self._limits)
+        """Check config and tensor header against base model and engine; see `peft.format.judge`. One at a
+        time: several threads of Python's at once would keep the event loop from its turn."""
+        with self._judging:
+            return judge(folder, self._targets, self._limits)
 
     def commit(
         self,
@@ -234,7 +254,7 @@ class Registry:
         version = VersionBooks(info)
         row = dataclasses.replace(row, current=number)
         beyond = list(old.versions.values())[: 1 - KEPT_VERSIONS] if old else []
-        self._store.add(staging, digest)
+        self._store.add(staging, digest, mend=self.damage.known(digest))
         try:
             self._catalogue.publish(row, version.row(), [v.info.number for v in beyond])
         except BaseException:
@@ -247,6 +267,7 @@ class Registry:
             if old is None:
                 self._books.add(adapter, books)
             self._books.failed.pop(adapter, None)
+        self.damage.mended(digest)
         retired = self._leases.retire(books, beyond)
         return Published(info, "replaced" if old else "created", retired, books.row.pinned)
 
@@ -312,7 +333,8 @@ class Registry:
     @contextmanager
     def _claimed(self, adapter: AdapterId) -> Iterator[None]:
         """Around a change of a name that is there."""
-        self.claim(adapter, create=False, replace=True)
+        seen = self.look(adapter, create=False, replace=True)
+        self.claim(adapter, create=False, replace=True, seen=seen)
         try:
             yield
         finally:

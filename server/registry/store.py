@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from server.errors import InsufficientStorage, InvalidRequest, TooLarge
+from server.peft.digest import digest_of
 from server.peft.format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,11 @@ class Staging:
         """Where an archive may lie while it is unpacked; never published."""
         return self._root / "archive"
 
+    @property
+    def spoilt(self) -> Path:
+        """Where content goes that this one takes the place of; never published."""
+        return self._root / "spoilt"
+
     def sink(self, name: str) -> Sink:
         """Begin one of the two files; close it at its end. Raises InvalidRequest when it comes twice."""
         if name not in FILE_NAMES:
@@ -117,6 +123,10 @@ class Staging:
     def scratch_sink(self) -> Sink:
         return self._track(Sink(self.scratch))
 
+    def unhashed(self, name: str) -> BinaryIO:
+        """One of the two files, for somebody else to write; hashed when it is sealed."""
+        return _create(self.content / name)
+
     def copy(self, name: str, source: int) -> None:
         """Copy an open file in, inside the kernel where the file systems can (a reflink costs nothing)."""
         with _create(self.content / name) as target:
@@ -125,14 +135,10 @@ class Staging:
                     target.write(data)
 
     def seal(self) -> str:
-        """Hash what was not hashed while it came, sync both files to disk and return the content's digest.
-
-        The digest is the SHA-256 of one line per file, `<name> <length> <sha256 of content>`, so that
-        lengths and contents cannot be shifted between files and each file can be hashed on its own.
-        """
+        """Hash what was not hashed while it came, sync both files to disk and return the content's digest."""
         for sink in self._open:
             sink.close()
-        framing = hashlib.sha256(b"chorus adapter 1\n")
+        files = []
         for name in FILE_NAMES:
             path = self.content / name
             hashed = self._sinks.get(name)
@@ -140,9 +146,9 @@ class Staging:
                 sha = hashed.hexdigest() if hashed else hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
                 size = os.fstat(file.fileno()).st_size
-            framing.update(f"{name} {size} {sha}\n".encode())
+            files.append((name, size, sha))
         _fsync_folder(self.content)
-        return framing.hexdigest()
+        return digest_of(files)
 
     def discard(self) -> None:
         """Remove whatever is left. Idempotent."""
@@ -201,10 +207,11 @@ class ContentStore:
         with full_disk_is_refused():
             return Staging(self._staging)
 
-    def add(self, staging: Staging, digest: str) -> None:
+    def add(self, staging: Staging, digest: str, *, mend: bool = False) -> None:
         """Take over sealed content and hold it once for the caller; equal content is kept only once.
 
-        On return it survives a power failure. Raises InsufficientStorage.
+        `mend`: what lies there now is not to be trusted, and goes. On return it survives a power failure.
+        Raises InsufficientStorage.
         """
         target = self.folder(digest)
         with self._lock:
@@ -213,6 +220,8 @@ class ContentStore:
             with full_disk_is_refused():
                 target.parent.mkdir(mode=_OWN_FOLDER, exist_ok=True)
                 with self._lock:  # against a removal of the same digest
+                    if mend and target.exists():
+                        target.rename(staging.spoilt)
                     if not target.exists():
                         staging.content.rename(target)
                 _fsync_folder(target.parent)

@@ -7,7 +7,9 @@ import errno
 import json
 import tracemalloc
 import zipfile
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from server.messages import ErrorCode
 from server.registry.store import Sink
 from tests.api.adapter_app import Site
 from tests.registry import adapter_files
-from tests.registry.adapter_files import files, tarred, zipped
+from tests.registry.adapter_files import files, staged, tarred, zipped
 
 
 @pytest.fixture
@@ -301,17 +303,54 @@ async def test_a_client_that_dies_in_mid_upload(site: Site) -> None:
     assert (await site.upload("a")).status_code == 201
 
 
-async def test_an_upload_that_stalls_gives_its_name_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.adapters.upload._STALLED_S", 0.02)
+NAMED = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\na\r\n--b\r\n'
 
-    async def stalled() -> AsyncIterator[bytes]:
-        yield b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\na\r\n--b\r\n'
-        await asyncio.Event().wait()
 
-    response = await site.client.post("/v1/adapters", content=stalled(), headers={"content-type": FORM})
-    assert "Nothing came" in error_of(response, 400)["message"]
-    site.assert_clean()
-    assert (await site.upload("a")).status_code == 201
+async def stalled() -> AsyncIterator[bytes]:
+    yield NAMED
+    await asyncio.Event().wait()
+
+
+async def dribbling() -> AsyncIterator[bytes]:
+    yield NAMED + b'Content-Disposition: form-data; name="f"; filename="a.zip"\r\n\r\n'
+    while True:
+        await asyncio.sleep(0.001)
+        yield b"x"
+
+
+@pytest.mark.parametrize("body", [stalled, dribbling])
+async def test_an_upload_that_takes_too_long_is_given_up(
+    data_dir: Path, body: Callable[[], AsyncIterator[bytes]]
+) -> None:
+    """Its least rate is the connection's matter: `test_connection.py`."""
+    async with Site.open(data_dir, upload_timeout_s=0.1) as site:
+        response = await site.client.post("/v1/adapters", content=body(), headers={"content-type": FORM})
+        assert error_of(response, 408)["code"] == "too_slow"
+        site.assert_clean()
+        assert (await site.upload("a")).status_code == 201
+
+
+async def test_a_dribbling_upload_keeps_nobody_from_its_name(site: Site) -> None:
+    await site.upload("a", files(seed=1))
+    slow = asyncio.create_task(
+        site.client.put("/v1/adapters/a", content=dribbling(), headers={"content-type": FORM})
+    )
+    await until(lambda: bool(staged(site.data_dir)))
+    assert (await site.upload("a", files(seed=2), method="PUT")).status_code == 200
+    assert (await site.client.delete("/v1/adapters/a")).status_code == 200
+    assert (await site.upload("a", files(seed=3))).status_code == 201
+    slow.cancel()
+    with suppress(asyncio.CancelledError):
+        await slow
+    assert staged(site.data_dir) == []
+
+
+async def test_fifty_uploads_of_one_name_at_once(site: Site) -> None:
+    await site.upload("a")
+    uploads = [site.upload("a", files(seed=n), method="PUT") for n in range(1, 51)]
+    codes = Counter([response.status_code for response in await asyncio.gather(*uploads)])
+    assert codes.keys() <= {200, 409}
+    assert codes[200] == site.registry.get("a").current.number - 1
 
 
 async def test_a_large_upload_takes_little_memory(site: Site) -> None:
@@ -343,7 +382,7 @@ async def test_an_upload_that_is_cancelled(site: Site) -> None:
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
     upload = asyncio.create_task(site.client.post("/v1/adapters", content=endless(), headers=headers))
-    await until(lambda: [r.state for r in site.registry.records()] == ["validating"])
+    await until(lambda: bool(staged(site.data_dir)))
     upload.cancel()
     with pytest.raises(asyncio.CancelledError):
         await upload

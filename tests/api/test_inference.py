@@ -229,6 +229,7 @@ async def test_naming_adapters(site: Site, naming: dict[str, Any], weights: dict
         (ErrorCode.NON_FINITE, 500, "non_finite_logits"),
         (ErrorCode.OUT_OF_MEMORY, 503, "out_of_accelerator_memory"),
         (ErrorCode.ADAPTER_LOAD_FAILED, 500, "adapter_load_failed"),
+        (ErrorCode.ADAPTER_DAMAGED, 500, "adapter_damaged"),
         (ErrorCode.NEVER_FITS, 400, "never_fits"),
         (ErrorCode.INTERNAL, 500, "internal_error"),
     ],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from server.config import Settings
 from server.engine.engine import Engine, create_engine
 from server.messages import AdapterRef, Request, SamplingParams, TokenOutput
+from server.peft.digest import read_digest
 
 MiB = 2**20
 
@@ -32,10 +32,7 @@ def make_engine(model: Path, **overrides: object) -> Engine:
 
 
 def adapter_ref(folder: Path, weight: float = 1.0) -> AdapterRef:
-    content = (folder / "adapter_model.safetensors").read_bytes() + (
-        folder / "adapter_config.json"
-    ).read_bytes()
-    return AdapterRef(hashlib.sha256(content).hexdigest(), str(folder), weight)
+    return AdapterRef(read_digest(folder), str(folder), weight)
 
 
 def greedy(

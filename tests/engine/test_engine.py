@@ -266,6 +266,40 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_only(
     assert len(tokens_of(outputs["fine"])) == 4
 
 
+def test_flipped_bits_on_disk_fail_the_adapters_requests_only(
+    model: Path, adapter: Path, tmp_path: Path, engines: list[Engine]
+) -> None:
+    engine = make_engine(model)
+    engines.append(engine)
+    damaged = variant(adapter, tmp_path / "damaged", seed=4)
+    file = tmp_path / "damaged" / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 1  # a last bit of the last weight: as finite as before
+    file.write_bytes(raw)
+    engine.add(greedy("lost", prompt(5, 1), 4, [damaged]))
+    engine.add(greedy("fine", prompt(5, 1), 4, [adapter_ref(adapter)]))
+    outputs = run(engine)
+    assert [o.error for o in outputs["lost"]] == [ErrorCode.ADAPTER_DAMAGED]
+    assert "damaged" in outputs["lost"][0].message
+    assert len(tokens_of(outputs["fine"])) == 4
+    raw[-2] ^= 1
+    file.write_bytes(raw)
+    engine.add(greedy("mended", prompt(5, 1), 4, [damaged]))
+    assert len(tokens_of(run(engine)["mended"])) == 4
+
+
+def test_a_rank_above_the_limit_is_refused_where_it_was_registered_before(
+    model: Path, adapter: Path, engines: list[Engine]
+) -> None:
+    engine = make_engine(model, max_lora_rank=2)
+    engines.append(engine)
+    assert engine.info.max_mix_rank == 2
+    engine.add(greedy("wide", prompt(5, 1), 4, [adapter_ref(adapter)]))
+    (output,) = run(engine)["wide"]
+    assert output.error == ErrorCode.ADAPTER_LOAD_FAILED
+    assert "the limit of this server is 2" in output.message
+
+
 @pytest.fixture
 def loads_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """No adapter comes in until this is set."""

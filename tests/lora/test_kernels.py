@@ -7,7 +7,7 @@ import torch
 
 from server.devices.cpu.lora import CpuKernels, cpu_kernels
 from server.devices.cpu.native import libraries, library
-from server.lora.kernels.interface import LoraKernels
+from server.lora.kernels.interface import SCRATCH_BYTES, ArenaView, LoraKernels, Part
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
 from tests.lora.kernels import apply, random_arena
@@ -96,3 +96,38 @@ def test_rows_may_be_strided() -> None:
 
 def test_no_mix_is_no_segments() -> None:
     assert Segments.build([]) is None
+
+
+def test_a_high_rank_and_a_long_prompt() -> None:
+    """More ranks than either side of the layer, more tokens than a task takes."""
+    arena = random_arena([[900], [3]], [(40, 72)], torch.float32, seed=5)
+    segments = Segments.build([(((0, 1.0), (1, 0.5)), 700), (((1, 1.0),), 1)])
+    assert segments is not None
+    x, expected = torch.randn(701, 40), torch.zeros(701, 72)
+    apply(ReferenceKernels(), expected, x, 0, segments, arena)
+    for kernels in KERNELS:
+        out = torch.zeros(701, 72)
+        apply(kernels, out, x, 0, segments, arena)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_scratch_is_bounded_at_the_highest_rank() -> None:
+    """By what stands in one place, also where each adapter of a mix has its ranks on another module."""
+    tokens, lib = 4_000, library()
+    if lib is None:
+        pytest.skip("no compiler on this machine")
+    kernels = CpuKernels(lib)
+    rank = kernels.max_mix_rank(tokens)
+    ranks = torch.diag(torch.tensor([rank] * 4, dtype=torch.int32))
+    arena = ArenaView(torch.zeros(1), torch.zeros(4, 4, len(Part), dtype=torch.int64), ranks)
+    segments = Segments.build([(tuple((slot, 1.0) for slot in range(4)), tokens)])
+    assert segments is not None
+    step = kernels.struct(segments, arena, width=8)
+    assert tokens * rank <= step.product_stride
+    assert 3 * 4 * step.product_stride <= SCRATCH_BYTES < 1.1 * 4 * (3 * tokens + 512) * rank
+
+
+@pytest.mark.parametrize("kernels", KERNELS[:2])
+def test_the_highest_rank_falls_with_the_tokens_of_a_step(kernels: LoraKernels) -> None:
+    few, many = kernels.max_mix_rank(512), kernels.max_mix_rank(8192)
+    assert few > many >= 1024

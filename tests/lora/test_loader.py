@@ -7,7 +7,9 @@ import torch
 
 from server.devices.cuda.copies import CudaCopies
 from server.lora.copies import Copies, HostCopies
-from server.lora.loader import Job, Loader
+from server.lora.loader import Check, Job, Loader
+from server.messages import ErrorCode
+from server.peft.digest import check_digest, read_digest
 from tests.lora.adapter_folder import LIMITS, TARGETS, write
 from tests.lora.image import Image, packed
 
@@ -15,7 +17,7 @@ from tests.lora.image import Image, packed
 class Bench:
     """A loader of one thread, and a way to wait for it and to hold it."""
 
-    def __init__(self, copies: Copies | None = None) -> None:
+    def __init__(self, copies: Copies | None = None, check: Check = lambda *_: None) -> None:
         self.ended, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
         self.loader = Loader(
             TARGETS,
@@ -24,6 +26,7 @@ class Bench:
             threads=1,
             wake=self._wake,
             limits=LIMITS,
+            check=check,
         )
 
     def _wake(self) -> None:
@@ -151,3 +154,27 @@ def test_a_copy_on_cuda_waits_for_the_steps_before_it_and_is_waited_for(tmp_path
     bench.loader.close()
     assert torch.equal(room, image.data)
     assert cuda.calls == ["enter", "after a step", "record", "leave", "wait for the event"]
+
+
+def test_files_are_hashed_once_before_they_are_read_from_disk(tmp_path, image):
+    hashed = []
+    bench = Bench(check=lambda folder, digest: hashed.append((folder, digest)))
+    whole, room = bytes_of(image), torch.zeros_like(image.data)
+    bench.run(
+        Job("read", str(tmp_path), image.layout, whole),
+        Job("read", str(tmp_path), image.layout, (), False, room),
+        Job("copied", "/nowhere", image.layout, whole, True, room),
+        Job("other", str(tmp_path), image.layout, (), False, room),
+    )
+    bench.loader.close()
+    assert sorted(hashed) == [(tmp_path, "other"), (tmp_path, "read")]
+
+
+def test_damaged_files_are_read_into_nothing(tmp_path, image):
+    bench, room = Bench(check=check_digest), torch.zeros_like(image.data)
+    (loaded,) = bench.run(Job("0" * 64, str(tmp_path), image.layout, (), False, room))
+    (sound,) = bench.run(Job(read_digest(tmp_path), str(tmp_path), image.layout, (), False, room.clone()))
+    bench.loader.close()
+    assert (loaded.layout, loaded.error) == (None, ErrorCode.ADAPTER_DAMAGED)
+    assert not room.any()
+    assert sound.layout is not None

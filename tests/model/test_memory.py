@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from server.devices.cpu.device import CpuDevice
+from server.messages import LoraTarget
 from server.model.loader import LoadedModel, load
-from server.model.memory import kv_bytes_per_token, memory_sizes, token_budget
+from server.model.memory import kv_bytes_per_token, memory_sizes, rank_limit, token_budget
 from tests.engine.harness import settings_for
 from tests.model.tiny_models import build
 
@@ -51,3 +52,13 @@ def test_a_step_has_room_for_every_stream_beside_its_prompt_tokens(tmp_path: Pat
         budget = token_budget(settings, CpuDevice())
         assert budget == sequences + 256 * torch.get_num_threads()
     assert token_budget(settings_for(tmp_path, max_num_batched_tokens=7), CpuDevice()) == 7
+
+
+def test_the_highest_rank_is_the_narrow_side_of_a_layer_or_what_is_asked_for(tmp_path: Path) -> None:
+    wide = [LoraTarget("a", 4096, 14336), LoraTarget("b", 2048, 2048)]
+    assert rank_limit(settings_for(tmp_path), wide, servable=10_000) == 4096
+    assert rank_limit(settings_for(tmp_path), wide, servable=512) == 512
+    assert rank_limit(settings_for(tmp_path), [LoraTarget("a", 8, 8)], servable=10_000) == 1024
+    assert rank_limit(settings_for(tmp_path, max_lora_rank=9_000), wide, servable=10_000) == 9_000
+    with pytest.raises(ValueError, match=r"up to 512 .*--max-lora-rank"):
+        rank_limit(settings_for(tmp_path, max_lora_rank=513), wide, servable=512)

@@ -3,10 +3,13 @@ import math
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from server.errors import InvalidAdapter, TooLarge, UnsupportedMedia
 from server.messages import LoraTarget
@@ -231,7 +234,7 @@ def test_a_pattern_matches_whole_parts_of_a_name_only(tmp_path):
 
 @pytest.mark.parametrize("pattern", [r"(.|.)*(?=Z)", r"(\w|\.|\w\w|.\w)+(?<!j)"])
 def test_a_pattern_that_backtracks_for_ever_is_stopped(tmp_path, monkeypatch, pattern):
-    monkeypatch.setattr("server.peft.rules._REGEX_SECONDS", 0.2)
+    monkeypatch.setattr("server.peft.patterns._SECONDS", 0.2)
     refused(write(tmp_path, fields={"target_modules": pattern}), "target_modules", "too long")
     refused(write(tmp_path, fields={"rank_pattern": {pattern: 4}}), "rank_pattern", "too long")
 
@@ -241,6 +244,44 @@ def test_a_pattern_that_backtracks_for_ever_is_stopped(tmp_path, monkeypatch, pa
 )
 def test_a_pattern_that_is_huge_once_compiled(tmp_path, pattern):
     refused(write(tmp_path, fields={"target_modules": pattern}), "target_modules", "too large")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?R)|x", "(?:.|(?R))*(?=Z)", "(?1)(a)", "(?P<n>a)(?&n)", "(?P>n)", r"\L<names>", "(?:q_proj){e<=2}",
+        "(?b)(?:q_proj){i}", r"\p{L}+", "(?<=a*)b", "(?|a|b)", "(*FAIL)", r"\K", "(?V1)[a--b]", "(?r)a",
+        "a{x}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_patterns_that_re_does_not_know(tmp_path, field, pattern):
+    """PEFT would refuse them too; some cost memory that no timeout bounds."""
+    value = {pattern: 4} if field.endswith("pattern") else pattern
+    refused(write(tmp_path, fields={field: value}), field)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.(?:q|v|down)_proj", r"(?i).*_PROJ", r".*(?<!x)_pro[a-j]{1,2}", r"(?P<l>.*)_(?>proj)(?(l)|x)"],
+)
+def test_patterns_that_re_knows(tmp_path, pattern):
+    assert len(judged(write(tmp_path, fields={"target_modules": pattern})).modules) == 6
+
+
+def test_too_many_patterns(tmp_path):
+    many = {f"a{i}": 4 for i in range(2_001)}
+    judged(write(tmp_path, fields={"rank_pattern": dict(list(many.items())[:1_000])}))
+    refused(
+        write(tmp_path, fields={"rank_pattern": many, "alpha_pattern": many}), "alpha_pattern", "too many"
+    )
+    long = {f"{i}" + "a" * 9_000: 4 for i in range(45)}
+    refused(write(tmp_path, fields={"rank_pattern": long}), "rank_pattern", "too many")
+
+
+@pytest.mark.parametrize("value", [[[]] * 20_000, [{}] * 20_000, {str(i): 0 for i in range(20_000)}])
+def test_a_config_of_too_many_values(tmp_path, value):
+    refused(write(tmp_path, fields={"loftq_config": value}), "adapter_config.json", "values")
 
 
 @pytest.mark.parametrize(
@@ -347,6 +388,9 @@ def test_unknown_dtypes(tmp_path):
     refused(write(tmp_path, dtype={Q0_A: "F64"}), Q0_A, "F64", "BF16")
 
 
+ENTRY = b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
 def entry(shape: object = (1,), offsets: object = (0, 4), dtype: object = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
@@ -389,7 +433,12 @@ def test_malformed_headers(tmp_path, header, data, param):
         struct.pack("<Q", 100) + b"{}",
         file_of(b"[]"),
         file_of(b"{"),
-        file_of(b'{"x": 1, "x": 1}'),
+        file_of(b'{"x": ENTRY, "x": ENTRY}'.replace(b"ENTRY", ENTRY), bytes(4)),
+        file_of(ENTRY.join([b'{"x": ', b', "x": ', b"}"]).replace(b"data_o", b"data\\u005fo", 1), bytes(4)),
+        file_of(b'{"__metadata__": ' + b"[" * 100_000),
+        file_of(b'{"__metadata__": {' + b'"a": "",' * 11_000 + b'"b": ""}, "x": ' + ENTRY + b"}", bytes(4)),
+        file_of(b"{" + b'"a": 1,' * 11_000 + b'"b": 1}'),
+        file_of(b'{"x": {"dtype": "F32", "shape": [' + b"0," * 12_000 + b'0], "data_offsets": [0, 0]}}'),
         file_of(b"\xff\xfe"),
         file_of(b"[" * 100_000),
         file_of(b" " * (1 << 20) + b"{}"),  # over the cap that `judged` sets
@@ -449,3 +498,41 @@ def test_a_file_that_shrank_since(tmp_path):
 def test_reading_adapters_imports_no_torch():
     code = "import sys, server.peft.format; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    file=st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=8)), min_size=1, max_size=5),
+)
+def test_whatever_comes_is_judged_or_refused(tmp_path, file, edits):
+    write(tmp_path)
+    raw = bytearray((tmp_path / file).read_bytes())
+    size = int.from_bytes(raw[:8], "little") if file.endswith("safetensors") else len(raw)
+    for at, data in edits:
+        place = int(at * size)
+        raw[place : place + len(data)] = data
+    (tmp_path / file).write_bytes(raw)
+    with suppress(InvalidAdapter, UnsupportedMedia):
+        assert judged(tmp_path).modules
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.dictionaries(
+        st.text(max_size=8) | st.just("__metadata__") | st.just(Q0_A),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner)
+            ),
+        ),
+        max_size=4,
+    )
+)
+def test_any_header_is_refused_or_means_what_it_says(tmp_path, header):
+    write(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(file_of(json.dumps(header).encode(), b""))
+    with suppress(InvalidAdapter):
+        assert judged(tmp_path).parameters == 0

@@ -47,7 +47,7 @@ def publish(tmp_path: Path) -> Publish:
     def publish(registry: Registry, name: str, *, seed: int = 0, replace: bool = True) -> Published:
         folder = adapter_files.write(tmp_path / uuid.uuid4().hex, adapter_files.files(seed=seed))
         with registry.publication(create=True, replace=replace) as publication:
-            publication.claim(name)
+            publication.begin(name)
             copy_folder(folder, publication.staging)
             return publication.publish("upload")
 

@@ -37,7 +37,7 @@ registry = adapter_files.open_registry(data_dir)
 os.copy_file_range, os.fsync, Path.rename = dies(os.copy_file_range), dies(os.fsync), dies(Path.rename)
 sa.event.listen(sa.Engine, "commit", dies(lambda connection: None))
 with registry.publication(create=True, replace=True) as publication:
-    publication.claim("a")
+    publication.begin("a")
     copy_folder(source, publication.staging)
     publication.publish("upload")
     if point == "published":

@@ -6,13 +6,14 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from server.errors import ChorusError, Conflict, InvalidAdapter, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
+from server.peft.format import LoraAdapter
 from server.registry.catalogue import Catalogue
 from server.registry.registry import KEPT_VERSIONS, Registry
 from server.registry.sources.local import copy_folder
@@ -123,16 +124,47 @@ def test_the_books_are_free_while_all_names_are_read(registry: Registry, publish
     assert [record.name for record in records] == ["b"]
 
 
-def test_one_writer_per_name(registry: Registry, publish: Publish) -> None:
-    with registry.publication(create=True, replace=True) as publication:
-        publication.claim("a")
-        assert registry.get("a").state == "validating"
-        with pytest.raises(Conflict):
-            publish(registry, "a")
-        publish(registry, "b")
-    with pytest.raises(ModelNotFound):
-        registry.get("a")
+def test_one_writer_per_name(registry: Registry, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is judged and stored: no other writes it and nobody deletes it."""
     publish(registry, "a")
+    real = registry.judge
+
+    def judge(folder: Path) -> LoraAdapter:
+        monkeypatch.undo()
+        assert [record.state for record in registry.records()] == ["ready", "validating"]
+        for attempt in (lambda: publish(registry, "new"), lambda: registry.delete("new")):
+            with pytest.raises((Conflict, ModelNotFound)):
+                attempt()
+        publish(registry, "b")
+        return real(folder)
+
+    monkeypatch.setattr(registry, "judge", judge)
+    assert publish(registry, "new").outcome == "created"
+    assert [record.name for record in registry.records()] == ["a", "b", "new"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("between", ["publish", "delete", "both"])
+def test_who_publishes_first_wins(
+    registry: Registry, publish: Publish, tmp_path: Path, known: bool, between: str
+) -> None:
+    """An upload that takes long holds the name from nobody, and undoes nothing that was done meanwhile."""
+    if known:
+        publish(registry, "a", seed=1)
+    folder = adapter_files.write(tmp_path / "slow", adapter_files.files(seed=2))
+    with registry.publication(create=True, replace=True) as slow:
+        slow.begin("a")
+        copy_folder(folder, slow.staging)
+        if between != "delete":
+            publish(registry, "a", seed=3)
+        if between != "publish":
+            with suppress(ModelNotFound):
+                registry.delete("a")
+        changed = known or between == "publish"
+        with pytest.raises(Conflict, match="meanwhile") if changed else nullcontext():
+            slow.publish("upload")
+    assert registry._books.claims == set()
+    publish(registry, "a", seed=4)
 
 
 def test_fifty_writers_of_one_name(registry: Registry, publish: Publish, data_dir: Path) -> None:
@@ -153,7 +185,7 @@ def test_what_is_refused_leaves_nothing(registry: Registry, tmp_path: Path, data
     content = adapter_files.files() | {"adapter_model.safetensors": adapter_files.weights(spoil=float("nan"))}
     folder = adapter_files.write(tmp_path / "bad", content)
     with registry.publication(create=True, replace=True) as publication:
-        publication.claim("a")
+        publication.begin("a")
         copy_folder(folder, publication.staging)
         with pytest.raises(InvalidAdapter) as caught:
             publication.publish("upload")
@@ -381,3 +413,33 @@ def test_a_lease_has_its_files_whatever_others_do(
     assert adapter_files.on_disk(data_dir) == set()
     assert adapter_files.staged(data_dir) == []
     assert list(registry.records()) == []
+
+
+def test_damaged_files_are_not_served_until_they_are_uploaded_again(
+    registry: Registry, publish: Publish
+) -> None:
+    version = publish(registry, "a").version
+    publish(registry, "twin")
+    other = publish(registry, "b", seed=1).version
+    registry.damage.recheck(version)
+    assert registry.get("a").state == "ready"
+    weights = version.path / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    flip(weights)
+    for each in (version, other):
+        registry.damage.recheck(each)
+    for name in ("a", "twin"):
+        assert registry.get(name).state == "failed"
+        with pytest.raises(ModelNotFound, match="damaged"):
+            registry.acquire(name)
+    assert publish(registry, "a").outcome == "replaced"
+    assert [registry.get(name).state for name in ("a", "twin", "b")] == ["ready"] * 3
+    with registry.acquire("twin") as lease:
+        assert (lease.version.path / weights.name).read_bytes() == sound
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)

@@ -143,7 +143,7 @@ def test_other_users_may_not_look_in(data_dir: Path, mask: int) -> None:
     try:
         with closing(adapter_files.open_registry(data_dir / "new")) as registry:
             with registry.publication(create=True, replace=False) as publication:
-                publication.claim("a")
+                publication.begin("a")
                 for name, data in adapter_files.files().items():
                     with publication.staging.sink(name) as sink:
                         sink.write(data)

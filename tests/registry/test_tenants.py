@@ -22,7 +22,7 @@ def put(tmp_path: Path) -> Put:
     def put(registry: Registry, tenant: str, name: str, seed: int = 0, *, replace: bool = True) -> Published:
         folder = adapter_files.write(tmp_path / f"source-{seed}", adapter_files.files(seed=seed))
         with registry.publication(create=True, replace=replace, tenant=tenant) as publication:
-            publication.claim(name)
+            publication.begin(name)
             copy_folder(folder, publication.staging)
             return publication.publish("upload")
 
@@ -68,7 +68,7 @@ def test_another_tenants_adapter_leaves_no_trace(registry: Registry, put: Put) -
 
 def test_a_writer_of_another_tenant_is_not_seen(registry: Registry, put: Put) -> None:
     with registry.publication(create=True, replace=True, tenant="acme") as publication:
-        publication.claim("a")
+        publication.begin("a")
         assert names(registry, "other") == ([], [])
         with pytest.raises(ModelNotFound):
             registry.get("a", tenant="other")

@@ -46,7 +46,7 @@ class RegistryTrace(RuleBasedStateMachine):
     @rule(name=NAMES, seed=st.integers(0, SEEDS - 1))
     def publish(self, name: Name, seed: int) -> None:
         with self.registry.publication(create=True, replace=True, tenant=name[0]) as publication:
-            publication.claim(name[1])
+            publication.begin(name[1])
             copy_folder(self.sources[seed], publication.staging)
             published = publication.publish("upload")
         self.retired += published.retired

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.adapters.upload import UPLOAD_FORM, fetch, in_thread, receive
+from server.api.adapters.upload import UPLOAD_FORM, UPLOADERS, fetch, in_thread, receive
 from server.api.adapters.views import (
     AdapterListView,
     AdapterView,
@@ -33,7 +33,14 @@ from server.api.inference.parsing import from_validation
 from server.api.operation import SEE_ADAPTERS, Operation
 from server.api.paging import Page
 from server.border.client import EngineClient
-from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory, PinLimit
+from server.errors import (
+    ChorusError,
+    Conflict,
+    DamagedAdapter,
+    InvalidRequest,
+    OutOfMemory,
+    PinLimit,
+)
 from server.messages import AdapterResult, ErrorCode
 from server.registry.records import AdapterVersion, Published, Retired, split_version
 from server.telemetry.audit import audit
@@ -101,7 +108,7 @@ async def create_adapter(request: Request) -> Response:
     call = partial(
         fetch, face, caller_of(request), body.name, body.source, replace=False, description=body.description
     )
-    published = await in_thread(call)
+    published = await in_thread(call, UPLOADERS)
     return _published(request, published)
 
 
@@ -209,7 +216,7 @@ async def load_lora_adapter(request: Request) -> Response:
     audit(event, request, name=body.lora_name)
     call = partial(fetch, face, caller_of(request), body.lora_name, body.lora_path, replace=body.load_inplace)
     try:
-        published = await in_thread(call)
+        published = await in_thread(call, UPLOADERS)
     except ChorusError as error:
         raise _as_compatible(error) from error
     audit(event, request, **_change(published))
@@ -309,6 +316,9 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
             param="name",
             code="never_fits",
         )
+    if result.error is ErrorCode.ADAPTER_DAMAGED:
+        await asyncio.to_thread(face.require_registry().damage.recheck, version)
+        raise DamagedAdapter("The stored files of this adapter are damaged; upload it again.")
     if result.error is not None:
         raise ChorusError("The engine could not load this adapter.", code=str(result.error))
     face.require_registry().loaded(version.digest, result.milliseconds)

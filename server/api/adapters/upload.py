@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
@@ -13,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from server.access.caller import DEFAULT_TENANT, Caller
 from server.api.caller import caller_of
 from server.api.face import Face
-from server.errors import ChorusError, Forbidden, InvalidRequest
+from server.errors import ChorusError, Forbidden, InvalidRequest, TooSlow
 from server.registry.publication import Publication
 from server.registry.records import Published
 from server.registry.sources.archive import ARCHIVE_SUFFIXES
 from server.registry.sources.upload import Upload, check_size
 from server.registry.store import CHUNK_BYTES, FILE_NAMES
 
-_STALLED_S = 60.0  # without a byte: given up, so that a dead client does not keep a name
+_THREADS = 4  # for all uploads, so that those who wait for them hold up nothing else
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -39,6 +41,8 @@ UPLOAD_FORM = {
     "required": ["files"],
 }
 
+UPLOADERS = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapter-upload")
+
 T = TypeVar("T")
 
 
@@ -46,7 +50,7 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
     """A multipart upload, parsed, hashed and written in threads while it comes, then judged and published.
 
     `name` may come with the URL, or as a field of the form. Whatever goes wrong, nothing of it is left.
-    Raises what Upload and Publication raise, and Unavailable before the registry is open.
+    Raises what Upload and Publication raise, TooSlow, and Unavailable before the registry is open.
     """
     registry = face.require_registry()
     announced = request.headers.get("content-length", "")
@@ -57,14 +61,10 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
     async with aclosing(request.stream()) as body:
         try:
             if name is not None:
-                publication.claim(name)
+                publication.begin(name)
             return await _receive_into(publication, request.headers.get("content-type", ""), body, face)
         except ClientDisconnect as error:
             raise InvalidRequest("The client went away before its upload was complete.") from error
-        except TimeoutError as error:
-            raise InvalidRequest(
-                f"Nothing came for {_STALLED_S:g} seconds; the upload was given up."
-            ) from error
         except ChorusError:
             await _drain(body)
             raise
@@ -83,14 +83,15 @@ def fetch(
         raise Forbidden("Only the operator may register what lies on the server.", param="source")
     registry = face.require_registry()
     with registry.publication(create=True, replace=replace, tenant=caller.tenant) as publication:
-        publication.claim(name)
+        publication.begin(name)
         provenance = face.sources.fill(uri, publication.staging, face.settings.limits)
         return publication.publish(provenance, description=description)
 
 
-async def in_thread(call: Callable[[], T]) -> T:
+async def in_thread(call: Callable[[], T], pool: Executor | None = None) -> T:
     """`call()` in a thread. Cancelled, it still waits for the thread, so that nobody cleans up under it."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
+    context = copy_context()  # log lines say whose request it is
+    running = asyncio.get_running_loop().run_in_executor(pool, context.run, call)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
@@ -108,7 +109,7 @@ async def _receive_into(
         if field == "description":
             description = value
         elif publication.name is None:
-            publication.claim(value)
+            publication.begin(value)
         elif publication.name != value:
             raise InvalidRequest("`name` is not the name in the URL.", param="name")
 
@@ -117,23 +118,27 @@ async def _receive_into(
 
     upload = Upload(content_type, publication.staging, on_field, face.settings.limits)
     buffer = bytearray()
-    async for chunk in _unstalled(body):
+    async for chunk in _in_time(body, face.settings.upload_timeout_s):
         buffer += chunk
         if len(buffer) >= CHUNK_BYTES:
             full, buffer = bytes(buffer), bytearray()
-            await in_thread(partial(upload.feed, full))
-    await in_thread(partial(upload.feed, bytes(buffer)))
-    return await in_thread(finish)
+            await in_thread(partial(upload.feed, full), UPLOADERS)
+    await in_thread(partial(upload.feed, bytes(buffer)), UPLOADERS)
+    return await in_thread(finish, UPLOADERS)
 
 
-async def _unstalled(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The chunks of `body`; TimeoutError when the next one takes too long."""
+async def _in_time(body: AsyncIterator[bytes], most_s: float) -> AsyncIterator[bytes]:
+    """The chunks of `body`. Raises TooSlow when they take longer than `most_s` seconds in all; their least
+    rate is the connection's matter, as of every body."""
+    deadline = asyncio.get_running_loop().time() + most_s
     while True:
         try:
-            async with asyncio.timeout(_STALLED_S):
+            async with asyncio.timeout_at(deadline):
                 chunk = await anext(body)
         except StopAsyncIteration:
             return
+        except TimeoutError:
+            raise TooSlow(f"The upload was given up: it took more than {most_s:g} seconds.") from None
         yield chunk
 
 

@@ -14,7 +14,15 @@ import msgspec
 from server.api.inference.replies import ChoiceFinishReason
 from server.api.waiting_room import Ticket
 from server.border.client import EngineClient
-from server.errors import ChorusError, DeadlineExceeded, InvalidRequest, OutOfMemory, TooSlow, Unavailable
+from server.errors import (
+    ChorusError,
+    DamagedAdapter,
+    DeadlineExceeded,
+    InvalidRequest,
+    OutOfMemory,
+    TooSlow,
+    Unavailable,
+)
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.telemetry.sequence_metrics import SequenceTimes
@@ -282,6 +290,8 @@ def engine_error(output: TokenOutput) -> ChorusError:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:
             return ChorusError(text or "The adapter could not be loaded.", code="adapter_load_failed")
+        case ErrorCode.ADAPTER_DAMAGED:
+            return DamagedAdapter(text or "The stored files of the adapter are damaged.")
         case ErrorCode.NON_FINITE:
             return ChorusError(
                 text or "The model gave logits that are not finite numbers.", code="non_finite_logits"

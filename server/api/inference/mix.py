@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 
 from server.api.face import Face
 from server.api.inference.schemas import GenerationRequest
-from server.errors import InvalidRequest, ModelNotFound
+from server.errors import DamagedAdapter, InvalidRequest, ModelNotFound
 from server.messages import AdapterRef, EngineInfo
 from server.registry.records import AdapterVersion
+from server.registry.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ class AdapterMix:
                 members.append((version, weight))
             leased = LeasedMix(tuple(members))
             self._judge_rank(leased, face.engine.info)
-            yield leased
+            try:
+                yield leased
+            except DamagedAdapter:
+                face.background.start(_recheck(registry, leased))
+                raise
 
     def _judge_rank(self, leased: LeasedMix, info: EngineInfo | None) -> None:
         limit = info.max_mix_rank if info else None
@@ -85,6 +91,12 @@ class AdapterMix:
                 param=param,
                 code="unsupported",
             )
+
+
+async def _recheck(registry: Registry, leased: LeasedMix) -> None:
+    """The engine says that files are damaged, and not whose."""
+    for version, _ in leased.members:
+        await asyncio.to_thread(registry.damage.recheck, version)
 
 
 def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:

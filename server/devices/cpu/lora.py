@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from server.devices.cpu.native import SUFFIXES, Mirror, compare, constant, library
-from server.lora.kernels.interface import ArenaView, Begun, Modules, Part
+from server.lora.kernels.interface import SCRATCH_BYTES, ArenaView, Begun, Modules, Part
 from server.lora.segments import Segments
 
 _MODULES_AT_ONCE = 3  # Q, K and V are computed side by side
+_COLUMNS_AT_ONCE = 256  # of B, that a thread turns into panels: kLoraColumns in native/lora.h
 
 
 class SegmentsStruct(Mirror):
@@ -40,8 +41,6 @@ class SegmentsStruct(Mirror):
 class CpuKernels:
     """`LoraKernels` in native/lora.h. What is the same for all modules of a step is passed once a step."""
 
-    max_mix_rank = None
-
     def __init__(self, lib: ctypes.CDLL) -> None:
         compare(lib, SegmentsStruct)
         self._functions = {dtype: lib[f"chorus_lora_{suffix}"] for dtype, suffix in SUFFIXES.items()}
@@ -63,6 +62,11 @@ class CpuKernels:
         self._products = torch.empty(0)
         self._deltas = torch.empty(0)
         self._width = 0
+
+    def max_mix_rank(self, tokens: int) -> int:
+        """x A^T in float32 of the modules that are computed side by side, and the panels of each thread."""
+        width = _MODULES_AT_ONCE * tokens + _COLUMNS_AT_ONCE * torch.get_num_threads()
+        return SCRATCH_BYTES // (4 * width)
 
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(self, x_TI, modules, segments, arena)
@@ -97,10 +101,10 @@ class CpuKernels:
         return self._step
 
     def _prepare(self, segments: Segments, arena: ArenaView) -> None:
-        # Room for x A^T of any module: a segment's tokens times its adapters' largest ranks.
-        ends_E = arena.ranks[segments.slots.long()].amax(dim=1).cumsum(0)
-        ends_E = torch.cat([torch.zeros(1, dtype=torch.int64), ends_E])
-        ranks_G = ends_E[segments.entry_starts.long()].diff()
+        # Room for x A^T of any module: a segment's tokens times the ranks of its adapters there.
+        ranks_EM = arena.ranks[segments.slots.long()]
+        ends_EM = torch.cat([torch.zeros(1, ranks_EM.shape[1], dtype=torch.int64), ranks_EM.cumsum(0)])
+        ranks_G = ends_EM[segments.entry_starts.long()].diff(dim=0).amax(dim=1)
         ends_G = (segments.token_starts.diff() * ranks_G).cumsum(0)
         starts_G = torch.cat([torch.zeros(1, dtype=torch.int64), ends_G])
         needed = int(starts_G[-1])

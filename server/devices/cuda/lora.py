@@ -91,17 +91,22 @@ class Tiling:
 class TritonKernels:
     """`LoraKernels` on CUDA, for float32, bfloat16 and float16.
 
-    `max_mix_rank` is the width of h: the ranks of a mix's adapters on one module may sum up to it (h takes
-    4 * tokens * splits * modules * max_mix_rank bytes from `begin` to `finish`; only live columns are
-    touched). A wider mix gives NaN. `programs` is how many programs fill the chip; default: four for each
-    multiprocessor. Raises RuntimeError without Triton.
+    `max_mix_rank` is the width of h: the ranks of a mix's adapters on one module may sum up to it, however
+    many tokens a step has (h takes 4 * tokens * splits * modules * max_mix_rank bytes from `begin` to
+    `finish`; only live columns are touched, and splits fall as tokens grow). A wider mix gives NaN.
+    `programs` is how many programs fill the chip; default: four for each multiprocessor. Raises RuntimeError
+    without Triton.
     """
 
     def __init__(self, max_mix_rank: int = 512, programs: int | None = None) -> None:
         if triton is None:
             raise RuntimeError("the CUDA kernels need Triton, which is not installed: pip install triton")
-        self.max_mix_rank = max_mix_rank
+        self._width = max_mix_rank
         self._programs = programs
+
+    def max_mix_rank(self, tokens: int) -> int:
+        """As much as there is room for in h."""
+        return self._width
 
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         """See `LoraKernels.begin`. Enqueues shrink on the current stream, `finish` expand; neither waits.
@@ -119,7 +124,7 @@ class TritonKernels:
         )
         # From the caching allocator, so that each captured graph owns its buffer and no stream shares one.
         h_STMR = torch.empty(
-            (tiling.splits, segments.num_tokens, len(modules.widths), self.max_mix_rank),
+            (tiling.splits, segments.num_tokens, len(modules.widths), self._width),
             dtype=torch.float32,
             device=x_TI.device,
         )

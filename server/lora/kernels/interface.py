@@ -12,6 +12,8 @@ import torch
 
 from server.lora.segments import Segments
 
+SCRATCH_BYTES = 256 * 2**20
+
 
 class Part(IntEnum):
     """What an adapter has of one module; a column of `ArenaView.offsets`. Compiled code has the same list."""
@@ -70,11 +72,14 @@ class LoraKernels(Protocol):
     Chen et al. 2023 (SGMV). For one adapter of weight 1 that is (1 + gain) * (Wx + delta) + bias where its B
     holds the factor too, as PEFT's DoRA computes it.
 
-    `max_mix_rank` is the most that the ranks of one mix's adapters may add up to on a module; None: any.
     """
 
-    @property
-    def max_mix_rank(self) -> int | None: ...
+    def max_mix_rank(self, tokens: int) -> int:
+        """Most that the ranks of one mix's adapters may add up to on a module, in steps of so many tokens.
+
+        Within it no step needs more than SCRATCH_BYTES for x A^T, whatever its adapters' ranks are.
+        """
+        ...
 
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         """Begin what does not need Wx. x_TI: [T, in_features], rows contiguous.

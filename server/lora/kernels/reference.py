@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from server.lora.kernels.interface import ArenaView, Begun, Modules, Part
+from server.lora.kernels.interface import SCRATCH_BYTES, ArenaView, Begun, Modules, Part
 from server.lora.segments import Segments
 
 
 class ReferenceKernels:
     """`LoraKernels` in a few lines of torch; `dtype` is what it computes in."""
 
-    max_mix_rank = None
-
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
+
+    def max_mix_rank(self, tokens: int) -> int:
+        """x A^T of one adapter at a time."""
+        return SCRATCH_BYTES // (self.dtype.itemsize * tokens)
 
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(x_TI, modules, segments, arena, self.dtype)

@@ -56,7 +56,7 @@ def _register(registry: Registry, name: str, folder: Path, known_stamp: str | No
         if stamp is not None and stamp == known_stamp:
             return None
         with registry.publication(create=True, replace=known_stamp is not None) as publication:
-            publication.claim(name)
+            publication.begin(name)
             copy_folder(folder, publication.staging)
             publication.publish(FOLDER_SOURCE + name, stamp=stamp)
         return None

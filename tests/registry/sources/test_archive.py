@@ -7,21 +7,31 @@ import gzip
 import io
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from server.errors import ChorusError, InvalidRequest, TooLarge, UnsupportedMedia
-from server.registry.sources.archive import unpack
+from server.peft.format import PICKLES
+from server.registry.sources import archive_reader
+from server.registry.sources.archive import refusal, unpack
 from server.registry.store import Staging
 from tests.lora.adapter_folder import LIMITS
 from tests.registry import adapter_files
 from tests.registry.adapter_files import tarred, zipped
+from tests.registry.sources.bombs import BOMBS
 
 MIB = 2**20
 FILES = adapter_files.files()
@@ -36,7 +46,31 @@ def staging(tmp_path: Path) -> Iterator[Staging]:
 
 
 def unpacked(staging: Staging, archive: bytes, most: int = MIB) -> dict[str, bytes]:
-    unpack(io.BytesIO(archive), staging, replace(LIMITS, max_unpacked_bytes=most))
+    """What comes out, read here: most tests need no process for it."""
+    with ExitStack() as opened:
+        targets = {name: opened.enter_context(target(staging, name)).fileno() for name in FILES}
+        files = {name: (fd, MIB if name.endswith(".json") else most) for name, fd in targets.items()}
+        try:
+            archive_reader.unpack(io.BytesIO(archive), archive_reader.Order(files, most, PICKLES))
+        except archive_reader.Refused as refused:
+            raise refusal(refused.answer) from refused
+    return content(staging)
+
+
+def unpacked_beside(staging: Staging, archive: bytes, most: int = MIB) -> dict[str, bytes]:
+    """What comes out, read in a process of its own."""
+    (staging.content.parent / "upload").write_bytes(archive)
+    with (staging.content.parent / "upload").open("rb") as file:
+        unpack(file, staging, replace(LIMITS, max_unpacked_bytes=most))
+    return content(staging)
+
+
+def target(staging: Staging, name: str) -> BinaryIO:
+    (staging.content / name).unlink(missing_ok=True)  # of an archive before
+    return staging.unhashed(name)
+
+
+def content(staging: Staging) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in staging.content.iterdir()}
 
 
@@ -186,11 +220,11 @@ def test_a_chain_of_long_names(staging: Staging) -> None:
         unpacked(staging, link * 5000, 16 * MIB)
 
 
-PICKLES = ["adapter_model.bin", "x/adapter_model.pt", "pytorch_model.bin", "m.pth", "m.ckpt", "m.pkl", "M.PT"]
+PICKLED = ["adapter_model.bin", "x/adapter_model.pt", "pytorch_model.bin", "m.pth", "m.ckpt", "m.pkl", "M.PT"]
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("name", PICKLED)
 def test_pickles_are_named(staging: Staging, name: str, pack: Callable[[dict[str, bytes]], bytes]) -> None:
     with pytest.raises(UnsupportedMedia, match="safetensors"):
         unpacked(staging, pack({"adapter_config.json": FILES["adapter_config.json"], name: b"x"}))
@@ -244,3 +278,81 @@ def test_a_damaged_member(staging: Staging) -> None:
 def test_a_huge_config(staging: Staging) -> None:
     with pytest.raises(TooLarge):
         unpacked(staging, zipped(FILES | {"adapter_config.json": bytes(3 * MIB)}), 16 * MIB)
+
+
+def test_the_two_files_come_out_of_the_process(staging: Staging) -> None:
+    for archive in (zipped(FILES), tarred(FILES)):
+        for name in FILES:
+            (staging.content / name).unlink(missing_ok=True)
+        assert unpacked_beside(staging, archive) == FILES
+
+
+def test_refusals_come_out_of_the_process(staging: Staging) -> None:
+    with pytest.raises(UnsupportedMedia, match="safetensors"):
+        unpacked_beside(staging, zipped({"adapter_model.bin": b""}))
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_whatever_they_cost(staging: Staging, name: str) -> None:
+    """Without the limits of the process: 21 s, 17 s, 600 MiB."""
+    with pytest.raises((InvalidRequest, TooLarge)) as caught:
+        unpacked_beside(staging, BOMBS[name](), 2**30)
+    assert caught.value.param in ("file", "adapter_model.safetensors")
+    assert sum(file.stat().st_size for file in staging.content.iterdir()) <= 2 * MIB
+
+
+def test_a_large_archive_gets_the_time_it_needs(staging: Staging) -> None:
+    """For what is unpacked and for what is passed over, on top of that for its structure."""
+    random = np.random.default_rng(0).bytes(12 * MIB)
+    files = {"README.md": random, "adapter_config.json": b"{}", "adapter_model.safetensors": random}
+    for archive in (tarred(files), zipped(files, zipfile.ZIP_STORED)):
+        assert unpacked_beside(staging, archive, 64 * MIB)["adapter_model.safetensors"] == random
+        for file in staging.content.iterdir():
+            file.unlink()
+
+
+CONFINED = """
+import runpy, socket, sys
+runpy.run_path(sys.argv[1])["confine"](1 << 20)
+tries = {
+    "memory": lambda: bytes(256 << 20), "files": lambda: open("/etc/passwd"), "network": socket.socket,
+    "disk": lambda: print("x" * (2 << 20), file=sys.stderr, flush=True),
+}
+for name, attempt in tries.items():
+    try:
+        attempt()
+    except (MemoryError, OSError) as error:
+        print(name, type(error).__name__)
+"""
+
+
+def test_what_the_process_cannot_do(tmp_path: Path) -> None:
+    reader = Path(archive_reader.__file__)
+    with (tmp_path / "file").open("wb") as file:
+        command = [sys.executable, "-c", CONFINED, str(reader)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, check=True, text=True)
+    assert done.stdout.split("\n")[:4] == [
+        "memory MemoryError",
+        "files OSError",
+        "network OSError",
+        "disk OSError",
+    ]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    packed=st.sampled_from(
+        [zipped(FILES), zipped(FILES, zipfile.ZIP_STORED), tarred(FILES), tarred(FILES, "w")]
+    ),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), min_size=1, max_size=6),
+)
+def test_a_damaged_archive_is_read_or_refused(
+    staging: Staging, packed: bytes, edits: list[tuple[float, bytes]]
+) -> None:
+    """Never another exception, and no name but the two."""
+    archive = bytearray(packed)
+    for at, data in edits:
+        place = int(at * len(archive))
+        archive[place : place + len(data)] = data
+    with suppress(ChorusError):
+        assert unpacked(staging, bytes(archive)).keys() == FILES.keys()

@@ -58,9 +58,9 @@ def test_only_changed_folders_are_read_again(
     publish(registry, "a", seed=7)  # somebody replaced what came from the folder
 
     read: list[str] = []
-    real = Registry.claim
+    real = Registry.look
     monkeypatch.setattr(
-        Registry, "claim", lambda self, name, **kw: (read.append(name.name), real(self, name, **kw))[1]
+        Registry, "look", lambda self, name, **kw: (read.append(name.name), real(self, name, **kw))[1]
     )
     registry = reopen()
     assert register_tree(registry, root) == [("a", None), ("b", None)]
