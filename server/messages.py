@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one sequence is sampled. Validated by the face; the engine trusts it."""
 
     max_tokens: int
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0, or next to it = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0
     min_p: float = 0.0

@@ -35,7 +35,9 @@ class Sampled:
     """What was taken from N rows of logits, in row order, where the logits are."""
 
     token_ids: torch.Tensor  # [N] int64
-    finite: torch.Tensor  # [N] bool; where the logits held NaN or +Inf, the token means nothing
+    finite: (
+        torch.Tensor
+    )  # [N] bool; where NaN or +Inf was in the logits, or came of them, the token means nothing
     logprobs: SampledLogprobs | None = None
 
     def tensors(self) -> list[torch.Tensor]:
@@ -60,7 +62,8 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Tokens in row order, on the host. `finite[n]` is False where the logits held NaN or +Inf: no token."""
+    """Tokens in row order, on the host. `finite[n]` is False where NaN or +Inf was in the logits, or came of
+    them by a processor: no token."""
 
     token_ids: list[int]
     finite: list[bool]
@@ -107,7 +110,10 @@ class Sampler:
             scores_NV = logits_NV.to(torch.float32, copy=True)
             for processor, at_R, rows in changes:
                 processor.apply(scores_NV, at_R, rows)
-            token_ids_N, _ = self._operators.argmax(scores_NV)
+            # A logit that a processor made NaN or +Inf makes the row's token mean nothing, as the model's own
+            # does. One that a later processor banned does not count: no token can come of it.
+            token_ids_N, still_finite_N = self._operators.argmax(scores_NV)
+            finite_N &= still_finite_N
         if sampling.draws is not None:
             at_D = torch.from_numpy(sampling.draws.rows).to(logits_NV.device, non_blocking=True)
             token_ids_N.index_copy_(0, at_D, self._operators.draw(scores_NV, sampling.draws))

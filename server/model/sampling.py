@@ -12,6 +12,10 @@ import numpy.typing as npt
 from server.messages import SamplingParams
 from server.scheduling.sequence import Sequence, Tokens
 
+# Below this a row is greedy: a logit that is 0.001 less than the largest would be e^-100 times as likely, and
+# what is left to draw is rounding. Far below it no float32 is left of the temperature to divide by.
+SMALLEST_TEMPERATURE = 1e-5
+
 
 @dataclass(slots=True)
 class SampleRow:
@@ -51,7 +55,7 @@ class Draws:
     """
 
     rows: npt.NDArray[np.int64]  # which of the batch's N they are
-    temperature: npt.NDArray[np.float32]  # above 0
+    temperature: npt.NDArray[np.float32]  # SMALLEST_TEMPERATURE or more
     top_k: npt.NDArray[np.int32]  # 0 = off
     top_p: npt.NDArray[np.float32]  # 1 = off
     min_p: npt.NDArray[np.float32]  # 0 = off
@@ -61,7 +65,7 @@ class Draws:
     @classmethod
     def of(cls, rows: abc.Iterable[SampleRow]) -> Draws | None:
         """Those of a batch's rows that are not greedy; None where all are."""
-        drawn = [(n, row) for n, row in enumerate(rows) if row.params.temperature > 0]
+        drawn = [(n, row) for n, row in enumerate(rows) if row.params.temperature >= SMALLEST_TEMPERATURE]
         if not drawn:
             return None
         params = [row.params for _, row in drawn]

@@ -175,6 +175,47 @@ def test_extreme_temperatures_stay_finite() -> None:
         assert 0 <= token < VOCAB
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 5e-324, 1e-20, 9e-6])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
+    """In float32 it may be 0, by which the last token of the vocabulary was drawn."""
+    batch = logits(7, rows=3)
+    asked = [row(seed=i, temperature=temperature, top_p=0.9, top_k=20) for i in range(3)]
+    assert sample(batch, asked).token_ids == batch.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "params", [{"repetition_penalty": 1e-38}, {"repetition_penalty": 1e-46}, {"logit_bias": {7: 3e38}}]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_processor_made_of_logits_is_looked_at_too(
+    params: dict[str, object], temperature: float
+) -> None:
+    """Row 1 alone overflows: its neighbours have the tokens that they have without it."""
+    batch = logits(8, rows=3)
+    batch[1, 7] = 3e38
+
+    def rows() -> list[SampleRow]:
+        of_all = {
+            "temperature": temperature,
+            "prompt": [7],
+            "repetition_penalty": 1.5,
+            "logit_bias": {9: 1.0},
+        }
+        return [row(seed=i, **of_all | (params if i == 1 else {})) for i in range(3)]  # type: ignore[arg-type]
+
+    sampled = sample(batch, rows())
+    assert sampled.finite == [True, False, True]
+    alone = sample(batch[[0, 2]], [rows()[0], rows()[2]])
+    assert alone.finite == [True, True]
+    assert [sampled.token_ids[0], sampled.token_ids[2]] == alone.token_ids
+
+
+def test_a_token_that_is_banned_may_be_anything() -> None:
+    batch = logits(9)
+    asked = row(temperature=0.0, min_tokens=2, stop_token_ids=(3,), logit_bias={3: -100.0})
+    assert sample(batch, [asked]).finite == [True]
+
+
 def test_every_option_that_changes_logits_is_one_processor() -> None:
     """Each is wanted by the rows that ask for it and by no others."""
     asks: list[list[dict[str, object]]] = [
