@@ -16,6 +16,8 @@ from server.api.adapters import routes as adapters
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
+from server.api.reading.messages import ReaderStart
+from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
 from server.border.client import EngineClient, EngineStartFailed
@@ -46,10 +48,11 @@ def create_app(
     `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat
     template that cannot be read.
     """
-    tokenizer, template = _load_text(settings, base)
+    tokenizer = _load_text(settings, base)
+    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of)
-    face = Face(settings, base, engine, tokenizer, template, metrics, Sources.of(settings), names=names)
+    face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), names=names)
     engine.on_ready = face.restore_pins
 
     @asynccontextmanager
@@ -61,6 +64,7 @@ def create_app(
             boot.cancel()
             await asyncio.gather(boot, return_exceptions=True)
             await face.background.close()
+            await face.readers.close()
             await engine.stop()
             if face.registry is not None:
                 await asyncio.to_thread(face.registry.close)
@@ -74,16 +78,18 @@ def create_app(
     return app
 
 
-def _load_text(settings: Settings, base: BaseModel) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def _load_text(settings: Settings, base: BaseModel) -> Tokenizer | None:
+    """The tokenizer; a chat template is looked at as well, but run by the readers alone."""
     folder = base.tokenizer_folder
     try:
         tokenizer = Tokenizer.load(folder)
         if tokenizer is None and settings.load_format != "dummy":
             raise StartError(f"{folder} has no tokenizer.json; name a folder that has by --tokenizer")
-        template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+        if tokenizer is not None:
+            ChatTemplate.load(folder, tokenizer.special_tokens)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StartError(f"the tokenizer files in {folder} cannot be read: {error}") from error
-    return tokenizer, template
+    return tokenizer
 
 
 async def _boot(

@@ -1,18 +1,10 @@
-"""Reading a JSON body: bounded while it comes in, and parsed beside the event loop when it is large."""
+"""Taking a body in: bounded while it comes."""
 
 from __future__ import annotations
-
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import InvalidRequest, TooLarge
-
-T = TypeVar("T")
-
-_INLINE = 64 * 2**10  # bytes; what is smaller takes less time than a thread's start
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -31,11 +23,6 @@ async def read_body(request: Request, limit: int) -> bytes:
     except ClientDisconnect as error:
         raise InvalidRequest("The client went away before its request was complete.") from error
     return b"".join(chunks)
-
-
-async def beside_loop(size: int, work: Callable[[], T]) -> T:
-    """`work()`, in a thread when its input is `size` bytes or characters and that is much."""
-    return work() if size <= _INLINE else await asyncio.to_thread(work)
 
 
 def _too_large(limit: int) -> TooLarge:

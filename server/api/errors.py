@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from server.api.inference.schemas import from_validation
+from server.api.inference.parsing import from_validation
 from server.errors import ChorusError
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ from starlette.requests import Request
 
 from server.api.background import Background
 from server.api.drain import Drain
+from server.api.reading.readers import Readers
 from server.base_model import BaseModel
 from server.border.client import EngineClient
 from server.config import Settings
-from server.errors import InvalidRequest, Unavailable
+from server.errors import Unavailable
 from server.messages import AdapterRef, EngineInfo
 from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
-from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Face:
     base: BaseModel
     engine: EngineClient
     tokenizer: Tokenizer | None
-    template: ChatTemplate | None
+    readers: Readers
     metrics: Metrics
     sources: Sources
     drain: Drain = field(default_factory=Drain)
@@ -86,14 +86,6 @@ class Face:
         if self.registry is None:
             raise self._not_ready()
         return self.registry
-
-    def require_tokenizer(self, param: str) -> Tokenizer:
-        """Raises InvalidRequest naming `param`, the field that needs a tokenizer."""
-        if self.tokenizer is None:
-            raise InvalidRequest(
-                f"{param}: this server's model has no tokenizer; send token ids", param=param
-            )
-        return self.tokenizer
 
     async def restore_pins(self, _: object = None) -> None:
         """Bring pinned adapters (back) into the arena, each time an engine is new. Failures are logged."""

@@ -76,6 +76,7 @@ def run(settings: Settings, engine: EngineClient, base: BaseModel, listener: soc
     server: Server | None = None
 
     def on_ready(face: Face) -> None:
+        face.background.start(face.readers.start())
         gc.freeze()  # what lives from now on to the end need not be looked at by every collection
         print_summary(face, url)
 

@@ -7,17 +7,14 @@ from itertools import chain
 
 import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.body import beside_loop, read_body
+from server.api.body import read_body
 from server.api.face import Face, face_of
-from server.api.inference.chat import chat_prompt
 from server.api.inference.replies import Detokenized, Model, ModelList, Tokenized, encode_list
-from server.api.inference.schemas import DetokenizeRequest, TokenizeRequest, parse
+from server.api.inference.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.operation import Operation
-from server.errors import InvalidRequest
 from server.messages import EngineInfo
 from server.registry.records import AdapterVersion
 
@@ -81,22 +78,8 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 async def tokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    raw = await read_body(request, face.settings.max_request_bytes)
-
-    def work() -> Tokenized:
-        body = parse(TokenizeRequest, raw, info.max_model_len)
-        tokenizer = face.require_tokenizer("prompt")
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("prompt: give either `prompt` or `messages`", param="prompt")
-        if body.messages is not None:
-            ids = chat_prompt(face, body.messages)
-        else:
-            encode = tokenizer.encode if body.add_special_tokens else tokenizer.encode_chat
-            ids = encode(body.prompt or "")
-        token_strs = [tokenizer.token(token_id) for token_id in ids] if body.return_token_strs else UNSET
-        return Tokenized(len(ids), info.max_model_len, ids, token_strs)
-
-    return _json(await beside_loop(len(raw), work))
+    body = await read_body(request, face.settings.max_request_bytes)
+    return Response(await face.readers.tokenize(body, info), media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -104,15 +87,5 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    raw = await read_body(request, face.settings.max_request_bytes)
-
-    def work() -> Detokenized:
-        body = parse(DetokenizeRequest, raw, info.max_model_len)
-        tokenizer = face.require_tokenizer("tokens")
-        if body.tokens and max(body.tokens) >= info.vocab_size:
-            raise InvalidRequest(
-                f"tokens: {max(body.tokens)} is not in the vocabulary of {info.vocab_size}", param="tokens"
-            )
-        return Detokenized(tokenizer.decode(body.tokens, skip_special_tokens=False))
-
-    return _json(await beside_loop(len(raw), work))
+    body = await read_body(request, face.settings.max_request_bytes)
+    return Response(await face.readers.detokenize(body, info), media_type="application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,10 +12,13 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.errors import InvalidRequest
 from server.text.tokenizer import read_json
+
+MOST_RENDERED = 16 * 2**20  # characters of one prompt; a body has half as many bytes by default
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -25,6 +29,17 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Unfolded(CodeGenerator):
+    """Leaves constant expressions to the rendering, which has a limit to its time; the compiler has none."""
+
+    def _output_child_to_const(
+        self, node: jinja2.nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo
+    ) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -46,8 +61,12 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
         """Raises ValueError when the template is not valid Jinja."""
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -69,17 +88,39 @@ class ChatTemplate:
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
 
-    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        *,
+        most: int = MOST_RENDERED,
+    ) -> str:
         """The prompt, ending where the assistant's answer begins.
 
-        `options` are extra names for the template. Raises InvalidRequest (param `messages`) when the template
-        refuses the messages or fails on them.
+        `options` are extra names for the template, `most` the characters that it may write. Raises
+        InvalidRequest for options that have a name which means something here (param
+        `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the messages, fails on
+        them or writes too much. How long it takes is the caller's affair: see api/reading/child.py.
         """
-        names = {"tools": None, "documents": None, **options, **self._special_tokens}
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        names |= {"messages": messages, "add_generation_prompt": True}
+        for name in options or ():
+            if name in names:
+                raise InvalidRequest(
+                    f"chat_template_kwargs: the name {name} is taken", param=f"chat_template_kwargs.{name}"
+                )
+        pieces, written = [], 0
         try:
-            return self._template.render(names | {"messages": messages, "add_generation_prompt": True})
+            for piece in self._template.generate(names | dict(options or {})):
+                pieces.append(piece)
+                written += len(piece)
+                if written > most:
+                    raise jinja2.TemplateError(f"it writes more than {most} characters")
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program that came with the model: anything may happen
             reason = str(error)[:300] or type(error).__name__
             raise InvalidRequest(
                 f"The chat template refused these messages: {reason}", param="messages"
             ) from error
+        return "".join(pieces)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from server.text.byte_level import BYTE_OF_CHAR
+from server.text.token_bound import TokenBound
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -20,6 +24,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for, as many as the model can name
         self.special_tokens = special_tokens or {}  # "bos_token" -> "<s>", for chat templates
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -43,6 +48,11 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json cannot be read: {error}") from error
         return cls(backend, _special_tokens(folder))
 
+    @cached_property
+    def bound(self) -> TokenBound:
+        """The fewest tokens that a text can have. Made once, in up to a second for a large vocabulary."""
+        return TokenBound.of(self._backend)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the specials that the tokenizer's own post-processor adds."""
         return self._encode(text, add_special_tokens=True)
@@ -52,8 +62,8 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # encode_batch, not encode: only the former lets other threads run meanwhile.
-        ids: list[int] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        # `_fast` does without the places of tokens in the text, which nobody asks for.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -67,12 +77,18 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; they may be only a part of a UTF-8 character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._token_bytes(token_id)
+        return known
+
+    def _token_bytes(self, token_id: int) -> bytes:
         token = self.token(token_id)
         if token is None:
             return b""
         if self.context_free:
-            if all(char in _BYTE_OF_CHAR for char in token):
-                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            if all(char in BYTE_OF_CHAR for char in token):
+                return bytes(BYTE_OF_CHAR[char] for char in token)
             return token.encode()
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
@@ -96,13 +112,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     value = json.loads(path.read_text(encoding="utf-8"))
     return value if isinstance(value, dict) else {}
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable bytes stand for themselves, others for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

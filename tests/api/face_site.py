@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import uvicorn
 from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.api.face import Face
+from server.api.reading import child
+from server.api.reading.messages import ReadAnswer, ReaderStart, ReadJob
+from server.api.reading.reader import Reader
+from server.api.reading.readers import Readers
 from server.base_model import BaseModel
 from server.config import Settings
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
 from tests.api.fake_engine import FakeEngine
 from tests.registry import adapter_files
 from tests.text import tiny_tokenizer
@@ -75,10 +82,31 @@ def model_folder(root: Path, *, tokenizer: bool = True) -> Path:
     return folder
 
 
+class SameProcess(Readers):
+    """Reads in the test's own process what would go to another, whose start takes as long as ten tests."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+        super().__init__(ReaderStart(str(folder)), tokenizer)
+        self._reader = Reader(
+            tokenizer, ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+        )
+
+    async def _answer(self, job: ReadJob) -> ReadAnswer:
+        said = child.answer(self._reader, job)
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=ReadAnswer)
+
+
 @asynccontextmanager
 async def open_site(
-    root: Path, engine: FakeEngine | None = None, *, tokenizer: bool = True, wait: bool = True, **fields: Any
+    root: Path,
+    engine: FakeEngine | None = None,
+    *,
+    tokenizer: bool = True,
+    wait: bool = True,
+    processes: bool = False,
+    **fields: Any,
 ) -> AsyncIterator[Site]:
+    """`processes`: bodies are read where they are in a real server."""
     for at, name in enumerate(ADAPTERS):
         adapter_files.write(root / "adapters" / name, adapter_files.files(seed=at))
     settings = Settings(
@@ -97,9 +125,11 @@ async def open_site(
         failures.append(reason)
         ready.set()
 
-    app = create_app(
-        settings, engine, BaseModel.resolve(settings), on_ready=lambda _: ready.set(), on_failed=on_failed
-    )
+    base = BaseModel.resolve(settings)
+    app = create_app(settings, engine, base, on_ready=lambda _: ready.set(), on_failed=on_failed)
+    if not processes:
+        face: Face = app.state.face
+        face.readers = SameProcess(base.tokenizer_folder, face.tokenizer)
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import pydantic
 import pytest
 
-from server.api.inference import schemas
+from server.api.inference import parsing, schemas, spec
 from server.errors import InvalidRequest
 from server.messages import SamplingParams
+from server.text.tokenizer import Tokenizer
 from tests.api.face_site import Site, open_site
 from tests.api.fake_engine import VOCABULARY, FakeEngine
 
@@ -62,6 +62,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 10**4}, "stop"),
     ({"stop": ["x" * 2000]}, "stop[0]"),
     ({"stop": [""]}, "stop[0]"),
+    ({"stop": ["x" * 1000] * 5}, "stop"),
     ({"stop": 5}, "stop"),
     ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids"),
     ({"logit_bias": {str(i): 0 for i in range(10**4)}}, "logit_bias"),
@@ -76,6 +77,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -2}, "top_k"),
     ({"min_p": 2}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-38}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-3}, "repetition_penalty"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"seed": 2**64}, "seed"),
     ({"priority": 1}, "priority"),
@@ -162,6 +165,113 @@ async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
     assert sampling.keys() == set(SamplingParams.__struct_fields__)
 
 
+async def test_log_probabilities_of_one_answer_are_bounded(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "MAX_LOGPROB_ENTRIES", 1000)
+    error = error_of(await site.complete(logprobs=20, n=5, max_tokens=10))
+    assert (error["param"], error["type"]) == ("logprobs", "invalid_request_error")
+    assert "9 tokens" in error["message"]
+    asked = {"logprobs": True, "top_logprobs": 4}
+    assert error_of(await site.chat(**asked, n=4, max_tokens=51))["param"] == "top_logprobs"
+    assert error_of(await site.complete(logprobs=0, prompt=[[5]] * 100, max_tokens=11))["param"] == "logprobs"
+    assert site.engine.requests == []
+    assert (await site.complete(logprobs=20, n=5, max_tokens=9)).status_code == 200
+    assert (await site.chat(**asked, n=4)).status_code == 200  # as many as fit, and as are allowed
+    assert site.engine.requests[-1].sampling.max_tokens == 50
+
+
+_TEXT = {"model": "base", "prompt": "x"}
+_CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
+SURROGATES = [
+    ("/v1/completions", _TEXT | fields)
+    for fields in (
+        {"model": "?"}, {"prompt": "?"}, {"prompt": ["x", "?"]}, {"stop": "?"}, {"stop": ["?"]},
+        {"user": "?"}, {"metadata": {"a": "?"}}, {"logit_bias": {"?": 1}}, {"?": 1},
+        {"model": None, "adapter": "?"}, {"model": None, "adapters": [{"name": "?"}]},
+    )
+] + [
+    ("/v1/chat/completions", _CHAT | fields)
+    for fields in (
+        {"messages": [{"role": "user", "content": "?"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]},
+        {"messages": [{"role": "user", "content": "x", "name": "?"}]},
+        {"messages": [{"role": "?", "content": "x"}]},
+        {"chat_template_kwargs": {"?": 1}},
+        {"chat_template_kwargs": {"a": "?"}},
+    )
+] + [("/tokenize", {"prompt": "?"}), ("/tokenize", {"model": "?", "prompt": "x"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "\\ud800\\ud800", "\\udfff\\ud800"])
+async def test_half_characters(site: Site, half: str) -> None:
+    """JSON can write them, UTF-8 and a tokenizer cannot."""
+    for path, fields in SURROGATES:
+        error_of(await site.client.post(path, content=json.dumps(fields).replace("?", half)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", '{"model": "base", "prompt": "x", "temperature": 1e400}'),
+        ("/v1/completions", '{"model": "base", "prompt": "x", "n": 1e400}'),
+        ("/v1/completions", '{"model": "base", "prompt": "x", "seed": -1e400}'),
+        ("/v1/completions", '{"model": "base", "prompt": "x", "logit_bias": {"1": 1e400}}'),
+        ("/v1/completions", '{"model": "base", "prompt": [1e400]}'),
+        ("/v1/completions", '{"model": "base", "prompt": [%s]}' % ("9" * 4000)),
+        (
+            "/v1/chat/completions",
+            '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs":{"a":1e400}}',
+        ),
+        ("/detokenize", '{"tokens": [1e400]}'),
+        ("/detokenize", '{"tokens": [%s]}' % ("9" * 4000)),
+        ("/detokenize", '{"tokens": [4294967296]}'),
+        ("/detokenize", '{"tokens": [18446744073709551617]}'),
+        ("/detokenize", '{"tokens": [-1]}'),
+        ("/detokenize", '{"tokens": [%s1]}' % ("1," * 128)),
+        ("/detokenize", '{"tokens": [%s1]}' % ("1," * 10**6)),
+    ],
+    ids=lambda value: value[:60],
+)
+async def test_numbers_that_nothing_can_hold(site: Site, path: str, body: str) -> None:
+    assert len(error_of(await site.client.post(path, content=body))["message"]) < 300
+
+
+async def test_the_last_of_equal_keys_counts(site: Site) -> None:
+    """As in every JSON reader of an SDK; in a large body, too."""
+    for blank in (" ", " " * 20_000):
+        first, last = (
+            '{"model": "nobody", "prompt": "x", "n": 0,',
+            '"n": 1, "prompt": "hello", "model": "base"}',
+        )
+        body = first + blank + last
+        assert (await site.client.post("/v1/completions", content=body)).status_code == 200
+    assert site.engine.requests[0].prompt_token_ids == site.engine.requests[1].prompt_token_ids
+
+
+MANY_FAULTS = [
+    (schemas.CompletionRequest, {"prompt": "x", "stop": [5] * 5000}),
+    (schemas.CompletionRequest, {"prompt": "x", "stop_token_ids": ["x"] * 5000}),
+    (schemas.CompletionRequest, {"prompt": "x", "adapters": [{}] * 5000}),
+    (schemas.CompletionRequest, {"prompt": "x", "logit_bias": {str(i): [] for i in range(5000)}}),
+    (schemas.ChatRequest, {"messages": [{}] * 5000}),
+    (schemas.ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5000}]}),
+    (schemas.ChatRequest, {"messages": [], "chat_template_kwargs": {str(i): [] for i in range(5000)}}),
+    (schemas.TokenizeRequest, {"messages": [{}] * 5000}),
+    (schemas.DetokenizeRequest, {"tokens": ["x"] * 5000}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), MANY_FAULTS, ids=lambda value: str(value)[:50])
+def test_a_body_of_faults_is_refused_at_the_first(
+    kind: type[pydantic.BaseModel], fields: dict[str, Any]
+) -> None:
+    """An error of each of 600,000 takes 15 s and half a gigabyte."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate(fields)
+    assert caught.value.error_count() <= 4
+
+
 async def test_context_is_stated(site: Site) -> None:
     error = error_of(await site.complete(prompt=[5] * 20, max_tokens=109))
     assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
@@ -242,25 +352,33 @@ def test_large_bodies_are_refused_before_they_become_objects(
     def parsed(_: bytes) -> None:
         raise AssertionError("the body reached the parser")
 
-    monkeypatch.setattr(schemas.pydantic_core, "from_json", parsed)
+    monkeypatch.setattr(parsing.pydantic_core, "from_json", parsed)
     body, param = LARGE[name]
     with pytest.raises(InvalidRequest) as caught:
-        schemas.parse(schemas.CompletionRequest, body, longest=4096)
+        parsing.parse(schemas.CompletionRequest, body, longest=4096)
     assert caught.value.param == param
 
 
-async def test_large_prompt_leaves_the_loop_alone(site: Site) -> None:
-    """A text that takes long to tokenise, while a ticker runs in the same loop."""
-    text = "the quick brown fox " * 40_000
-    began = time.monotonic()
-    request = asyncio.create_task(site.complete(prompt=text))
-    ticks = 0
-    while not request.done():
-        await asyncio.sleep(0.01)
-        ticks += 1
-    took = time.monotonic() - began
-    assert error_of(await request)["code"] == "context_length_exceeded"
-    assert ticks > 3, f"{ticks} turns of the loop in {took:.1f} s"
+async def test_a_text_that_is_surely_too_long_is_never_tokenised(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To tokenise 8 MiB takes gigabytes."""
+
+    def tokenised(*_: object) -> None:
+        raise AssertionError("the text reached the tokenizer")
+
+    monkeypatch.setattr(Tokenizer, "_encode", tokenised)
+    text = "the quick brown fox " * 2000
+    messages = [{"role": "user", "content": text}]
+    for response, param in (
+        (await site.complete(prompt=text), "prompt"),
+        (await site.chat(messages=messages), "messages"),
+        (await site.client.post("/tokenize", json={"prompt": text}), "prompt"),
+        (await site.client.post("/tokenize", json={"messages": messages}), "messages"),
+    ):
+        error = error_of(response)
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert "128 tokens" in error["message"]
 
 
 async def test_errors_of_routing(site: Site) -> None:

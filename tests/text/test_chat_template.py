@@ -47,7 +47,7 @@ def test_names_that_templates_use() -> None:
         "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}|"
         "{% generation %}said{% endgeneration %}|{{ thinking }}"
     )
-    text = ChatTemplate(source).render(HELLO, thinking=False)
+    text = ChatTemplate(source).render(HELLO, {"thinking": False})
     assert text == json.dumps(HELLO) + "|4|1|said|False"
 
 
@@ -64,6 +64,25 @@ def test_names_that_templates_use() -> None:
 def test_what_a_template_refuses_names_messages(source: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ChatTemplate(source).render(HELLO)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools", "documents", "bos_token"])
+def test_options_cannot_take_the_names_that_have_a_meaning(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ChatTemplate("{{ messages }}", {"bos_token": "<s>"}).render(HELLO, {name: 1})
+    assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize("name", ["self", "range", "", "loop", "a b", "caller", "namespace", "context"])
+def test_other_options_are_only_names(name: str) -> None:
+    assert ChatTemplate("{{ messages[0].content }}").render(HELLO, {name: 1}) == "hi <b>"
+
+
+def test_what_a_template_writes_is_bounded() -> None:
+    endless = ChatTemplate("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}")
+    with pytest.raises(InvalidRequest, match="more than 5000 characters") as caught:
+        endless.render(HELLO, most=5000)
     assert caught.value.param == "messages"
 
 

@@ -28,8 +28,8 @@ from server.api.adapters.views import (
 )
 from server.api.body import read_body
 from server.api.face import Face, face_of
+from server.api.inference.parsing import from_validation
 from server.api.inference.replies import encode_list
-from server.api.inference.schemas import from_validation
 from server.api.operation import Operation
 from server.border.client import EngineClient
 from server.errors import ChorusError, Conflict, InvalidRequest, OutOfMemory

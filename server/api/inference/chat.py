@@ -21,11 +21,12 @@ from server.api.inference.replies import (
     ChatMessage,
     TopLogprob,
 )
-from server.api.inference.reply import Reply, logprobs_of, text_of
-from server.api.inference.schemas import ChatRequest, Message, parse
+from server.api.inference.reply import Reply
+from server.api.inference.schemas import ChatRequest
 from server.api.inference.spec import (
     GenerationSpec,
-    judge_prompts,
+    judge_logprobs,
+    logprobs_room,
     output_room,
     sampling_params,
     text_options,
@@ -45,34 +46,25 @@ async def create_chat_completion(request: Request) -> Response:
     return await generate(request, _spec)
 
 
-def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
-    request = parse(ChatRequest, body, info.max_model_len)
+async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
+    reading = await face.readers.chat(body, info)
+    request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    prompt = chat_prompt(face, request.messages, request.chat_template_kwargs)
-    judge_prompts([prompt], info, request.n, "messages")
-    room = output_room(len(prompt), _max_tokens(request), None, info, "messages")
+    most = logprobs_room(request, 1)
+    room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
+    sampling = [sampling_params(request, info, room)]
+    judge_logprobs(request, sampling, "top_logprobs")
     return GenerationSpec(
         mix=mix,
-        prompts=[prompt],
-        sampling=[sampling_params(request, info, room)],
+        prompts=prompts,
+        sampling=sampling,
         n=request.n,
-        text=text_options(request, face.tokenizer),
+        text=await text_options(request, face.tokenizer),
         stream=bool(request.stream),
         reply=ChatReply(request, face),
     )
-
-
-def chat_prompt(
-    face: Face, messages: list[Message], options: dict[str, str | int | float | bool | None] | None = None
-) -> list[int]:
-    """Token ids of a chat. Raises InvalidRequest where the model has no tokenizer or no template."""
-    tokenizer = face.require_tokenizer("messages")
-    if face.template is None:
-        raise InvalidRequest("messages: this server's model has no chat template", param="messages")
-    text = face.template.render([message.for_template() for message in messages], **(options or {}))
-    return tokenizer.encode_chat(text)
 
 
 def _max_tokens(request: ChatRequest) -> int | None:
@@ -95,21 +87,15 @@ class ChatReply(Reply):
         return ChatChunkChoice(
             delta.choice.index,
             ChatDelta(role, delta.text if delta.text or first else UNSET),
-            _logprobs(self.tokenizer, logprobs_of([delta])),
+            self.logprobs(delta.logprobs) if delta.logprobs else None,
             delta.finish_reason,
         )
 
-    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> ChatChoice:
-        return ChatChoice(
-            choice.index,
-            ChatMessage(text_of(deltas)),
-            _logprobs(self.tokenizer, logprobs_of(deltas)),
-            choice.finish_reason,
-        )
+    def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
+        return ChatChoice(choice.index, ChatMessage(text), UNSET, choice.finish_reason)
 
-
-def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> ChatLogprobs | None:
-    return ChatLogprobs([_logprob(tokenizer, entry) for entry in entries]) if entries else None
+    def logprobs(self, entries: list[TokenLogprobs]) -> ChatLogprobs:
+        return ChatLogprobs([_logprob(self.tokenizer, entry) for entry in entries])
 
 
 def _logprob(tokenizer: Tokenizer | None, entry: TokenLogprobs) -> ChatLogprob:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,11 +13,12 @@ from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import Completion, CompletionChoice, CompletionLogprobs
-from server.api.inference.reply import Reply, logprobs_of, text_of
-from server.api.inference.schemas import CompletionRequest, parse
+from server.api.inference.reply import Reply
+from server.api.inference.schemas import CompletionRequest
 from server.api.inference.spec import (
     GenerationSpec,
-    judge_prompts,
+    judge_choices,
+    judge_logprobs,
     output_room,
     sampling_params,
     text_options,
@@ -36,39 +40,29 @@ async def create_completion(request: Request) -> Response:
     return await generate(request, _spec)
 
 
-def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
-    request = parse(CompletionRequest, body, info.max_model_len)
+async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
+    reading = await face.readers.completions(body, info)
+    request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
     if request.echo and request.logprobs is not None:
         raise InvalidRequest(
             "logprobs: not supported together with echo", param="logprobs", code="unsupported"
         )
-    prompts = [_encode(face, prompt) for prompt in request.prompt]
-    judge_prompts(prompts, info, request.n, "prompt")
+    judge_choices(len(prompts), request.n)
     sampling = []
     for ids in prompts:
         room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
         sampling.append(sampling_params(request, info, room))
-    echoes = [_echo(face, prompt, ids) for prompt, ids in zip(request.prompt, prompts, strict=True)]
+    judge_logprobs(request, sampling, "logprobs")
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
         sampling=sampling,
         n=request.n,
-        text=text_options(request, face.tokenizer),
+        text=await text_options(request, face.tokenizer),
         stream=bool(request.stream),
-        reply=CompletionReply(request, face, echoes if request.echo else None),
+        reply=CompletionReply(request, face, reading.echoes),
     )
-
-
-def _encode(face: Face, prompt: str | list[int]) -> list[int]:
-    return face.require_tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else prompt
-
-
-def _echo(face: Face, prompt: str | list[int], ids: list[int]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return face.tokenizer.decode(ids) if face.tokenizer else ""
 
 
 class CompletionReply(Reply):
@@ -82,30 +76,27 @@ class CompletionReply(Reply):
         self._echoes = echoes
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> CompletionChoice:
-        return self._choice(delta.choice, [delta], with_echo=first)
-
-    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> CompletionChoice:
-        return self._choice(choice, deltas, with_echo=True)
-
-    def _choice(self, choice: Choice, deltas: list[Delta], *, with_echo: bool) -> CompletionChoice:
-        echo = self._echoes[choice.prompt_index] if self._echoes and with_echo else ""
         return CompletionChoice(
-            choice.index,
-            echo + text_of(deltas),
-            _logprobs(self.tokenizer, logprobs_of(deltas)),
-            deltas[-1].finish_reason,
+            delta.choice.index,
+            self._echo(delta.choice) + delta.text if first else delta.text,
+            self.logprobs(delta.logprobs) if delta.logprobs else None,
+            delta.finish_reason,
         )
 
+    def choice_of_whole(self, choice: Choice, text: str) -> CompletionChoice:
+        return CompletionChoice(choice.index, self._echo(choice) + text, UNSET, choice.finish_reason)
 
-def _logprobs(tokenizer: Tokenizer | None, entries: list[TokenLogprobs]) -> CompletionLogprobs | None:
-    if not entries:
-        return None
-    return CompletionLogprobs(
-        tokens=[_name(tokenizer, entry.values.token_id) for entry in entries],
-        token_logprobs=[entry.values.logprob for entry in entries],
-        top_logprobs=[{_name(tokenizer, i): value for i, value in entry.values.top} for entry in entries],
-        text_offset=[entry.text_offset for entry in entries],
-    )
+    def logprobs(self, entries: list[TokenLogprobs]) -> CompletionLogprobs:
+        name = partial(_name, self.tokenizer)
+        return CompletionLogprobs(
+            tokens=[name(entry.values.token_id) for entry in entries],
+            token_logprobs=[entry.values.logprob for entry in entries],
+            top_logprobs=[{name(i): value for i, value in entry.values.top} for entry in entries],
+            text_offset=[entry.text_offset for entry in entries],
+        )
+
+    def _echo(self, choice: Choice) -> str:
+        return self._echoes[choice.prompt_index] if self._echoes else ""
 
 
 def _name(tokenizer: Tokenizer | None, token_id: int) -> str:

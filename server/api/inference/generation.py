@@ -16,15 +16,17 @@ from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.text.detokenizer import Detokenizer
-from server.text.stop import StopStrings
+from server.text.stop import StopAutomaton, StopStrings
 from server.text.tokenizer import Tokenizer
+
+_OUTPUTS_A_TURN = 16  # taken in before other tasks of the loop get their turn
 
 
 class TextOptions(msgspec.Struct, frozen=True):
     """How tokens become the text that a client sees."""
 
     tokenizer: Tokenizer | None
-    stops: tuple[str, ...] = ()
+    stops: StopAutomaton | None = None  # shared by the choices
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0  # no stop string is looked for before
@@ -183,7 +185,11 @@ class Generation:
         last = dict.fromkeys(running, time.monotonic())
         self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
         async with aclosing(self._engine.generate(request)) as outputs:
+            taken = 0
             async for output in outputs:
+                taken += 1
+                if taken % _OUTPUTS_A_TURN == 0:  # many are ready where the loop was held up
+                    await asyncio.sleep(0)
                 choice = running.get(output.request_id)
                 if choice is None:
                     continue  # of after its stop string

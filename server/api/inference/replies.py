@@ -46,7 +46,7 @@ class CompletionLogprobs(msgspec.Struct):
 class CompletionChoice(msgspec.Struct, gc=False):
     index: int
     text: str
-    logprobs: CompletionLogprobs | None = None
+    logprobs: CompletionLogprobs | UnsetType | None = None
     finish_reason: ChoiceFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -91,7 +91,7 @@ class ChatDelta(msgspec.Struct, gc=False):
 class ChatChoice(msgspec.Struct, gc=False):
     index: int
     message: ChatMessage
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | UnsetType | None = None
     finish_reason: ChoiceFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

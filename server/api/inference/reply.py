@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
@@ -24,7 +26,48 @@ from server.api.inference.schemas import GenerationRequest
 
 AnyChoice = CompletionChoice | ChatChoice | ChatChunkChoice
 
+Piece = bytes | bytearray
+
 _ENCODER = msgspec.json.Encoder()
+_NO_CHOICES, _CHOICES = b'"choices":[]', b'"choices":['
+
+
+class _Kept:
+    """What one choice has said so far, for an answer in one body.
+
+    Log-probabilities are many: they are kept as the JSON that they become, made as they come.
+    """
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.token_ids = array("i")
+        self.columns: dict[str, bytearray] = {}  # JSON of each list of the route's struct, without brackets
+        self.rest: dict[str, object] = {}  # its other fields
+
+    def add(self, delta: Delta, logprobs: msgspec.Struct | None) -> None:
+        self.text.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        for name in logprobs.__struct_fields__ if logprobs is not None else ():
+            value = getattr(logprobs, name)
+            if not isinstance(value, list):
+                self.rest[name] = value
+                continue
+            column = self.columns.setdefault(name, bytearray())
+            if column:
+                column += b","
+            column += _ENCODER.encode(value)[1:-1]
+
+    def logprobs(self) -> Iterator[Piece]:
+        """The JSON of the whole struct."""
+        separator = b"{"
+        for name, column in self.columns.items():
+            yield separator + _ENCODER.encode(name) + b":["
+            yield column
+            yield b"]"
+            separator = b","
+        for name, value in self.rest.items():
+            yield separator + _ENCODER.encode(name) + b":" + _ENCODER.encode(value)
+        yield b"}"
 
 
 class Reply(ABC):
@@ -47,7 +90,7 @@ class Reply(ABC):
             usage=None if self._usage_wanted else UNSET,
         )
         self._choices: list[Choice] = []
-        self._kept: list[list[Delta]] = []
+        self._kept: list[_Kept] = []
         self._started: set[int] = set()
 
     @abstractmethod
@@ -55,13 +98,17 @@ class Reply(ABC):
         """A choice in a chunk; `first`: its first one."""
 
     @abstractmethod
-    def choice_of_whole(self, choice: Choice, deltas: list[Delta]) -> AnyChoice:
-        """A choice in the whole answer."""
+    def choice_of_whole(self, choice: Choice, text: str) -> AnyChoice:
+        """A choice in the whole answer, but for its log-probabilities."""
+
+    @abstractmethod
+    def logprobs(self, entries: list[TokenLogprobs]) -> msgspec.Struct:
+        """The log-probabilities of some tokens in a row; lists of it are joined."""
 
     def start(self, adapter_version: str | None, choices: list[Choice]) -> None:
         self._head.adapter_version = adapter_version
         self._choices = choices
-        self._kept = [[] for _ in choices]
+        self._kept = [_Kept() for _ in choices]
 
     def chunk(self, delta: Delta) -> bytes:
         """The JSON of one chunk; empty when the delta shows nothing."""
@@ -71,7 +118,10 @@ class Reply(ABC):
             return b""
         self._started.add(delta.choice.index)
         shown = self.choice_of_part(delta, first=first)
-        self._head.choices = [self._with_tokens(shown, delta.choice, [delta], with_prompt=first)]
+        if self._token_ids_wanted:
+            shown.token_ids = delta.token_ids
+            shown.prompt_token_ids = delta.choice.request.prompt_token_ids if first else UNSET
+        self._head.choices = [shown]
         return _ENCODER.encode(self._head)
 
     def usage_chunk(self) -> bytes | None:
@@ -83,34 +133,39 @@ class Reply(ABC):
 
     def add(self, delta: Delta) -> None:
         """Keeps a delta for `body`."""
-        self._kept[delta.choice.index].append(delta)
+        logprobs = self.logprobs(delta.logprobs) if delta.logprobs else None
+        self._kept[delta.choice.index].add(delta, logprobs)
 
-    def body(self) -> bytes:
-        """The JSON of the whole answer."""
+    def body(self) -> Iterator[Piece]:
+        """The JSON of the whole answer, in pieces that were made already or are small."""
         head = self._head
-        choices = [
-            self._with_tokens(self.choice_of_whole(choice, deltas), choice, deltas, with_prompt=True)
-            for choice, deltas in zip(self._choices, self._kept, strict=True)
-        ]
         usage = usage_of(self._choices)
-        whole = self.whole(head.id, head.created, head.model, head.adapter_version, choices, usage)
-        return _ENCODER.encode(whole)
+        whole = self.whole(head.id, head.created, head.model, head.adapter_version, [], usage)
+        before, after = _ENCODER.encode(whole).split(_NO_CHOICES, 1)
+        yield before + _CHOICES
+        prompts: dict[int, bytes] = {}  # its token ids once, however many choices it has
+        for choice, kept in zip(self._choices, self._kept, strict=True):
+            if choice is not self._choices[0]:
+                yield b","
+            yield from self._whole_choice(choice, kept, prompts)
+        yield b"]" + after
 
-    def _with_tokens(
-        self, shown: AnyChoice, choice: Choice, deltas: list[Delta], *, with_prompt: bool
-    ) -> AnyChoice:
+    def _whole_choice(self, choice: Choice, kept: _Kept, prompts: dict[int, bytes]) -> Iterator[Piece]:
+        shown = self.choice_of_whole(choice, "".join(kept.text))
+        yield _ENCODER.encode(shown)[:-1]
         if self._token_ids_wanted:
-            shown.token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-            shown.prompt_token_ids = choice.request.prompt_token_ids if with_prompt else UNSET
-        return shown
-
-
-def logprobs_of(deltas: list[Delta]) -> list[TokenLogprobs]:
-    return [entry for delta in deltas for entry in delta.logprobs or ()]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
+            at = choice.prompt_index
+            if at not in prompts:
+                prompts[at] = _ENCODER.encode(choice.request.prompt_token_ids)
+            yield b',"token_ids":' + _ENCODER.encode(kept.token_ids.tolist())
+            yield b',"prompt_token_ids":'
+            yield prompts[at]
+        yield b',"logprobs":'
+        if kept.columns:
+            yield from kept.logprobs()
+        else:
+            yield b"null"
+        yield b"}"
 
 
 def usage_of(choices: list[Choice]) -> Usage:

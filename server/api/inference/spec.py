@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass
 
 from server.api.inference.generation import Choice, TextOptions
 from server.api.inference.mix import AdapterMix, LeasedMix
 from server.api.inference.reply import Reply
-from server.api.inference.schemas import MAX_SEQUENCES, GenerationRequest
+from server.api.inference.schemas import MAX_LOGPROB_ENTRIES, MAX_SEQUENCES, GenerationRequest
 from server.errors import InvalidRequest
 from server.messages import EngineInfo, Fork, Request, SamplingParams
+from server.text.stop import StopAutomaton
 from server.text.tokenizer import Tokenizer
+
+_FEW_CHARACTERS = 256  # of stop strings: an automaton of so many is made in a millisecond
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,34 @@ def _seed(seed: int | None, k: int) -> int | None:
     return None if seed is None else (seed + k + 2**63) % 2**64 - 2**63
 
 
-def judge_prompts(prompts: list[list[int]], info: EngineInfo, n: int, param: str) -> None:
-    """Raises InvalidRequest for too many, empty ones, and ids outside the vocabulary."""
-    if len(prompts) * n > MAX_SEQUENCES:
+def judge_choices(prompts: int, n: int) -> None:
+    """Raises InvalidRequest for too many."""
+    if prompts * n > MAX_SEQUENCES:
         raise InvalidRequest(
-            f"n: {len(prompts)} prompts with {n} choices each, the limit is {MAX_SEQUENCES}", param="n"
+            f"n: {prompts} prompts with {n} choices each, the limit is {MAX_SEQUENCES}", param="n"
         )
-    for ids in prompts:
-        if not ids:
-            raise InvalidRequest(f"{param}: a prompt without tokens", param=param)
-        if max(ids) >= info.vocab_size:
-            raise InvalidRequest(
-                f"{param}: token id {max(ids)} is not in the vocabulary of {info.vocab_size}", param=param
-            )
+
+
+def logprobs_room(request: GenerationRequest, prompts: int) -> int | None:
+    """How many tokens each choice may have, so that one answer does not hold too many log-probabilities;
+    None where none were asked for."""
+    wanted = request.top_logprobs_wanted
+    return None if wanted is None else max(MAX_LOGPROB_ENTRIES // ((wanted + 1) * request.n * prompts), 1)
+
+
+def judge_logprobs(request: GenerationRequest, sampling: list[SamplingParams], param: str) -> None:
+    """Raises InvalidRequest for more than one answer may have. `param` is the field that asks for them.
+
+    A stream has the same limit as a body: where its client reads slowly, it waits in memory as a body does.
+    """
+    room = logprobs_room(request, len(sampling))
+    asked = max(params.max_tokens for params in sampling)
+    if room is not None and asked > room:
+        raise InvalidRequest(
+            f"{param}: max_tokens of {asked} in all choices are more than {MAX_LOGPROB_ENTRIES} "
+            f"log-probabilities, the limit of one answer; {room} tokens are not",
+            param=param,
+        )
 
 
 def output_room(
@@ -113,17 +132,26 @@ def sampling_params(request: GenerationRequest, info: EngineInfo, max_tokens: in
     )
 
 
-def text_options(request: GenerationRequest, tokenizer: Tokenizer | None) -> TextOptions:
+async def text_options(request: GenerationRequest, tokenizer: Tokenizer | None) -> TextOptions:
     """Raises InvalidRequest for stop strings where there is no text to find them in."""
     if request.stop and tokenizer is None:
         raise InvalidRequest("stop: this server's model has no tokenizer; use stop_token_ids", param="stop")
     return TextOptions(
         tokenizer=tokenizer,
-        stops=tuple(request.stop or ()),
+        stops=await _automaton(request.stop or []),
         include_stop=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens,
         min_tokens=request.min_tokens,
     )
+
+
+async def _automaton(stops: list[str]) -> StopAutomaton | None:
+    """In a thread where it takes long."""
+    if not stops:
+        return None
+    if sum(map(len, stops)) <= _FEW_CHARACTERS:
+        return StopAutomaton(stops)
+    return await asyncio.to_thread(StopAutomaton, stops)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.body import beside_loop, read_body
+from server.api.body import read_body
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of
 from server.api.inference.generation import Choice, ClientGone, Generation
 from server.api.inference.mix import LeasedMix
 from server.api.inference.spec import GenerationSpec
+from server.api.pieces import JSONPieces
 from server.messages import EngineInfo
+
+_ADDED_A_TURN = 16  # deltas of a body, each with up to 20 log-probabilities a token, before other tasks run
 
 DONE = b"data: [DONE]\n\n"
 
@@ -27,13 +30,13 @@ def event(payload: bytes) -> bytes:
 
 
 async def generate(
-    request: Request, spec_of: Callable[[Face, EngineInfo, bytes], GenerationSpec]
+    request: Request, spec_of: Callable[[Face, EngineInfo, bytes], Awaitable[GenerationSpec]]
 ) -> Response:
-    """What an inference route answers. `spec_of` judges the body, in a thread when that is large."""
+    """What an inference route answers. `spec_of` judges the body."""
     face = face_of(request)
     info = face.require_engine()
     body = await read_body(request, face.settings.max_request_bytes)
-    return GenerationResponse(face, request, await beside_loop(len(body), lambda: spec_of(face, info, body)))
+    return GenerationResponse(face, request, await spec_of(face, info, body))
 
 
 class GenerationResponse(Response):
@@ -72,9 +75,11 @@ class GenerationResponse(Response):
     async def _whole(self, generation: Generation, send: Send) -> None:
         reply = self._spec.reply
         while ready := await generation.take():
-            for delta in ready:
+            for at, delta in enumerate(ready, 1):
                 reply.add(delta)
-        await Response(reply.body(), media_type="application/json")(self._request.scope, _nothing, send)
+                if at % _ADDED_A_TURN == 0:
+                    await asyncio.sleep(0)
+        await JSONPieces(reply.body())(self._request.scope, _nothing, send)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         ready = await generation.take()  # what fails before the first token is not a stream yet

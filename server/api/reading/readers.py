@@ -1,0 +1,132 @@
+"""Who reads the bodies of requests: this process where that is quickly done, else one of two others."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from pydantic_core import from_json
+
+from server.api.inference.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from server.api.reading.messages import BodyKind, ReadAnswer, ReadError, ReaderStart, ReadJob, ids_of_bytes
+from server.api.reading.process import ReaderProcess
+from server.api.reading.reader import Reader, Reading
+from server.errors import ChorusError, InvalidRequest, Unavailable
+from server.messages import EngineInfo
+from server.text.tokenizer import Tokenizer
+
+R = TypeVar("R", bound=GenerationRequest)
+
+_INLINE = 1024  # bytes; to read so few takes a millisecond or two
+_LARGE = 256 * 2**10  # bytes; to read more takes seconds, for which nobody with less waits
+_MOST_SMALL = 256  # bodies that wait or are read, of each size
+_MOST_LARGE = 8
+_IDS_A_TURN = 2**16  # token ids unpacked before other tasks of the loop get their turn
+
+_WITHOUT_TEXT = {
+    CompletionRequest: {"prompt": ""},
+    ChatRequest: {"messages": [{"role": "user", "content": ""}]},
+}
+
+
+class Readers:
+    """Bodies to requests and token ids, with the tokenizer and the chat template of one folder.
+
+    Bodies that say less than a kibibyte and run no template are read at once. All others go to a process:
+    large ones to one, the rest to another, each in turn. Raises what `Reader` does, and Unavailable when too
+    many wait.
+    """
+
+    def __init__(self, start: ReaderStart, tokenizer: Tokenizer | None) -> None:
+        """`tokenizer`: the one of the folder that `start` names."""
+        self._inline = Reader(tokenizer, None)
+        self._small = _Line(start, _MOST_SMALL)
+        self._large = _Line(start, _MOST_LARGE)
+
+    async def start(self) -> None:
+        """So that the first request does not wait for the start of a process. Raises OSError."""
+        await self._small.start()
+
+    async def close(self) -> None:
+        await asyncio.gather(self._small.close(), self._large.close())
+
+    async def completions(self, body: bytes, info: EngineInfo) -> Reading[CompletionRequest]:
+        job = _job("completions", body, info)
+        if len(body) <= _INLINE:
+            return self._inline.completions(job)
+        return await _reading(CompletionRequest, await self._ask(job))
+
+    async def chat(self, body: bytes, info: EngineInfo) -> Reading[ChatRequest]:
+        return await _reading(ChatRequest, await self._ask(_job("chat", body, info)))
+
+    async def tokenize(self, body: bytes, info: EngineInfo) -> bytes:
+        """The JSON of the answer."""
+        return (await self._ask(_job("tokenize", body, info))).answer
+
+    async def detokenize(self, body: bytes, info: EngineInfo) -> bytes:
+        """The JSON of the answer."""
+        job = _job("detokenize", body, info)
+        if len(body) <= _INLINE:
+            return self._inline.detokenize(job)
+        return (await self._ask(job)).answer
+
+    async def _ask(self, job: ReadJob) -> ReadAnswer:
+        answer = await self._answer(job)
+        if answer.error is not None:
+            raise _error(answer.error)
+        return answer
+
+    async def _answer(self, job: ReadJob) -> ReadAnswer:
+        line = self._small if len(job.body) <= _LARGE else self._large
+        return await line.ask(job)
+
+
+class _Line:
+    """Jobs for one process, in order of arrival."""
+
+    def __init__(self, start: ReaderStart, most: int) -> None:
+        self._process = ReaderProcess(start)
+        self._turn = asyncio.Lock()
+        self._most = most
+        self._jobs = 0
+
+    async def start(self) -> None:
+        async with self._turn:
+            await self._process.start()
+
+    async def close(self) -> None:
+        async with self._turn:
+            await self._process.end()
+
+    async def ask(self, job: ReadJob) -> ReadAnswer:
+        if self._jobs >= self._most:
+            raise Unavailable("Too many requests wait to be read.", code="overloaded")
+        self._jobs += 1
+        try:
+            async with self._turn:
+                return await self._process.ask(job)
+        finally:
+            self._jobs -= 1
+
+
+def _job(kind: BodyKind, body: bytes, info: EngineInfo) -> ReadJob:
+    return ReadJob(kind, info.max_model_len, info.vocab_size, body)
+
+
+def _error(error: ReadError) -> ChorusError:
+    if error.internal:
+        return ChorusError("The server made an error while it read this request.", code="internal_error")
+    return InvalidRequest(error.message, param=error.param, code=error.code)
+
+
+async def _reading(kind: type[R], answer: ReadAnswer) -> Reading[R]:
+    """The fields are few and were judged, so that to judge them again is no work."""
+    request = kind.model_validate(from_json(answer.fields) | _WITHOUT_TEXT[kind])
+    prompts, unpacked = [], 0
+    for packed in answer.prompts:
+        prompts.append(ids_of_bytes(packed))
+        unpacked += len(prompts[-1])
+        if unpacked > _IDS_A_TURN:
+            unpacked = 0
+            await asyncio.sleep(0)
+    return Reading(request, prompts, answer.echoes)
