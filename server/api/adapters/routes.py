@@ -253,7 +253,7 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
     """Raises OutOfMemory when there is no room now, InvalidRequest when there never is, PinLimit."""
     result = await face.engine.load_adapter(AdapterRef(version.digest, str(version.path)), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
-        raise OutOfMemory(f"There is no room for this adapter in accelerator memory now: {result.message}")
+        raise OutOfMemory("There is no room for this adapter in accelerator memory now.")
     if result.error is ErrorCode.PIN_LIMIT:
         raise PinLimit(result.message, param="pin")
     if result.error is ErrorCode.NEVER_FITS:
