@@ -11,18 +11,17 @@ import http
 import logging
 import math
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.flow_control import FlowControl
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.entrance import Entrance
 from server.api.errors import error_response
+from server.api.exchange import AnswerFlow, Exchange
 from server.config import Settings
 from server.errors import ChorusError, HeadTooLarge, InvalidRequest, TooSlow, Unavailable
 
@@ -82,86 +81,11 @@ class ConnectionConfig(uvicorn.Config):
         self.entrance = Entrance()
 
 
-class AnswerFlow(FlowControl):
-    """Whether an answer waits for its client, since when, and how much of it."""
-
-    def __init__(self, transport: asyncio.Transport, clock: Callable[[], float]) -> None:
-        super().__init__(transport)
-        self._clock = clock
-        self.last_words = False  # what is written now does not wait
-        self.paused_at = 0.0
-        self.most_unread = 0  # bytes, since then
-
-    async def drain(self) -> None:
-        if not self.last_words:
-            await super().drain()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.paused_at = self._clock()
-        self.most_unread = 0
-
-    def overdue(self, now: float, patience_s: float, rate: int) -> bool:
-        """Whether the client has read too little since the answer began to wait for it."""
-        if not self.write_paused:
-            return False
-        unread = self._transport.get_write_buffer_size()
-        self.most_unread = max(self.most_unread, unread)
-        return now - self.paused_at > patience_s + (self.most_unread - unread) / rate
-
-
-class Exchange:
-    """`receive` and `send` of one request: a body that is late is told of, the last words do not wait."""
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
-        self.cycle = cycle
-        self._connection = connection
-        self._late: TooSlow | None = None
-
-    async def receive(self) -> Message:
-        """Raises TooSlow after the end of the body's time."""
-        message = await self.cycle.receive()
-        if self._late is not None:
-            raise self._late
-        return cast(Message, message)
-
-    async def send(self, message: Message) -> None:
-        if message["type"] != "http.response.body" or message.get("more_body", False):
-            await self.cycle.send(cast(Any, message))
-            return
-        flow = self._connection.flow
-        assert isinstance(flow, AnswerFlow)
-        if self.cycle.more_body and not self.cycle.keep_alive:  # to close now might lose a sender the answer
-            self.cycle.keep_alive = self._connection.close_after_body = True
-        flow.last_words = True
-        try:
-            await self.cycle.send(cast(Any, message))
-        finally:
-            flow.last_words = False
-
-    def give_up(self, error: TooSlow) -> None:
-        """Have the app answer with `error`, and the connection closed then."""
-        self._late = error
-        self.cycle.keep_alive = False
-        self.cycle.message_event.set()
-
-    def hang_up(self) -> None:
-        """Have the app know that its client is gone."""
-        if not self.cycle.response_complete:
-            self.cycle.disconnected = True
-        self.cycle.message_event.set()
-
-    @property
-    def given_up(self) -> bool:
-        return self._late is not None
-
-
 class Connection(HttpToolsProtocol):
     """Closed by whatever is beyond its limits; with an answer, where none is on its way already."""
 
     def __init__(self, config: ConnectionConfig, *args: Any, **more: Any) -> None:
         super().__init__(config, *args, **more)
-        self.close_after_body = False
         self._limits = config.limits
         self._entrance = config.entrance
         self._reading: Literal["nothing", "head", "body"] = "nothing"
@@ -176,7 +100,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        self.flow = AnswerFlow(transport, self.loop.time)
+        self.flow = self._answer_flow = AnswerFlow(transport, self.loop.time)
         over = len(self.connections) - self._limits.connections
         if over > 0:
             self._make_room(over)
@@ -253,13 +177,13 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._begin("nothing")
         super().on_message_complete()
-        if self.close_after_body:
+        if self._exchange is not None and self._exchange.close_after_body:
             self.transport.close()
 
     # the app
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        exchange = self._exchange = Exchange(self, cycle)
+        exchange = self._exchange = Exchange(self._answer_flow, cycle)
 
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope, exchange.receive, exchange.send)
@@ -288,8 +212,7 @@ class Connection(HttpToolsProtocol):
         return self._judged > before
 
     def _judge(self, now: float, elapsed: float) -> None:
-        limits, flow = self._limits, self.flow
-        assert isinstance(flow, AnswerFlow)
+        limits, flow = self._limits, self._answer_flow
         if self._refused or self.transport.is_closing():
             self._check_closing(now)
         elif flow.overdue(now, limits.unread_s, limits.rate):

@@ -35,6 +35,7 @@ class FakeEngine:
         self.in_use: set[str] = set()
         self.forgotten: list[str] = []
         self.refusal: ErrorCode | None = None
+        self.most_pinned = 1000
         self.state = "ready"
         self.healthy = True
         self.retry_after_s = 1
@@ -55,6 +56,8 @@ class FakeEngine:
         if self.refusal is not None:
             return AdapterResult(0, "disk", error=self.refusal, message=f"cannot load {ref.path}")
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
+        if pin and sum(self.resident.values()) >= self.most_pinned and not self.resident.get(ref.digest):
+            return AdapterResult(0, "disk", error=ErrorCode.PIN_LIMIT, message="pins hold their share")
         self.resident[ref.digest] = self.resident.get(ref.digest, False) or pin
         self.on_host.add(ref.digest)
         return AdapterResult(0, "arena", milliseconds=1.5)

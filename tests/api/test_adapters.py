@@ -525,7 +525,20 @@ async def test_loads_that_the_engine_refuses(site: Site, refusal: ErrorCode, sta
     assert (shown["state"], shown["residency"], shown["pinned"]) == ("ready", "disk", False)
 
 
-async def test_a_pin_follows_the_name_to_its_new_version(site: Site) -> None:
+async def test_pins_beyond_their_share_are_refused(site: Site) -> None:
+    site.engine.most_pinned = 1
+    for name in "ab":
+        await site.upload(name, files(seed=ord(name)))
+    assert (await site.client.post("/v1/adapters/a/load", json={"pin": True})).status_code == 200
+    error = error_of(await site.client.post("/v1/adapters/b/load", json={"pin": True}), 409)
+    assert (error["code"], error["param"]) == ("pin_limit", "pin")
+    assert [version.name for version in site.registry.pinned()] == ["a"]
+
+
+@pytest.mark.parametrize("most_pinned", [1, 1000])
+async def test_a_pin_follows_the_name_to_its_new_version(site: Site, most_pinned: int) -> None:
+    """Also where there is no room for both versions among the pins."""
+    site.engine.most_pinned = most_pinned
     first = (await site.upload("a", files(seed=1))).json()["digest"]
     await site.client.post("/v1/adapters/a/load", json={"pin": True})
     assert site.engine.resident == {first: True}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from server.api import connection, listen
-from server.api.connection import AnswerFlow
+from server.api.exchange import AnswerFlow
 from tests.api.face_site import Site, drained, events, eventually, open_site
 from tests.api.face_site import listen as on_a_port
 from tests.api.fake_engine import FakeEngine

@@ -373,7 +373,7 @@ def test_load_pin_unload(model: Path, adapter: Path, tmp_path: Path, engines: li
     refs = [variant(adapter, tmp_path / f"a{i}", seed=i) for i in range(4)]
     roomy = make_engine(model)
     engines.append(roomy)
-    engine = make_engine(model, arena_bytes=2 * packed_bytes(roomy, refs[0]))
+    engine = make_engine(model, arena_bytes=2 * packed_bytes(roomy, refs[0]), max_pinned_share=1.0)
     engines.append(engine)
     engine.load_adapter(LoadAdapter(1, refs[0], pin=True))
     engine.load_adapter(LoadAdapter(2, refs[1], pin=True))
@@ -390,6 +390,25 @@ def test_load_pin_unload(model: Path, adapter: Path, tmp_path: Path, engines: li
     stats = engine.stats()
     assert set(stats.resident) == {refs[1].digest, refs[2].digest}
     assert set(stats.on_host) >= {refs[0].digest}
+
+
+def test_what_pins_make_impossible_is_refused_and_not_left_to_wait(
+    model: Path, adapter: Path, tmp_path: Path, engines: list[Engine]
+) -> None:
+    refs = [variant(adapter, tmp_path / f"a{i}", seed=i) for i in range(3)]
+    roomy = make_engine(model)
+    engines.append(roomy)
+    engine = make_engine(model, arena_bytes=int(2.5 * packed_bytes(roomy, refs[0])))  # pins: one of them
+    engines.append(engine)
+    for at, ref in enumerate(refs[:2]):
+        engine.load_adapter(LoadAdapter(at, ref, pin=True))
+    assert {answer.call_id: answer.error for answer in results(engine)} == {0: None, 1: ErrorCode.PIN_LIMIT}
+    engine.add(greedy("fits", prompt(5, 1), 3, [refs[1]]))
+    engine.add(greedy("mix", prompt(5, 1), 3, refs))  # two beside the pinned one
+    got = run(engine)
+    assert got["fits"][-1].finish_reason == "length"
+    assert got["mix"][-1].error in (ErrorCode.OUT_OF_MEMORY, ErrorCode.NEVER_FITS)
+    assert_at_rest(engine)
 
 
 def test_unload_waits_for_the_last_use(model: Path, adapter: Path, engines: list[Engine]) -> None:

@@ -133,7 +133,7 @@ class TraceHarness(Harness):
             self.scheduler.preempt()
         else:  # memory runs out, and what is in flight is lost
             self.in_flight.clear()
-            ended = self.scheduler.make_way()
+            ended = [output for _ in range(rng.choice([1, 4])) for output in self.scheduler.make_way()]
             assert all(output.error is ErrorCode.OUT_OF_MEMORY for output in ended)
             self.collect(ended)
             self.collect(self.scheduler.plan(admit=False).failed)

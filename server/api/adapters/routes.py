@@ -307,7 +307,7 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
     face.names.remember(version.digest, version.label)
     result = await face.engine.load_adapter(version.ref(), pin=pin)
     if result.error is ErrorCode.OUT_OF_MEMORY:
-        raise OutOfMemory(f"There is no room for this adapter in accelerator memory now: {result.message}")
+        raise OutOfMemory("There is no room for this adapter in accelerator memory now.")
     if result.error is ErrorCode.PIN_LIMIT:
         raise PinLimit(result.message, param="pin")
     if result.error is ErrorCode.NEVER_FITS:
