@@ -40,6 +40,7 @@ def list_adapters(server: ServerOption = _LOCAL, as_json: JsonOption = False) ->
     if as_json:
         _print_json(answer)
         return
+    answer = _printable(answer)
     table = Table("name", "state", "version", "rank", "size", "where", "requests", "last used")
     for adapter in answer["data"]:
         table.add_row(
@@ -59,6 +60,7 @@ def show(name: NameArgument, server: ServerOption = _LOCAL, as_json: JsonOption 
     if as_json:
         _print_json(adapter)
         return
+    adapter = _printable(adapter)
     versions = adapter.pop("versions")
     table = Table(show_header=False, box=None)
     for key, value in adapter.items():
@@ -104,6 +106,7 @@ def upload(
     if as_json:
         _print_json(answer)
     else:
+        answer = _printable(answer)
         _out.print(
             f"{answer['name']}: version {answer['version']}, rank {answer['rank']}, "
             f"{_size(answer['bytes'])}, digest {answer['digest'][:12]}",
@@ -154,7 +157,17 @@ def _call(server: str, method: str, path: str, **body: Any) -> dict[str, Any]:
     return answer
 
 
+def _printable(value: Any) -> Any:
+    """The same without what a terminal may take for a command, or shows in another order."""
+    if isinstance(value, str):
+        return "".join(character for character in value if character.isprintable())
+    if isinstance(value, dict):
+        return {_printable(key): _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
+
+
 def _fail(message: str) -> NoReturn:
+    message = _printable(" ".join(message.splitlines()))
     _err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 

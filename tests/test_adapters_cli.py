@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 from click.testing import Result
@@ -117,3 +118,37 @@ def test_an_address_that_is_none() -> None:
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202eback\r\n"
+HARMLESS = "]0;owned[2Jred31mback"
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, object], None]:
+    """Has the server answer as given."""
+
+    def answer(status: int, body: object) -> None:
+        response = httpx.Response(status, json=body)
+        monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: response)
+
+    return answer
+
+
+def test_what_a_server_says_cannot_command_the_terminal(hostile: Callable[[int, object], None]) -> None:
+    version = {"version": 1, "digest": EVIL, "rank": 4, "bytes": 1, "residency": EVIL, "requests": 0}
+    version |= {"tokens": 0, "created_at": 0}
+    adapter = {"name": EVIL, "state": EVIL, "residency": EVIL, "description": EVIL, "requests": 0}
+    adapter |= {"last_used": None, EVIL: EVIL, "versions": [version]}
+    for words, body in (
+        (("list",), {"data": [adapter]}),
+        (("show", "a"), adapter),
+        (("delete", "a"), adapter),
+    ):
+        hostile(200, body)
+        shown = CliRunner().invoke(app, words)
+        assert shown.exit_code == 0, shown.output
+        assert not set(shown.output) & set("\x1b\x07\x9b\u202e\r"), words
+    hostile(400, {"error": {"message": EVIL}})
+    failed = CliRunner().invoke(app, ["list"])
+    assert failed.stderr.strip() == f"error: {HARMLESS}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from server.errors import InsufficientStorage
+from server.registry.store import create_private
 
 SCHEMA_VERSION = 1
 
@@ -96,6 +98,9 @@ class Catalogue:
         self._writer = threading.Lock()
         self._reserve = path.with_name("registry.reserve")
         sa.event.listen(self._engine, "connect", _configure)
+        for file in (path, self._reserve):  # SQLite's other files get the mode of the first
+            with suppress(OSError):
+                os.close(create_private(file))
         try:
             self._migrate(path)
             self._keep_reserve()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -25,8 +26,12 @@ from typing import BinaryIO, Self
 from server.errors import InsufficientStorage, InvalidRequest, TooLarge
 from server.peft.format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 
+logger = logging.getLogger(__name__)
+
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 CHUNK_BYTES = 1 << 20
+
+_OWN_FOLDER, _OWN_FILE = 0o700, 0o600  # modes; not by `umask`, which is the whole process's
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -51,7 +56,7 @@ class Sink:
     """One file being written: counted and hashed on the way."""
 
     def __init__(self, path: Path, most: int | None = None) -> None:
-        self._file: BinaryIO = path.open("xb")
+        self._file: BinaryIO = _create(path)
         self._hash = hashlib.sha256()
         self._name = path.name
         self._most = most
@@ -83,7 +88,9 @@ class Staging:
     def __init__(self, root: Path) -> None:
         self._root = root / uuid.uuid4().hex
         self.content = self._root / "content"
-        self.content.mkdir(parents=True)
+        root.mkdir(mode=_OWN_FOLDER, parents=True, exist_ok=True)
+        self._root.mkdir(mode=_OWN_FOLDER)
+        self.content.mkdir(mode=_OWN_FOLDER)
         self._open: list[Sink] = []
         self._sinks: dict[str, Sink] = {}
 
@@ -108,7 +115,7 @@ class Staging:
 
     def copy(self, name: str, source: int) -> None:
         """Copy an open file in, inside the kernel where the file systems can (a reflink costs nothing)."""
-        with (self.content / name).open("xb") as target:
+        with _create(self.content / name) as target:
             if not _copy_in_kernel(source, target.fileno()):
                 while data := os.read(source, CHUNK_BYTES):
                     target.write(data)
@@ -156,9 +163,11 @@ class ContentStore:
         self.data_dir = data_dir
         self._folders = data_dir / "adapters"
         self._staging = data_dir / "staging"
-        for folder in (self._folders, self._staging):
-            folder.mkdir(parents=True, exist_ok=True)
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (data_dir, self._folders, self._staging):
+            folder.mkdir(mode=_OWN_FOLDER, exist_ok=True)
         self._lock_fd = _lock(data_dir / "lock")
+        close_to_others(data_dir)
         self._lock = threading.Lock()
         self._holders: Counter[str] = Counter()
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="adapter-remover")
@@ -191,7 +200,7 @@ class ContentStore:
             self._holders[digest] += 1
         try:
             with full_disk_is_refused():
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(mode=_OWN_FOLDER, exist_ok=True)
                 with self._lock:  # against a removal of the same digest
                     if not target.exists():
                         staging.content.rename(target)
@@ -252,6 +261,33 @@ class ContentStore:
         self._remover.submit(unlink)
 
 
+def close_to_others(data_dir: Path) -> None:
+    """Take away what other users may do in a data folder of before, or one that was made by hand.
+
+    A folder that all may write to by design (`/tmp`) stays as it is; so does what is somebody else's, with
+    a warning.
+    """
+    if not data_dir.stat().st_mode & stat.S_ISVTX:
+        _close_to_others(data_dir, is_folder=True)
+    own = (data_dir / name for name in ("lock", "registry.db", "registry.db-wal", "registry.db-shm"))
+    for file in (*own, data_dir / "registry.reserve"):
+        if file.is_file() and not file.is_symlink():
+            _close_to_others(file, is_folder=False)
+    for top in (data_dir / "adapters", data_dir / "staging"):
+        for folder, _, files in os.walk(top):
+            _close_to_others(Path(folder), is_folder=True)
+            for name in files:
+                _close_to_others(Path(folder, name), is_folder=False)
+
+
+def create_private(path: Path, flags: int = 0) -> int:
+    """Open a file for reading and writing, made for this user alone if it is new; the caller closes it.
+
+    Never through a link. Raises OSError.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, _OWN_FILE)
+
+
 def open_regular(path: Path) -> int:
     """Open a file for reading without following a last symlink, or waiting for a pipe; the caller closes it.
 
@@ -279,7 +315,7 @@ def _copy_in_kernel(source: int, target: int) -> bool:
 
 
 def _lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = create_private(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -291,6 +327,20 @@ def _lock(path: Path) -> int:
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def _create(path: Path) -> BinaryIO:
+    return os.fdopen(create_private(path, os.O_EXCL), "wb")
+
+
+def _close_to_others(path: Path, *, is_folder: bool) -> None:
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode) or not mode & 0o077:
+            return
+        path.chmod(_OWN_FOLDER if is_folder else _OWN_FILE)
+    except OSError as error:
+        logger.warning("%s stays open to other users: %s", path, error.strerror)
 
 
 def _fsync_folder(path: Path) -> None:

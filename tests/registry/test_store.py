@@ -126,3 +126,62 @@ def test_a_full_disk_at_the_rename_holds_nothing(
     store.add(staging, digest)
     staging.discard()
     assert adapter_files.on_disk(data_dir) == {digest}
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Permissions of everything in a data folder, and of it."""
+    return {
+        str(path.relative_to(folder)): path.lstat().st_mode & 0o777
+        for path in (folder, *folder.rglob("*"))
+        if not path.is_symlink()
+    }
+
+
+@pytest.mark.parametrize("mask", [0, 0o022])
+def test_other_users_may_not_look_in(data_dir: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with closing(adapter_files.open_registry(data_dir / "new")) as registry:
+            with registry.publication(create=True, replace=False) as publication:
+                publication.claim("a")
+                for name, data in adapter_files.files().items():
+                    with publication.staging.sink(name) as sink:
+                        sink.write(data)
+                publication.publish("test")
+            assert len(modes(data_dir / "new")) >= 9
+            assert {mode & 0o077 for mode in modes(data_dir / "new").values()} == {0}
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_of_before_is_closed_to_others(data_dir: Path, tmp_path: Path) -> None:
+    with closing(ContentStore(data_dir)) as store:
+        stored(store)
+    outside = tmp_path / "outside"
+    outside.write_text("not ours")
+    outside.chmod(0o644)
+    (data_dir / "adapters" / "link").symlink_to(outside)
+    for path in (data_dir, *data_dir.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o777 if path.is_dir() else 0o644)
+    ContentStore(data_dir).close()
+    assert {mode & 0o077 for mode in modes(data_dir).values()} == {0}
+    assert outside.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_for_everybody_stays_so(data_dir: Path) -> None:
+    data_dir.mkdir(exist_ok=True)
+    data_dir.chmod(0o1777)
+    ContentStore(data_dir).close()
+    assert data_dir.stat().st_mode & 0o7777 == 0o1777
+    assert (data_dir / "adapters").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_lock_is_not_made_through_a_link(data_dir: Path, tmp_path: Path) -> None:
+    data_dir.mkdir(exist_ok=True)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (data_dir / "lock").symlink_to(precious)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        ContentStore(data_dir)
+    assert precious.read_text() == "precious"
