@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import typing
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +14,8 @@ from pydantic_settings import SettingsError
 
 import server
 from server import adapters_cli
+from server.api.output import open_standard_files, say
+from server.api.signals import end_during_start, handling_signals
 from server.config import Settings
 from server.log import configure
 
@@ -52,16 +53,18 @@ def serve(**flags: Any) -> None:
 
     Every option can be given in the environment instead, as CHORUS_<NAME>; a flag wins.
     """
-    settings = _settings({name: value for name, value in flags.items() if value not in (None, [])})
-    configure(settings.log_level)
-    from server.api.listen import serve as listen  # the HTTP stack: not for --help and --version
-    from server.base_model import StartError
-    from server.border.client import ProcessEngineClient
+    open_standard_files()
+    with handling_signals(end_during_start):
+        settings = _settings({name: value for name, value in flags.items() if value not in (None, [])})
+        configure(settings.log_level)
+        from server.api.listen import serve as listen  # the HTTP stack: not for --help and --version
+        from server.base_model import StartError
+        from server.border.client import ProcessEngineClient
 
-    try:
-        code = listen(settings, ProcessEngineClient)
-    except StartError as error:
-        _fail(error.message, code=1)
+        try:
+            code = listen(settings, ProcessEngineClient)
+        except StartError as error:
+            _fail(error.message, code=1)
     raise typer.Exit(code)
 
 
@@ -80,7 +83,7 @@ def _settings(given: dict[str, Any]) -> Settings:
 
 
 def _fail(reason: str, *, code: int) -> NoReturn:
-    print(f"chorus: {' '.join(reason.split())}", file=sys.stderr)
+    say(reason)
     raise typer.Exit(code)
 
 

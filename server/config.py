@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -35,8 +35,19 @@ def _not_empty(value: object) -> object:
     return value
 
 
+def _split(value: object) -> object:
+    """`"a,b"` of the environment, or a flag given several times -> a list of names."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+        return value
+    return [name.strip() for each in values for name in each.split(",") if name.strip()]
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+File = Annotated[Path, BeforeValidator(_not_empty)]
 Folder = Annotated[Path, BeforeValidator(_not_empty)]  # Path("") is the working directory
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # separated by commas
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,45 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: a free one.")
     max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
+    allowed_hosts: Names = Field(
+        (),
+        description="Host names that requests may be for, besides loopback's and --host's, separated by "
+        "commas; *: any.",
+    )
+    ssl_certfile: File | None = Field(None, description="Certificate chain for HTTPS, a PEM file.")
+    ssl_keyfile: File | None = Field(
+        None, description="Its private key, a PEM file. Default: in --ssl-certfile."
+    )
+    ssl_keyfile_password: SecretStr | None = Field(
+        None, description="Password of the private key. Better in the environment: flags are seen by all."
+    )
+    ssl_ca_certs: File | None = Field(
+        None,
+        description="Certificates that a client's own must be signed by, a PEM file. Default: none is asked.",
+    )
+    max_connections: int = Field(4096, gt=0, description="Most open connections.")
+    max_request_head_bytes: Bytes = Field(
+        32 * 2**10, gt=0, description="Largest request line and headers together, bytes."
+    )
+    max_request_headers: int = Field(100, gt=0, description="Most headers of a request.")
+    max_pipelined_requests: int = Field(
+        16, gt=0, description="Most requests that wait on a connection behind the one being answered."
+    )
+    read_timeout_s: float = Field(
+        8.0,
+        gt=0,
+        description="How long headers may take, and a body before --min-rate-bytes counts, seconds.",
+    )
+    min_rate_bytes: Bytes = Field(
+        16 * 2**10, gt=0, description="Slowest rate of a body or an answer, bytes in each second."
+    )
+    keep_alive_s: float = Field(75.0, gt=0, description="How long an idle connection stays open, seconds.")
+    unread_timeout_s: float = Field(
+        30.0, gt=0, description="How long an answer may wait for a client that does not read it, seconds."
+    )
+    max_unread_bytes: Bytes = Field(
+        4 * 2**20, gt=0, description="How much of a stream may wait for its client, bytes."
+    )
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="On SIGTERM, how long running requests may go on, seconds."
     )

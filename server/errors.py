@@ -70,6 +70,14 @@ class ModelNotFound(NotFound):
         super().__init__(f"The model `{name[:200]}` does not exist.", param="model")
 
 
+class TooSlow(ChorusError):
+    """408: the client took too long to send its request, or to read the answer."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "too_slow"
+
+
 class Conflict(ChorusError):
     """409: another call on this name is in progress, or the name is taken."""
 
@@ -87,11 +95,27 @@ class TooLarge(ChorusError):
 
 
 class UnsupportedMedia(ChorusError):
-    """415: a file type this server never reads (pickles)."""
+    """415: a file type this server never reads (pickles), or a body that is not of the route's type."""
 
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class WrongHost(ChorusError):
+    """421: the request is for a host name that is not this server's."""
+
+    status = 421
+    type = "invalid_request_error"
+    code = "wrong_host"
+
+
+class HeadTooLarge(ChorusError):
+    """431: the request's headers are too long or too many."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class Unavailable(ChorusError):

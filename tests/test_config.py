@@ -16,7 +16,11 @@ OPTIONS = [
     "max_header_bytes", "max_adapter_tensors",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching",
-    "host", "port", "max_request_bytes", "shutdown_grace_s", "watchdog_s", "log_level",
+    "host", "port", "max_request_bytes", "allowed_hosts",
+    "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",
+    "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",
+    "read_timeout_s", "min_rate_bytes", "keep_alive_s", "unread_timeout_s", "max_unread_bytes",
+    "shutdown_grace_s", "watchdog_s", "log_level",
 ]  # fmt: skip
 
 

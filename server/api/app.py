@@ -13,6 +13,8 @@ from fastapi import FastAPI
 import server
 from server.api import errors, health, models
 from server.api.adapters import routes as adapters
+from server.api.browser import BrowserGuard, HostNames
+from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
@@ -70,6 +72,8 @@ def create_app(
     )
     app.state.face = face
     errors.install(app)
+    app.add_middleware(RefuseWhileDraining, drain=face.drain)  # the last added is the first to be asked
+    app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS)
     app.add_middleware(RequestScope, metrics=metrics)
     return app
 

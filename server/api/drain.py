@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from server.errors import ChorusError, Unavailable
 
 _LAST_WORDS_S = 2.0  # for the error events of what was cut
+_READING = {"GET", "HEAD", "OPTIONS"}  # methods that change nothing
 
 
 class Drain:
@@ -55,3 +58,21 @@ class Drain:
             await asyncio.wait_for(self._idle.wait(), _LAST_WORDS_S)
         except TimeoutError:
             return  # a client that does not read its stream
+
+
+def changes_something(scope: Scope) -> bool:
+    """Whether the request is of a method that may change what the server holds."""
+    return scope["type"] == "http" and scope["method"] not in _READING
+
+
+class RefuseWhileDraining:
+    """ASGI middleware: a server on its way out changes nothing any more; what it is can still be asked."""
+
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self._app = app
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if changes_something(scope):
+            self._drain.check()
+        await self._app(scope, receive, send)

@@ -77,9 +77,14 @@ class Face:
     def require_engine(self) -> EngineInfo:
         """What the engine is. Raises Unavailable when requests cannot be taken now."""
         self.drain.check()
-        if self.engine.state != "ready" or self.engine.info is None or self.registry is None:
+        if self.engine.info is None or not self.ready:
             raise self._not_ready()
         return self.engine.info
+
+    def require_answers(self) -> None:
+        """Raises Unavailable while the engine shows no life, when a call to it would wait and wait."""
+        if self.engine.state == "ready" and not self.engine.healthy:
+            raise self._not_ready()
 
     def require_registry(self) -> Registry:
         """Raises Unavailable before the registry is open."""

@@ -4,75 +4,159 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import os
+import resource
+import signal
 import socket
+import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from uvicorn.config import STARTUP_FAILURE
 
 from server.api.app import create_app
+from server.api.connection import Connection, ConnectionConfig, ConnectionLimits
 from server.api.face import Face
+from server.api.output import discard_output, say
+from server.api.signals import handling_signals
+from server.api.tls import tls_context
 from server.base_model import BaseModel, StartError
 from server.border.client import EngineClient
 from server.config import Settings
 
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+_UNSENT_BYTES = 128 * 2**10  # of an answer, in the kernel, or it takes megabytes that nobody reads
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
+_CHECK_S = 1.0  # between two looks at every connection
+_CLOSED_AT_ONCE = 8  # connections, before others of the loop get their turn
+_LAST_S = 1.0  # for the engine, when a second signal ends the server at once
+_OWN_FILES = 256  # descriptors that are not connections: the registry, adapters, the engine's sockets
 
 
 class Server(uvicorn.Server):
-    """Ends in order: the first SIGTERM or SIGINT drains, a second one ends at once."""
+    """Ends in order: the first signal drains, a second one ends at once."""
 
-    def __init__(self, config: uvicorn.Config, face: Face) -> None:
+    def __init__(self, config: ConnectionConfig, face: Face) -> None:
         super().__init__(config)
         self.exit_code = 0
+        self._connections = config
         self._face = face
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._drain: asyncio.Task[None] | None = None
-        self._signalled = False
+        self._ending: list[asyncio.Task[None]] = []
+        self._signals = 0
+        self._checked_at = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own, with a bound on how long a client may take to agree on TLS."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        self._checked_at = self._loop.time()
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        tls = self.config.ssl
+        self.servers = [
+            await self._loop.create_server(
+                self._connection,
+                sock=each,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=self._face.settings.read_timeout_s if tls else None,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
+
+    def _connection(self) -> asyncio.Protocol:
+        state = self.lifespan.state
+        return Connection(self._connections, self.server_state, state, self._loop)
+
+    async def on_tick(self, counter: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        if (elapsed := now - self._checked_at) >= _CHECK_S:
+            self._checked_at = now
+            await self._check_connections(now, elapsed)
+        return await super().on_tick(counter)
+
+    async def _check_connections(self, now: float, elapsed: float) -> None:
+        """A few closings at a time: a thousand clients that are late at once must not hold up the others."""
+        closed = 0
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection) and connection.check(now, elapsed):
+                closed += 1
+                if closed % _CLOSED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with handling_signals(self.handle_exit):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._signalled or self._loop is None:
-            self.force_exit = self.should_exit = True
-            return
-        self._signalled = True
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        self._signals += 1
+        if self._loop is None:
+            self.should_exit = True
+        elif self._signals == 1:
+            self._loop.call_soon_threadsafe(self._begin, self._end)
+        elif self._signals == 2:
+            say(f"{signal.Signals(sig).name} came again: ends at once")
+            self._loop.call_soon_threadsafe(self._begin, partial(self._end_at_once, 128 + sig))
+        else:
+            os._exit(128 + sig)
 
     def fail(self, reason: str) -> None:
         """The server cannot do its work: say why, end with code 1."""
-        print(f"chorus: {_one_line(reason)}", file=sys.stderr, flush=True)
+        say(reason)
         self.exit_code = 1
         self.should_exit = True
 
-    def _begin_drain(self) -> None:
-        self._drain = asyncio.create_task(self._end(), name="drain")
+    def _begin(self, end: Callable[[], Coroutine[None, None, None]]) -> None:
+        self._ending.append(asyncio.create_task(end(), name="end"))
 
     async def _end(self) -> None:
         await self._face.drain.finish(self._face.settings.shutdown_grace_s)
         self.should_exit = True
 
+    async def _end_at_once(self, code: int) -> None:
+        """As a kill would, which loses nothing that was answered; but the engine's sockets are removed."""
+        with suppress(Exception):
+            await asyncio.wait_for(self._face.engine.stop(), _LAST_S)
+        os._exit(code)
+
 
 def serve(settings: Settings, new_engine: Callable[[Settings], EngineClient]) -> int:
     """Runs until a signal; returns the exit code. `new_engine` gets the settings with what was found of the
     model filled in. Raises StartError."""
+    tls = tls_context(settings)
     base = BaseModel.resolve(settings)
     resolved = {"model": str(base.folder), "served_model_name": base.name}
     resolved |= {"tokenizer": str(base.tokenizer_folder)}
     settings = settings.model_copy(update=resolved)
     listener = bind(settings)
-    return run(settings, new_engine(settings), base, listener)
+    return run(settings, new_engine(settings), base, listener, tls)
 
 
-def run(settings: Settings, engine: EngineClient, base: BaseModel, listener: socket.socket) -> int:
+def run(
+    settings: Settings,
+    engine: EngineClient,
+    base: BaseModel,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """The same with a given engine, on a bound socket."""
-    url = f"http://{_for_url(settings.host)}:{listener.getsockname()[1]}"
+    scheme = "https" if tls else "http"
+    url = f"{scheme}://{_for_url(settings.host)}:{listener.getsockname()[1]}"
     server: Server | None = None
 
     def on_ready(face: Face) -> None:
@@ -84,14 +168,11 @@ def run(settings: Settings, engine: EngineClient, base: BaseModel, listener: soc
             server.fail(reason)
 
     app = create_app(settings, engine, base, on_ready=on_ready, on_failed=on_failed)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        ws="none",
-        timeout_graceful_shutdown=_UPLOADS_S,
+    limits = ConnectionLimits.of(settings)
+    limits = replace(limits, connections=_room_for(limits.connections))
+    encrypted = {"ssl_context_factory": lambda config, default: tls} if tls else {}
+    config = ConnectionConfig(
+        app, settings, limits=limits, lifespan="on", timeout_graceful_shutdown=_UPLOADS_S, **encrypted
     )
     server = Server(config, app.state.face)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
@@ -103,14 +184,30 @@ async def _serve(server: Server, engine: EngineClient, listener: socket.socket) 
     try:
         await server.serve([listener])
     finally:
-        await engine.stop()  # after a forced end the lifespan has not done it
+        await engine.stop()  # when the lifespan was not begun, it has not done it
+
+
+def _room_for(connections: int) -> int:
+    """How many of them this process may have open at once; raises its limit of open files for them."""
+    wanted = connections + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    room = max(1, soft - _OWN_FILES)
+    logger.warning("open files are limited to %d: at most %d connections (--max-connections)", soft, room)
+    return room
 
 
 def bind(settings: Settings) -> socket.socket:
     """Before the model is loaded, so that a port in use is known at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        return listener
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartError(f"--host {settings.host} --port {settings.port}: {reason}") from error
@@ -133,13 +230,15 @@ def print_summary(face: Face, url: str) -> None:
     table.add_row("context", f"{info.max_model_len:,} tokens")
     table.add_row("ready at", url)
     console = Console(highlight=False)
-    console.print(f"[bold]{face.base.name}[/bold] ({info.model_type}), loaded in {info.load_seconds:.1f} s")
-    console.print(table)
+    try:
+        console.print(
+            f"[bold]{face.base.name}[/bold] ({info.model_type}), loaded in {info.load_seconds:.1f} s"
+        )
+        console.print(table)
+    except (OSError, SystemExit):  # rich's word for a broken pipe; but the server's work is elsewhere
+        logger.warning("the summary could not be printed: nobody reads standard output")
+        discard_output()
 
 
 def _for_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import as_chorus_error, error_response
 from server.api.operation import Operation
+from server.errors import Unavailable
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger("server.access")
@@ -51,6 +53,10 @@ class RequestScope:
             shown = as_chorus_error(error)
             if status == 0:
                 await error_response(shown)(scope, receive, tagged)
+        except asyncio.CancelledError:  # the server ends, and this has outlasted the drain
+            if status == 0:
+                ended = Unavailable("The server is shutting down.", code="shutting_down")
+                await error_response(ended)(scope, receive, tagged)
         finally:
             self._finish(scope, status, state.get("outcome"), time.monotonic() - began, request_id)
 

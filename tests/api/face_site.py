@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator
 from concurrent import futures
 from contextlib import asynccontextmanager
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 
 from server.api.app import create_app
+from server.api.connection import ConnectionConfig
 from server.api.face import Face
+from server.api.listen import Server, bind
 from server.base_model import BaseModel
 from server.config import Settings
 from tests.api.fake_engine import FakeEngine
@@ -87,7 +87,7 @@ async def open_site(
         load_format="dummy",
         adapters=root / "adapters",
         data_dir=root / "data",
-        **fields,
+        **{"allowed_hosts": "chorus"} | fields,
     )
     engine = engine or FakeEngine()
     ready = asyncio.Event()
@@ -100,10 +100,13 @@ async def open_site(
     app = create_app(
         settings, engine, BaseModel.resolve(settings), on_ready=lambda _: ready.set(), on_failed=on_failed
     )
-    transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://chorus") as client,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app),
+            base_url="http://chorus",
+            event_hooks={"request": [_say_json]},
+        ) as client,
     ):
         site = Site(app, engine, client)
         site.failures = failures
@@ -112,11 +115,18 @@ async def open_site(
         yield site
 
 
+async def _say_json(request: httpx.Request) -> None:
+    """Of bodies that a test gives as bytes."""
+    if request.method == "POST":
+        request.headers.setdefault("content-type", "application/json")
+
+
 @asynccontextmanager
 async def listen(app: FastAPI) -> AsyncIterator[str]:
     """The app (whose lifespan runs already) on a free port; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+    face: Face = app.state.face
+    listener = bind(face.settings.model_copy(update={"port": 0}))
+    server = Server(ConnectionConfig(app, face.settings, lifespan="off"), face)
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
         await asyncio.sleep(0.01)

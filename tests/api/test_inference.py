@@ -357,3 +357,19 @@ async def test_without_a_tokenizer(tmp_path: Path) -> None:
         assert (choice["text"], choice["token_ids"]) == ("", [9, 8, 1])
         chunks = events((await site.complete(prompt=[5], stream=True, return_token_ids=True)).text)
         assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[9], [8], [1]]
+
+
+async def test_an_engine_without_a_sign_of_life_gets_no_more_work(tmp_path: Path) -> None:
+    async with open_site(tmp_path) as site:
+        site.engine.last_heartbeat -= 1000
+        site.engine.retry_after_s = 7
+        for refused in (
+            await site.complete(),
+            await site.chat(),
+            await site.client.post("/v1/adapters/sql/load"),
+            await site.client.post("/v1/adapters/sql/unload"),
+        ):
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
+            assert refused.json()["error"]["code"] == "engine_not_ready"
+            assert "unresponsive" in refused.json()["error"]["message"]
+        assert not site.engine.requests

@@ -138,6 +138,7 @@ async def load_adapter(request: Request, name: str) -> Response:
     """Bring it (or `name@version`) into accelerator memory; `{"pin": true}` keeps it there."""
     face = face_of(request)
     registry = face.require_registry()
+    face.require_answers()
     raw = await read_body(request, _MAX_JSON_BYTES)
     body = _parse(raw, LoadBody) if raw else LoadBody()
     if body.pin and split_version(name)[1] is not None:
@@ -155,6 +156,7 @@ async def unload_adapter(request: Request, name: str) -> Response:
     """Take it out of accelerator memory and undo a pin. 409 when it is still in use after a few seconds."""
     face = face_of(request)
     registry = face.require_registry()
+    face.require_answers()
     with registry.acquire(name) as lease:
         version = lease.version
     await in_thread(lambda: registry.set_pinned(version.name, False))

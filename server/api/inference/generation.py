@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +14,7 @@ import msgspec
 
 from server.api.inference.replies import ChoiceFinishReason
 from server.border.client import EngineClient
-from server.errors import ChorusError, InvalidRequest, OutOfMemory, Unavailable
+from server.errors import ChorusError, InvalidRequest, OutOfMemory, TooSlow, Unavailable
 from server.messages import ErrorCode, Logprobs, Request, TokenOutput
 from server.telemetry.metrics import Metrics
 from server.text.detokenizer import Detokenizer
@@ -120,17 +122,36 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to answer."""
 
 
+# What a delta takes, about, as objects here and as JSON later. Bytes.
+_DELTA_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 200, 40, 100
+
+
+def size_of(delta: Delta) -> int:
+    """Bytes, about."""
+    size = _DELTA_BYTES + len(delta.text) + _TOKEN_BYTES * len(delta.token_ids)
+    if delta.logprobs is not None:
+        size += _LOGPROB_BYTES * sum(1 + len(token.values.top) for token in delta.logprobs)
+    return size
+
+
 class Generation:
     """Runs the choices side by side; hands out what is ready, many deltas at a time.
 
-    `async with` starts it and, on every way out, ends what still runs in the engine.
+    `async with` starts it and, on every way out, ends what still runs in the engine. While the taker hands
+    over what it took, at most `most_waiting` bytes, about, are kept for it; then it all fails with TooSlow.
     """
 
-    def __init__(self, engine: EngineClient, choices: list[Choice], metrics: Metrics) -> None:
+    def __init__(
+        self, engine: EngineClient, choices: list[Choice], metrics: Metrics, most_waiting: int
+    ) -> None:
         self.choices = choices
         self._engine = engine
         self._metrics = metrics
         self._ready: list[Delta] = []
+        self._waiting = 0  # bytes of `_ready`
+        self._most_waiting = most_waiting
+        self._handing_over = False  # the taker is at work with what it took
+        self._patience: asyncio.Timeout | None = None
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,11 +174,27 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """End all of it: `take` raises `error` once what is ready was taken. The first one counts."""
-        self._failure = self._failure or error
+        if self._failure is not None:
+            return
+        self._failure = error
         self._wake.set()
+        if self._patience is not None and self._handing_over:
+            self._patience.reschedule(-math.inf)
+
+    @asynccontextmanager
+    async def handing_over(self) -> AsyncIterator[None]:
+        """Around the taker's loop: a failure ends its waiting for a client that does not read. Raises it."""
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                yield
+        except TimeoutError:
+            raise self._failure or TimeoutError from None
+        finally:
+            self._patience = None
 
     async def take(self) -> list[Delta]:
         """All that is ready, waiting for at least one; empty at the end. Raises what ended it early."""
+        self._handing_over = False
         while not self._ready:
             if self._failure is not None:
                 raise self._failure
@@ -167,7 +204,8 @@ class Generation:
             await self._wake.wait()
         if isinstance(self._failure, ClientGone):
             raise self._failure
-        ready, self._ready = self._ready, []
+        ready, self._ready, self._waiting = self._ready, [], 0
+        self._handing_over = True
         return ready
 
     async def _follow(self, choices: list[Choice]) -> None:
@@ -194,8 +232,7 @@ class Generation:
                     elapsed = now - last[output.request_id]
                     self._metrics.observe_tokens(len(delta.token_ids), elapsed, first=first)
                     last[output.request_id] = now
-                self._ready.append(delta)
-                self._wake.set()
+                self._put(delta)
                 if delta.finish_reason is not None:
                     del running[output.request_id]
                     if output.finish_reason is None:  # a stop string, of which the engine knows nothing
@@ -203,6 +240,18 @@ class Generation:
                     if not running:
                         return
         raise ChorusError("The engine ended this request without a reason.", code="internal_error")
+
+    def _put(self, delta: Delta) -> None:
+        """Raises TooSlow, and ends every choice, when too much waits."""
+        self._ready.append(delta)
+        self._waiting += size_of(delta)
+        if self._handing_over and self._waiting > self._most_waiting:
+            self._ready, self._waiting = [], 0
+            for task in self._tasks:
+                if task is not asyncio.current_task():
+                    task.cancel()
+            raise TooSlow("The client did not read its stream, and too much of it waited.")
+        self._wake.set()
 
 
 def engine_error(output: TokenOutput) -> ChorusError:

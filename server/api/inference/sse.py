@@ -52,7 +52,7 @@ class GenerationResponse(Response):
             with spec.mix.lease(face) as leased:
                 choices = spec.choices(leased)
                 spec.reply.start(leased.version, choices)
-                generation = Generation(face.engine, choices, face.metrics)
+                generation = Generation(face.engine, choices, face.metrics, face.settings.max_unread_bytes)
                 with face.drain.serving(generation.fail), _counted(face, leased, choices):
                     await self._answer(generation, receive, send)
         except ClientGone:
@@ -83,11 +83,12 @@ class GenerationResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         reply = self._spec.reply
         try:
-            while ready:
-                events = b"".join([event(chunk) for delta in ready if (chunk := reply.chunk(delta))])
-                if events:
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
-                ready = await generation.take()
+            async with generation.handing_over():
+                while ready:
+                    events = b"".join([event(chunk) for delta in ready if (chunk := reply.chunk(delta))])
+                    if events:
+                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                    ready = await generation.take()
             usage = reply.usage_chunk()
             last = event(usage) + DONE if usage else DONE
         except ClientGone:

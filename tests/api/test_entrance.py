@@ -1,0 +1,41 @@
+"""Requests that come at once begin in turns."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from itertools import pairwise
+
+from server.api.entrance import _BEGUN_AT_ONCE, Entrance
+
+
+async def test_a_few_in_each_turn_and_in_order() -> None:
+    entrance, begun = Entrance(), []
+    for at in range(3 * _BEGUN_AT_ONCE + 1):
+        entrance.enter(partial(begun.append, at))
+    counts = [len(begun)]
+    while len(begun) <= 3 * _BEGUN_AT_ONCE:
+        await asyncio.sleep(0)
+        counts.append(len(begun))
+    assert counts[0] == _BEGUN_AT_ONCE
+    assert max(b - a for a, b in pairwise(counts)) <= _BEGUN_AT_ONCE
+    assert begun == sorted(begun)
+
+
+async def test_a_probe_does_not_wait() -> None:
+    entrance, begun = Entrance(), []
+    for at in range(100):
+        entrance.enter(partial(begun.append, at))
+    entrance.enter(partial(begun.append, -1), at_once=True)
+    assert begun[-1] == -1
+
+
+async def test_it_is_open_again_after_a_rest() -> None:
+    entrance, begun = Entrance(), []
+    for _ in range(3):
+        for at in range(_BEGUN_AT_ONCE):
+            entrance.enter(partial(begun.append, at))
+        assert len(begun) % _BEGUN_AT_ONCE == 0
+        for _ in range(4):
+            await asyncio.sleep(0)
+    assert len(begun) == 3 * _BEGUN_AT_ONCE
