@@ -64,6 +64,9 @@ class CpuKernels:
         self._deltas = torch.empty(0)
         self._width = 0
 
+    def prepare(self, segments: Segments) -> Segments:
+        return segments
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(self, x_TI, modules, segments, arena)
 

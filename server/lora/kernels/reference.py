@@ -18,6 +18,9 @@ class ReferenceKernels:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
+    def prepare(self, segments: Segments) -> Segments:
+        return segments
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(x_TI, modules, segments, arena, self.dtype)
 
