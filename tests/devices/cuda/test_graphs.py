@@ -29,6 +29,7 @@ from server.devices.cuda.graphs import (
 from server.engine.engine import Engine
 from server.lora.kernels.interface import ArenaView
 from server.lora.segments import Segments
+from server.model import loader, proof
 from server.model.attention.interface import AttentionPlan, LayerCacheSpec
 from server.model.batch import Batch
 from server.model.device import NotCapturable
@@ -109,11 +110,11 @@ def test_captured_steps_give_the_tokens_of_the_model(
         Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens)
         for length, adapter, tokens in ((9, a, 4), (3, None, 5), (5, b, 3), (2, a, 6), (4, a, 5))
     ]
-    engine, fake = triton_engine(), FakeCapture()
+    engine, fake = triton_engine(max_num_batched_tokens=12), FakeCapture()
     assert engine._runner.fused
-    capture(engine, fake, most=5, tokens=24)
+    capture(engine, fake, most=5, tokens=12)
     captures = fake.captures
-    assert captures == sum(len(kinds_of(size)) for size in sizes_up_to(5)) + len(prompt_kinds_of(24, 5))
+    assert captures == sum(len(kinds_of(size)) for size in sizes_up_to(5)) + len(prompt_kinds_of(12, 5))
     before = fake.replays
     assert serve(engine, jobs) == expected(model, jobs)
     assert fake.captures == captures, "captured while it served"
@@ -421,10 +422,12 @@ def test_prompt_sizes(most: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padded_steps_with_prompts_give_the_logits_of_unpadded_ones(
-    architecture: str, tmp_path: Path
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that holds a decode, a prompt's middle and ends of prompts, with an adapter, a mix and without."""
     pytest.importorskip("triton")
+    for module in (proof, loader):
+        monkeypatch.setattr(module, "LENGTHS", (2, 1))  # the interpreter takes its time
     loaded = load(settings_for(build(architecture, tmp_path / "model"), max_model_len=64))
     runner = Runner(loaded, cuda_operators(loaded), num_blocks=16, block_size=16)
     ranks = [[3 + module % 2 for module in range(len(runner.targets))], [4 for _ in runner.targets]]

@@ -22,6 +22,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
 from server.devices.cuda.lora import Tiling, TritonKernels  # noqa: E402  (after the skip)
+from server.devices.cuda.lora_kernels import _shares  # noqa: E402
 from server.devices.cuda.lora_work import longest_of, lora_work  # noqa: E402
 from tests.lora.kernels import apply  # noqa: E402
 
@@ -260,6 +261,28 @@ def test_work_is_bounded(tokens: list[int], in_features: int) -> None:
     tiling = Tiling.choose(work, sum(tokens), in_features, (4096,), 2, programs=528, h_token_bytes=of_token)
     assert 1 <= tiling.most_splits <= max(1, 2**26 // (sum(tokens) * of_token))
     assert max(tiling.shrink_programs, tiling.expand_programs) <= 528
+
+
+@triton.jit
+def write_shares(out, live, modules, in_features, programs, most_splits, BLOCK_K: triton.language.constexpr):
+    splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
+    triton.language.store(out, splits)
+    triton.language.store(out + 1, split_size)
+    triton.language.store(out + 2, sharers)
+
+
+@pytest.mark.parametrize("modules", [1, 2, 3])
+@pytest.mark.parametrize("in_features", [896, 4096, 14336])
+def test_few_items_keep_as_many_programs_busy_as_many_do(in_features: int, modules: int) -> None:
+    """Half of those that fill the chip at least, or of those that the input has work for."""
+    programs, block_k = 528, 256
+    for live in (1, 2, 4, 7, 16, 43, 64, 100, 256):
+        found = torch.zeros(3, dtype=torch.int32)
+        write_shares[(1,)](found, live, modules, in_features, programs, 32, BLOCK_K=block_k)
+        splits, split_size, sharers = found.tolist()
+        assert splits * split_size >= in_features > (splits - 1) * split_size
+        most = min(programs, live * modules * min(32, -(-in_features // block_k)) * sharers)
+        assert live * modules * splits * sharers >= most / 2
 
 
 def test_import_is_safe_without_triton() -> None:
