@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.lora.arena import Extent
+from server.lora.pins import Pins
 from server.lora.version import Place, Version
 
 DISK, READING, HOST, COPYING, RESIDENT, LEAVING = Place
@@ -60,11 +61,15 @@ def test_it_moves_as_the_table_says_and_in_no_other_way(start: Place, events: li
             assert (version.place is LEAVING) == (goes is not None)
 
 
-def test_an_unload_undoes_a_pin() -> None:
-    version = Version("digest", "/path", HOST)
-    version.pinned = True
-    version.unload(forget=False)
-    assert not version.pinned
+def test_a_pin_counts_until_it_is_undone() -> None:
+    version, pins = Version("digest", "/path", HOST), Pins(share=0.5, total=100)
+    for _ in range(2):  # again is no more
+        pins.add(version, 40)
+    other = pins.over_share(Version("other", "/path", HOST), 20)
+    assert version.pinned and pins.digests == {"digest"} and other is not None
+    pins.remove(version)
+    assert not version.pinned and not pins.digests
+    assert pins.over_share(Version("other", "/path", HOST), 20) is None
 
 
 @pytest.mark.parametrize("place", [READING, COPYING, RESIDENT, LEAVING])

@@ -25,7 +25,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these layers", allow_module_level=True)
 
-from server.devices.cuda.graphs import _NO_SEQUENCES  # noqa: E402  (after the skip)
+from server.devices.cuda.graph_inputs import NO_SEQUENCES  # noqa: E402  (after the skip)
 from server.devices.cuda.layers import _JointLinear  # noqa: E402  (the same)
 
 # With each: whether transformers' forward around the layers is left out too.
@@ -90,7 +90,7 @@ def test_joined_linears_share_one_memory(bias: tuple[bool, ...]) -> None:
     parts = linears(5, 1, 3, bias=bias)
     x = torch.randn(4, 6)
     want = [part(x) for part in parts]
-    joint, step = _JointLinear(parts), Step(_NO_SEQUENCES.attention, None)
+    joint, step = _JointLinear(parts), Step(NO_SEQUENCES.attention, None)
     torch.testing.assert_close(joint(x, step), torch.cat(want, dim=1))
     storages = set()
     for part, before in zip(parts, want, strict=True):
