@@ -74,6 +74,7 @@ def _first(adapters: Path) -> Path:
 
 async def _play(case: Case, site: Site) -> Result:
     async with site:
+        await site.warm_up()
         before = await site.books()
         with Watch(site.host, site.port) as watch:
             verdict, seen = await _verdict(case, site)

@@ -133,6 +133,13 @@ class Site:
         metrics = await self.metrics()  # a new engine has said nothing yet
         return metrics.get("vllm:num_requests_running") == metrics.get("vllm:num_requests_waiting") == 0
 
+    async def warm_up(self) -> None:
+        """Once a server: what it starts or loads at first use, so that the books show leaks alone."""
+        await self.until(self.ready, "the server to be ready")
+        await self.complete()
+        await self.complete(prompt="word " * 60_000)  # the process that reads large bodies
+        await self.http.post("/v1/adapters", json={"name": "absent", "source": "file:/absent"})
+
     async def books(self) -> Books:
         """When all has ended, or after half a minute as it is."""
         with contextlib.suppress(TimeoutError):

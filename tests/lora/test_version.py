@@ -66,9 +66,12 @@ def test_a_pin_counts_until_it_is_undone() -> None:
     for _ in range(2):  # again is no more
         pins.add(version, 40)
     other = pins.over_share(Version("other", "/path", HOST), 20)
-    assert version.pinned and pins.digests == {"digest"} and other is not None
+    assert version.pinned
+    assert pins.digests == {"digest"}
+    assert other is not None
     pins.remove(version)
-    assert not version.pinned and not pins.digests
+    assert not version.pinned
+    assert not pins.digests
     assert pins.over_share(Version("other", "/path", HOST), 20) is None
 
 
