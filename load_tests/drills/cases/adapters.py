@@ -8,6 +8,7 @@ import json
 import struct
 import tarfile
 import zipfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,10 @@ def scaled(files: dict[str, bytes], factor: float) -> dict[str, bytes]:
     return files | {_WEIGHTS: save(tensors)}
 
 
+async def _seen(answers: dict[str, set[str]], version: str) -> bool:
+    return version in answers
+
+
 @case(30, "replace under traffic", "each response from exactly one version; no prefix is shared across")
 async def replace_under_traffic(site: Site) -> str:
     files = site.adapter_files()
@@ -236,7 +241,7 @@ async def replace_under_traffic(site: Site) -> str:
     for k in range(1, 6):
         answer = await site.upload("moving", scaled(files, (-1.0) ** k + k / 50), "PUT")
         expect(answer.status_code == 200, answer.text[:100])
-        await asyncio.sleep(0.5)
+        await site.until(partial(_seen, answers, answer.json()["digest"]), "an answer of the new version")
     stop.set()
     await asyncio.gather(*clients)
     await site.http.delete("/v1/adapters/moving")
