@@ -225,7 +225,7 @@ async def test_the_operators_figures_tell_tenants_apart(tenants: Tenants) -> Non
     await tenants.acme.complete("a")
     zeros = dict.fromkeys(EngineStats.__struct_fields__, 0)
     tenants.site.engine.stats = EngineStats(
-        **zeros | {"resident": tuple(created), "on_host": (), "waiting_digests": ()}  # type: ignore[arg-type]
+        **zeros | {"resident": tuple(created), "on_host": (), "running_digests": (), "waiting_digests": ()}  # type: ignore[arg-type]
     )
     assert (await tenants.acme.ask("GET", "/metrics")).status_code == 403
     text = (await tenants.operator.ask("GET", "/metrics")).text

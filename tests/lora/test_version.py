@@ -60,13 +60,6 @@ def test_it_moves_as_the_table_says_and_in_no_other_way(start: Place, events: li
             assert (version.place is LEAVING) == (goes is not None)
 
 
-def test_an_unload_undoes_a_pin() -> None:
-    version = Version("digest", "/path", HOST)
-    version.pinned = True
-    version.unload(forget=False)
-    assert not version.pinned
-
-
 @pytest.mark.parametrize("place", [READING, COPYING, RESIDENT, LEAVING])
 def test_it_settles_on_disk_or_on_the_host_only(place: Place) -> None:
     version = Version("digest", "/path", DISK)

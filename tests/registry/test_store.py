@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import InsufficientStorage
-from server.registry.store import ContentStore, Staging, open_regular
+from server.registry.store import ContentStore, DataFolderError, Staging, open_regular
 from tests.registry import adapter_files
 
 
@@ -182,6 +182,6 @@ def test_the_lock_is_not_made_through_a_link(data_dir: Path, tmp_path: Path) -> 
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (data_dir / "lock").symlink_to(precious)
-    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+    with pytest.raises(DataFolderError, match="Too many levels of symbolic links"):
         ContentStore(data_dir)
     assert precious.read_text() == "precious"
