@@ -1,10 +1,23 @@
-"""Triton reads TRITON_INTERPRET once, when it is imported, so it is set before any test module is.
+"""What all tests share: Triton's interpreter, and a log that is as it was after each of them."""
 
-Without a GPU its interpreter runs the kernels' tests on the CPU; with one, tests/gpu runs them compiled.
-"""
-
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+# Triton reads it once, when it is imported, so it is set before any test module is. Without a GPU its
+# interpreter runs the kernels' tests on the CPU; with one, tests/gpu runs them compiled.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A command that is run inside a test leaves a handler behind, on a stream that is closed by then."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

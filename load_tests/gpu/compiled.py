@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from server.devices.cuda.attention import PagedTritonAttention
 from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
 from server.devices.cuda.lora import TritonKernels
+from server.devices.cuda.lora_work import lora_work
 from server.devices.cuda.sampling import triton_argmax, triton_draw
 from server.lora.kernels.interface import ArenaView, Modules, Part
 from server.lora.segments import Segments
@@ -77,6 +78,7 @@ def launch_lora(
     dtype: torch.dtype,
     in_features: int = 4096,
     widths: tuple[int, ...] = (4096, 1024, 1024),  # Q, K and V
+    longest: int | None = None,  # tokens of an item; None: as the lengths have it
 ) -> None:
     segments = Segments.build([(((slot, 1.0),), length) for slot, length in enumerate(lengths)])
     assert segments is not None
@@ -89,7 +91,10 @@ def launch_lora(
     x = torch.empty(sum(lengths), in_features, dtype=dtype)
     y = torch.empty(sum(lengths), sum(widths), dtype=dtype)
     kernels = TritonKernels(programs=4 * MULTIPROCESSORS)
-    kernels.begin(x, Modules(2, widths), segments, arena).finish(y)
+    prepared = kernels.prepare(segments)
+    if longest is not None:
+        prepared = replace(segments, work=lora_work(segments, longest))
+    kernels.begin(x, Modules(2, widths), prepared, arena).finish(y)
 
 
 def launch_attention(
@@ -99,6 +104,7 @@ def launch_attention(
     context: int = 4096,
     kv_heads: int = 8,
     ratio: int = 4,
+    prompts: bool = False,  # as in a captured step with prompts
     **options: Any,
 ) -> None:
     tokens = sum(queries)
@@ -110,7 +116,7 @@ def launch_attention(
         torch.empty(len(queries), context // 16, dtype=torch.int32),
         torch.empty(tokens, dtype=torch.int64),
         num_seqs=len(queries),
-        max_query_len=max(queries),
+        max_query_len=sum(queries) if prompts else max(queries),
         max_context_len=context,
     )
     # as slices of what one product made

@@ -97,17 +97,15 @@ class Inputs:
 
     def triton(self) -> Callable[[int], None]:
         kernels, adapters = TritonKernels(), self.case.adapters
-        segments = [
-            Segments.build(
-                [(((call * adapters + i, 1.0),), length) for i, length in enumerate(self.lengths)], device()
-            )
+        built = (
+            Segments.build([(((call * adapters + i, 1.0),), length) for i, length in enumerate(self.lengths)])
             for call in range(self.case.calls())
-        ]
+        )
+        steps = [kernels.prepare(segments).to(device()) for segments in built if segments is not None]
 
         def apply(call: int) -> None:
-            step = segments[call]
-            assert step is not None
-            kernels.begin(self.x, Modules(0, (self.case.out_features,)), step, self.arena).finish(self.out)
+            modules = Modules(0, (self.case.out_features,))
+            kernels.begin(self.x, modules, steps[call], self.arena).finish(self.out)
 
         return apply
 

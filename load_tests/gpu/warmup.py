@@ -1,4 +1,4 @@
-"""The kernels that an engine compiles: those of decode graphs, at start, and those of steps with prompts.
+"""The kernels that an engine compiles: those of captured steps, at start, and those of larger steps.
 
     python -m load_tests.gpu.warmup             # how many, without compiling
     python -m load_tests.gpu.warmup --compile   # all of them for sm_90, and what spills registers
@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from load_tests.gpu.compiled import Compiled, compile_only, distinct, launch_attention, launch_lora, read
-from server.devices.cuda.graphs import kinds_of, sizes_up_to
+from server.devices.cuda.graph_inputs import Kind
+from server.devices.cuda.graphs import kinds_of, prompt_kinds_of, prompt_sizes_up_to, sizes_up_to
 from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.lora_work import SHARED
 from server.model.layer_reader import Activation, Norm
 
 Launch = Callable[[], None]
+_STEP_TOKENS = 8192  # of an engine by default
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,21 @@ class Model:
             (self.hidden, (self.vocab,)),
         ]
 
-    def attend(self, queries: list[int]) -> None:
-        ratio = self.heads // self.kv_heads
+    def attend(self, queries: list[int], *, prompts: bool = False) -> None:
+        """`prompts`: in tiles for prompts, however short they are."""
+        shape = {"dim": self.dim, "kv_heads": self.kv_heads, "ratio": self.heads // self.kv_heads}
         for options in self.attention:
-            launch_attention(queries, self.dtype, self.dim, kv_heads=self.kv_heads, ratio=ratio, **options)
+            launch_attention(queries, self.dtype, prompts=prompts, **shape, **options)
 
-    def add_deltas(self, lengths: list[int]) -> None:
-        for in_features, widths in self.inputs():
-            launch_lora(lengths, self.dtype, in_features, widths)
+    def add_deltas(self, lengths: list[int], rows: list[int], kind: Kind | None = None) -> None:
+        """Of segments of so many tokens, and at the output head of so many rows."""
+        *inside, head = self.inputs()
+        longest = of_rows = None if kind is None else kind.longest
+        if kind is not None and kind.prompts:
+            of_rows = SHARED
+        for in_features, widths in inside:
+            launch_lora(lengths, self.dtype, in_features, widths, longest=longest)
+        launch_lora(rows, self.dtype, *head, longest=of_rows)
 
     def norms(self, tokens: int = 16) -> None:
         """All that a layer and the end of the model launch besides."""
@@ -106,20 +116,23 @@ TINY = {
 def decode(model: Model) -> Iterator[Launch]:
     """Of the steps that are captured."""
     yield lambda: model.norms()
-    for size in sizes_up_to(model.max_num_seqs):
-        yield lambda size=size: model.attend([1] * size)
-        for kind in kinds_of(size):
-            if kind.longest:
-                lengths = [kind.longest] + [1] * (kind.segments - 1)
-                yield lambda lengths=lengths: model.add_deltas(lengths)
+    sizes = [kinds_of(size) for size in sizes_up_to(model.max_num_seqs)]
+    sizes += [prompt_kinds_of(tokens, model.max_num_seqs) for tokens in prompt_sizes_up_to(_STEP_TOKENS)]
+    for kind in (kind for kinds in sizes for kind in kinds):
+        rows = [1] * kind.sequences
+        lengths = [*rows[1:], kind.tokens - len(rows[1:])]
+        if kind.longest:
+            yield lambda kind=kind, lengths=lengths, rows=rows: model.add_deltas(lengths, rows, kind)
+        else:
+            yield lambda kind=kind, lengths=lengths: model.attend(lengths, prompts=kind.prompts)
 
 
 def prompts(model: Model) -> Iterator[Launch]:
-    """Of steps with a prompt of 500 tokens beside others that decode: without adapters, and one for each."""
+    """Of steps too large to be captured, a prompt beside others that decode: with adapters and without."""
     for others in sorted({0, *(size - 1 for size in sizes_up_to(model.max_num_seqs))}):
-        lengths = [1] * others + [500]
+        lengths = [1] * others + [2000]
         yield lambda lengths=lengths: model.attend(lengths)
-        yield lambda lengths=lengths: model.add_deltas(lengths)
+        yield lambda lengths=lengths: model.add_deltas(lengths, [1] * len(lengths))
 
 
 def kernels(launches: Iterable[Launch]) -> set[tuple[str, str]]:

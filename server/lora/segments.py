@@ -14,6 +14,27 @@ import torch
 
 
 @dataclass(frozen=True)
+class SegmentWork:
+    """What the programs of a step's LoRA kernels do, in all modules; `LoraKernels.prepare` makes it.
+
+    An item is up to `longest` tokens of one segment.
+    """
+
+    # [1 + I, 8] int32, of each item after the first row: first token, tokens, the slot and (its bits) the
+    # weight of its first entry, and which entries are its own, [begin, end); two are left over. The first row
+    # begins with how many items there are: in a captured step fewer than there is room for.
+    items: torch.Tensor
+    longest: int
+
+    @property
+    def room(self) -> int:
+        return len(self.items) - 1
+
+    def to(self, device: torch.device | str) -> SegmentWork:
+        return replace(self, items=self.items.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
 class Segments:
     """The adapter mixes of one step, built once on the host for all modules.
 
@@ -28,6 +49,7 @@ class Segments:
     weights: torch.Tensor  # [E] float32
     num_tokens: int  # tokens covered by segments = token_starts[G]
     max_tokens: int  # longest segment
+    work: SegmentWork | None = None  # for kernels that want one, see `LoraKernels.prepare`
 
     @property
     def num_segments(self) -> int:
@@ -44,6 +66,7 @@ class Segments:
             entry_starts=self.entry_starts.to(device, non_blocking=True),
             slots=self.slots.to(device, non_blocking=True),
             weights=self.weights.to(device, non_blocking=True),
+            work=None if self.work is None else self.work.to(device),
         )
 
     @classmethod

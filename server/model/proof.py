@@ -8,7 +8,7 @@ the modules are themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +80,12 @@ class PagedProbe:
         """All tokens in one step, and which rows of the proof its logits are: [N], every second token."""
         return self._batch([(0, length) for length in self._lengths], every=2)
 
-    def but_the_last(self) -> Batch | None:
-        """All tokens but each prompt's last; None where that is nothing."""
-        spans = [(0, length - 1) for length in self._lengths]
-        return self._batch(spans)[0] if any(last for _, last in spans) else None
-
-    def the_last(self) -> tuple[Batch, torch.Tensor]:
-        """The step after `but_the_last`: one token for each prompt, and its row of the proof [N]."""
-        return self._batch([(length - 1, length) for length in self._lengths])
+    def prompts_then_tokens(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Two steps, and their rows of the proof [N]: all tokens but each prompt's last, if any; those."""
+        before = [(0, length - 1) for length in self._lengths]
+        if any(last for _, last in before):
+            yield self._batch(before)
+        yield self._batch([(length - 1, length) for length in self._lengths])
 
     def _batch(
         self, spans: Sequence[tuple[int, int]], every: int | None = None

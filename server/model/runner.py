@@ -176,8 +176,16 @@ class Runner:
             logits_NV = self._graphs.logits(batch, arena)
             if logits_NV is not None:
                 return logits_NV
-        batch = replace(batch, attention=self._attention.prepare(batch.attention))
-        return self._forward(batch.to(self._device), arena)
+        return self._forward(self._prepared(batch).to(self._device), arena)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """A batch on the host with what the kernels add to it."""
+        prepare = self._operators.lora.prepare
+        segments = samples = batch.segments and prepare(batch.segments)
+        if batch.sample_segments is not batch.segments:
+            samples = batch.sample_segments and prepare(batch.sample_segments)
+        attention = self._attention.prepare(batch.attention)
+        return replace(batch, attention=attention, segments=segments, sample_segments=samples)
 
     @torch.inference_mode()
     def capture(
@@ -198,18 +206,16 @@ class Runner:
         try:
             graphs.warm(arena)
         except NotCapturable as reason:
-            log.warning("decode steps run without CUDA graphs, they could not be captured: %s", reason)
+            log.warning("steps run without CUDA graphs, they could not be captured: %s", reason)
             return
         probe = self._probe(min(len(LENGTHS), max_num_seqs))
-        if (before := probe.but_the_last()) is not None:
-            self.logits(before, None)
-        batch, rows_N = probe.the_last()
         self._graphs = graphs
-        if objection := self._proof.objection(self.logits(batch, arena), rows_N):
-            self._graphs = None
-            log.warning("decode steps run without CUDA graphs: with them, the logits differ: %s", objection)
-            return
-        log.info("captured the decode steps in %.1f s", time.monotonic() - started)
+        for batch, rows_N in probe.prompts_then_tokens():
+            if objection := self._proof.objection(self.logits(batch, arena), rows_N):
+                self._graphs = None
+                log.warning("steps run without CUDA graphs: with them, the logits differ: %s", objection)
+                return
+        log.info("captured the steps in %.1f s", time.monotonic() - started)
 
     def _forward(self, batch: Batch, arena: ArenaView | None) -> torch.Tensor:
         """`logits` of a batch on the device."""

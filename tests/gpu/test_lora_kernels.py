@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from server.devices.cuda.lora import TritonKernels
+from server.devices.cuda.lora_work import lora_work
 from server.lora.kernels.interface import ArenaView
 from server.lora.kernels.reference import ReferenceKernels
 from server.lora.segments import Segments
@@ -48,6 +47,13 @@ def make_arena(
     )
 
 
+def built(mixes: Mixes) -> Segments:
+    """A step's segments on the device, with their items."""
+    segments = Segments.build(mixes)
+    assert segments is not None
+    return TritonKernels().prepare(segments).to("cuda")
+
+
 def reference(
     start: torch.Tensor, x: torch.Tensor, segments: Segments, arena: ArenaView, module: int = 0
 ) -> torch.Tensor:
@@ -61,8 +67,7 @@ def reference(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_llama_projections(layout: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     arena = make_arena(RANKS, in_features, out_features, dtype)
-    segments = Segments.build(LAYOUTS[layout], "cuda")
-    assert segments is not None
+    segments = built(LAYOUTS[layout])
     x = torch.randn(segments.num_tokens + 5, in_features, device="cuda").to(dtype)
     start = torch.randn(segments.num_tokens + 5, out_features, device="cuda").to(dtype)
     expected = reference(start, x, segments, arena)
@@ -82,8 +87,7 @@ def test_llama_projections(layout: str, in_features: int, out_features: int, dty
 def test_odd_sizes_and_strides(layout: str) -> None:
     """Widths that allow no wide loads, rows of a wider tensor, an arena that starts off alignment."""
     arena = make_arena(RANKS, 333, 77, torch.float32)
-    segments = Segments.build(LAYOUTS[layout], "cuda")
-    assert segments is not None
+    segments = built(LAYOUTS[layout])
     x = torch.randn(segments.num_tokens, 340, device="cuda")[:, 3:336]
     start = torch.randn(segments.num_tokens, 80, device="cuda")[:, 1:78]
     out = start.clone()
@@ -97,8 +101,7 @@ def test_arena_past_two_to_the_31_elements() -> None:
     assert free >= 8 * 2**30, f"needs 8 GiB of free memory, there are {free / 2**30:.1f}: fewer workers?"
     arena = make_arena([16, 64], 1024, 1024, torch.bfloat16, at=2**31 + 64)
     for lengths in ([1, 1], [100, 3]):
-        segments = Segments.build([(((slot, 1.0),), length) for slot, length in enumerate(lengths)], "cuda")
-        assert segments is not None
+        segments = built([(((slot, 1.0),), length) for slot, length in enumerate(lengths)])
         x = torch.randn(segments.num_tokens, 1024, device="cuda").bfloat16()
         start = torch.randn_like(x)
         out = start.clone()
@@ -111,8 +114,8 @@ def test_captured_graph_replays_other_contents(longest: int) -> None:
     """Captured at its bounds; replayed with other tokens, adapters and weights, and with fewer segments."""
     count, dtype = 24, torch.bfloat16
     arena = make_arena(RANKS, 4096, 4096, dtype)
-    bounds = Segments.build([(((0, 1.0),), longest)] * count, "cuda")
-    assert bounds is not None
+    bounds = built([(((0, 1.0),), longest)] * count)
+    assert bounds.work is not None
     x = torch.randn(bounds.num_tokens, 4096, device="cuda").to(dtype)
     out = torch.zeros_like(x)
     kernels = TritonKernels()
@@ -125,15 +128,12 @@ def test_captured_graph_replays_other_contents(longest: int) -> None:
     with torch.cuda.graph(graph):
         apply(kernels, out, x, 0, bounds, arena)
 
-    for live_count in (count, 9, 1):
-        live = Segments.build(
-            [(((g % len(RANKS), 1.0 + g),), max(1, longest - g)) for g in range(live_count)], "cuda"
-        )
+    for live_count in (count, 9, 1, 0):
+        mixes: Mixes = [(((g % len(RANKS), 1.0 + g),), max(1, longest - g)) for g in range(live_count)]
+        live = Segments.build(mixes or [((), 1)])
         assert live is not None
-        for name in ("token_starts", "entry_starts"):
-            buffer, values = getattr(bounds, name), getattr(live, name)
-            buffer.fill_(values[-1])
-            buffer[: len(values)].copy_(values)
+        items = lora_work(live, bounds.work.longest).items
+        bounds.work.items[: len(items)].copy_(items)
         bounds.slots[:live_count].copy_(live.slots)
         bounds.weights[:live_count].copy_(live.weights)
         x.normal_()
@@ -147,8 +147,7 @@ def test_captured_graph_replays_other_contents(longest: int) -> None:
 def test_adapter_replaced_under_a_captured_graph() -> None:
     """New weights, place and rank in the arena's own buffers show at the next replay."""
     arena = make_arena([16, 64], 1024, 1024, torch.bfloat16)
-    segments = Segments.build([(((0, 1.0),), 1)], "cuda")
-    assert segments is not None
+    segments = built([(((0, 1.0),), 1)])
     x, out = torch.randn(1, 1024, device="cuda").bfloat16(), torch.zeros(1, 1024, device="cuda").bfloat16()
     kernels = TritonKernels()
     apply(kernels, out, x, 0, segments, arena)
@@ -159,5 +158,4 @@ def test_adapter_replaced_under_a_captured_graph() -> None:
     arena.ranks[0] = 64
     out.zero_()
     graph.replay()
-    moved = dataclasses.replace(segments, slots=torch.ones_like(segments.slots))
-    assert_near(out, reference(torch.zeros_like(out), x, moved, arena), torch.bfloat16)
+    assert_near(out, reference(torch.zeros_like(out), x, segments, arena), torch.bfloat16)

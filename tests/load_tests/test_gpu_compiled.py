@@ -25,9 +25,9 @@ CASES = [
     "sampling bf16",
     "sampling fp32, whole",
 ]
-# The most kernels that a model may compile, at start and for steps with prompts: 1 or 2 s each on a card.
-MOST = {"llama-3.1-8b": (30, 26), "qwen2.5-0.5b": (30, 30)}
-MOST_TINY = (20, 8)
+# The most kernels that a model may compile, at start and for larger steps: 1 or 2 s each on a card.
+MOST = {"llama-3.1-8b": (18, 2), "qwen2.5-0.5b": (18, 2)}
+MOST_TINY = (30, 2)
 COUNTS = """
 import json
 from load_tests.gpu.warmup import MODELS, TINY, decode, kernels, prompts
@@ -115,11 +115,11 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
 
 
 def test_a_start_compiles_few_kernels() -> None:
-    """Each takes a second or two of a start, and of the first steps with prompts."""
+    """Each takes a second or two of a start, and of the first large steps."""
     for name, (at_start, later) in found_by(COUNTS).items():
         most_at_start, most_later = MOST.get(name, MOST_TINY)
         assert 10 < at_start <= most_at_start, name
-        assert 0 < later <= most_later, name
+        assert later <= most_later, name
 
 
 def test_all_that_a_start_compiles_fits_the_chip(cache: Path) -> None:

@@ -17,7 +17,12 @@ def apply(
     arena: ArenaView,
     widths: tuple[int, ...] | None = None,
 ) -> None:
-    """What the adapters make of x, brought into y; `widths` of modules side by side, else there is one."""
+    """What the adapters make of x, brought into y; `widths` of modules side by side, else there is one.
+
+    `segments`: on the host, or prepared.
+    """
+    if segments.work is None:
+        segments = kernels.prepare(segments).to(x.device)
     kernels.begin(x, Modules(module, widths or (y.shape[1],)), segments, arena).finish(y)
 
 

@@ -123,8 +123,8 @@ def test_paged_probes_fit_the_cache(blocks: int, block_size: int) -> None:
     assert batch.attention.block_tables.max() < blocks
     assert len(set(batch.attention.slot_mapping.tolist())) == len(batch.token_ids)
     assert torch.equal(batch.token_ids[batch.sample_rows], proof.token_ids[rows])
-    last, last_rows = probe_.the_last()
-    assert last.attention.max_query_len == 1
-    assert torch.equal(last.token_ids, proof.token_ids[last_rows])
-    before = probe_.but_the_last()
-    assert (0 if before is None else len(before.token_ids)) + len(last.token_ids) == len(batch.token_ids)
+    steps = list(probe_.prompts_then_tokens())
+    assert steps[-1][0].attention.max_query_len == 1
+    assert sum(len(step.token_ids) for step, _ in steps) == len(batch.token_ids)
+    for step, rows in steps:
+        assert torch.equal(step.token_ids[step.sample_rows], proof.token_ids[rows])

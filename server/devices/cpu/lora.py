@@ -68,6 +68,9 @@ class CpuKernels:
         width = _MODULES_AT_ONCE * tokens + _COLUMNS_AT_ONCE * torch.get_num_threads()
         return SCRATCH_BYTES // (4 * width)
 
+    def prepare(self, segments: Segments) -> Segments:
+        return segments
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(self, x_TI, modules, segments, arena)
 

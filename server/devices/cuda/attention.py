@@ -195,11 +195,21 @@ def _join(
     parts, lse, out, cuts, tile_tokens,
     V_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of one token and head, weighted by their sums of exponentials; grid (cuts, tokens, H)."""
-    cut, token, head = cuts + tl.program_id(0) * 4, tl.program_id(1), tl.program_id(2)
-    if token >= tl.load(cut + 1):
-        return
-    heads, first, count = tl.num_programs(2), tl.load(cut + 2), tl.load(cut + 3)
+    """Partial sums of a cut tile and one head, weighted by their sums of exponentials.
+
+    Grid (cuts, programs that share a tile's tokens, H).
+    """
+    cut = cuts + tl.program_id(0) * 4
+    for token in range(tl.program_id(1), tl.load(cut + 1), tl.num_programs(1)):
+        _join_token(parts, lse, out, cut, token, tile_tokens, V_DIM, BLOCK_P, BLOCK_E)
+
+
+@jit()
+def _join_token(
+    parts, lse, out, cut, token, tile_tokens,
+    V_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    head, heads, first, count = tl.program_id(2), tl.num_programs(2), tl.load(cut + 2), tl.load(cut + 3)
     e_E = tl.arange(0, BLOCK_E)
     top_1 = tl.full([1], float("-inf"), dtype=tl.float32)
     sum_1 = tl.zeros([1], dtype=tl.float32)
@@ -224,6 +234,9 @@ def _join(
 # `work_list.KEY_STEP`): what fits registers and shared memory.
 _SHAPES = ((256, 128, 64), (512, 64, 32), (1 << 30, 16, 32))
 _LEAST_ROWS = 16  # that a tensor core takes
+# Programs that share the tokens of a cut tile. A captured step launches them for as many tiles as may be cut,
+# so that one for each token would be tens of thousands.
+_JOINERS = 4
 
 
 @dataclass(frozen=True)
@@ -300,7 +313,7 @@ class PagedTritonAttention:
         lse_PTH = parts_PTHE.new_empty(parts_PTHE.shape[:3])
         _launch_attend(query, cache, plan, work, options, out_THE, parts_PTHE, lse_PTH)
         if len(work.cuts):
-            _join[(len(work.cuts), tile_tokens, heads)](
+            _join[(len(work.cuts), min(tile_tokens, _JOINERS), heads)](
                 parts_PTHE, lse_PTH, out_THE, work.cuts, tile_tokens,
                 V_DIM=cache.v.shape[3], BLOCK_P=16, BLOCK_E=_dim_block(cache.v.shape[3]),
             )  # fmt: skip

@@ -10,8 +10,9 @@ from torch import nn
 
 from server.config import Settings
 from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.capture import cuda_capture
 from server.devices.cuda.copies import CudaCopies, begin_read
-from server.devices.cuda.graphs import DecodeGraphs, cuda_capture
+from server.devices.cuda.graphs import CapturedSteps
 from server.devices.cuda.layers import triton_layers
 from server.devices.cuda.lora import TritonKernels
 from server.devices.cuda.sampling import triton_argmax, triton_draw
@@ -22,6 +23,7 @@ from server.model.attention.paged_reference import PagedReferenceAttention
 from server.model.decoder_layers import DecoderLayers
 from server.model.device import Forward, Operators, PlainOperators, Prepare, Sizes, StepGraphs
 from server.model.loader import LoadedModel
+from server.model.memory import token_budget
 from server.model.sampling import Draws
 
 # By name, the fastest first. A step with the reference is never captured: it waits for the device.
@@ -78,11 +80,12 @@ class CudaDevice:
     def graphs(
         self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int
     ) -> StepGraphs:
-        return DecodeGraphs(
+        return CapturedSteps(
             forward,
             prepare,
             cuda_capture,
             max_num_seqs=settings.max_num_seqs,
+            max_tokens=token_budget(settings, self),
             max_model_len=max_model_len,
             block_size=settings.block_size,
             device=self.torch_device,

@@ -8,31 +8,36 @@ particular here:
   owns the columns that follow those of the entries before it. Expand adds a whole mix in one pass over
   the output, with no race and one rounding.
 - Modules that read the same x (Q, K and V; gate and up) are one launch: each has its own columns of h and of
-  the output, and is another program of the grid.
-- Shrink is split over `in_features` until the launch fills the chip. Each split stores its partial sum and
+  the output, and its own tasks.
+- Shrink is split over `in_features` until its tasks fill the chip. Each split stores its partial sum and
   expand adds them in a fixed order, so results do not change from run to run (no atomics).
-- Grids follow from what the host knows (`num_tokens`, `max_tokens`, `num_segments`, shapes), and programs
-  past the live contents return early, so a captured CUDA graph can replay with other contents. A replay
-  may hold fewer segments than the capture: repeat the last value of `token_starts` and `entry_starts`.
+- What is done is read on the device, from a list of items that the host makes once a step (`prepare`). Grids
+  are as many programs as fill the chip, so a captured CUDA graph can replay with other contents, and splits
+  its work for what there is, not for what there is room for.
 
 Two paths. Rows, when no segment is longer than one token (decode): vector products, bound by the bytes of
 A and B. Tiles, otherwise: up to BLOCK_T tokens of one segment at a time on the tensor cores, so that tokens
 that share an adapter read it once.
 
-Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, G segments, M modules.
+Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, M modules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from server.devices.cuda.jit import power_of_2, power_of_2_below, triton
+from server.devices.cuda.jit import power_of_2, triton
 from server.devices.cuda.lora_kernels import expand_rows, expand_tiles, shrink_rows, shrink_tiles
+from server.devices.cuda.lora_work import ROWS, TILES, longest_of, lora_work
 from server.lora.kernels.interface import ArenaView, Begun, Modules
-from server.lora.segments import Segments
+from server.lora.segments import Segments, SegmentWork
+
+_MOST_SPLITS = 32
+_MOST_H_BYTES = 2**26  # of h, where it can be less by fewer splits
+_MOST_SHARERS = 4  # programs that share an adapter's rank
 
 
 @dataclass(frozen=True)
@@ -40,52 +45,48 @@ class Tiling:
     """Block shapes and grids of one `begin`: a table and a few rules, from host-known bounds alone."""
 
     block_t: int  # tokens of a tile; 1: the rows path
-    block_g: int  # 0: each segment is one tile; else a power of two over the number of segments
-    tiles: int
-    splits: int  # of in_features, a power of two
-    split_size: int
-    rank_blocks: int  # programs that share an adapter's rank in shrink
+    most_splits: int  # of in_features
     block_k: int
+    block_r: int  # of B
     block_o: int
+    shrink_programs: int
+    expand_programs: int
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.block_t == 64 else 4
-
-    def output_blocks(self, widths: tuple[int, ...]) -> int:
-        return sum(-(-width // self.block_o) for width in widths)
+        return 8 if self.block_t == TILES else 4
 
     @classmethod
     def choose(
         cls,
-        segments: Segments,
+        work: SegmentWork,
+        tokens: int,
         in_features: int,
-        out_features: int,
+        widths: tuple[int, ...],
         element_size: int,
         programs: int,
-        modules: int = 1,
+        h_token_bytes: int,
     ) -> Tiling:
-        """`programs`: how many shrink needs to fill the chip; `out_features`: those of the widest module."""
-        if segments.max_tokens == 1:
-            block_t, block_k, block_o = 1, 256, 256
-        elif segments.max_tokens <= 16:
-            block_t, block_k, block_o = 16, 256, 128
+        """`programs`: how many fill the chip; `h_token_bytes`: of a token and split in h."""
+        widest = max(16, power_of_2(max(widths)))
+        if work.longest == ROWS:
+            # 16 KB of B at a time in bfloat16, summed over ranks within a thread; less where items are few
+            wide = work.room * sum(widths) >= 1024 * (programs // 4)
+            block_k, block_r, block_o = 256, *((8, 1024) if wide and widest >= 1024 else (16, 256))
+        elif work.longest < TILES:
+            block_k, block_r, block_o = 256, 32, 128
         else:
-            block_t, block_k, block_o = 64, 128, 128
-        if element_size == 4 and block_t > 1:  # operands of twice the size, in three parts (tf32x3)
+            block_k, block_r, block_o = 128, 32, 128
+        if element_size == 4 and work.longest > ROWS:  # operands of twice the size, in three parts (tf32x3)
             block_k, block_o = 64, 64
-        block_g, tiles = 0, segments.num_segments
-        if segments.max_tokens > block_t:
-            block_g = max(16, power_of_2(segments.num_segments))
-            tiles = segments.num_tokens // block_t + segments.num_segments
-        block_k = min(block_k, max(16, power_of_2(in_features)))
-        block_o = min(block_o, max(16, power_of_2(out_features)))
-        tasks = tiles * modules
-        most_splits = min(32, -(-in_features // block_k))
-        splits = power_of_2_below(max(1, min(most_splits, programs // tasks)))
-        split_size = -(-in_features // (splits * block_k)) * block_k
-        rank_blocks = max(1, min(4, programs // (tasks * splits)))
-        return cls(block_t, block_g, tiles, splits, split_size, rank_blocks, block_k, block_o)
+        block_k, block_o = min(block_k, max(16, power_of_2(in_features))), min(block_o, widest)
+        splits = min(_MOST_SPLITS, -(-in_features // block_k), _MOST_H_BYTES // (tokens * h_token_bytes))
+        most_splits = max(1, splits)
+        tasks = work.room * len(widths) * most_splits * _MOST_SHARERS
+        blocks = work.room * sum(-(-width // block_o) for width in widths)
+        return cls(
+            work.longest, most_splits, block_k, block_r, block_o, min(programs, tasks), min(programs, blocks)
+        )
 
 
 class TritonKernels:
@@ -108,27 +109,37 @@ class TritonKernels:
         """As much as there is room for in h."""
         return self._width
 
+    def prepare(self, segments: Segments) -> Segments:
+        """See `LoraKernels.prepare`: with the list of items."""
+        return replace(segments, work=lora_work(segments, longest_of(segments.max_tokens)))
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         """See `LoraKernels.begin`. Enqueues shrink on the current stream, `finish` expand; neither waits.
 
-        Both raise ValueError on a layout or dtype that the kernels would misread.
+        Both raise ValueError on a layout or dtype that the kernels would misread, and on segments that were
+        not prepared.
         """
+        work = segments.work
+        if work is None:
+            raise ValueError("the segments have no list of items: `prepare` makes it")
         _check(x_TI, modules, segments, arena)
+        programs, count = self._programs or _fill(x_TI.device), len(modules.widths)
         tiling = Tiling.choose(
-            segments,
+            work,
+            max(1, segments.num_tokens),
             x_TI.shape[1],
-            max(modules.widths),
+            modules.widths,
             x_TI.element_size(),
-            self._programs or _fill(x_TI.device),
-            modules=len(modules.widths),
+            programs,
+            h_token_bytes=4 * count * self._width,
         )
         # From the caching allocator, so that each captured graph owns its buffer and no stream shares one.
         h_STMR = torch.empty(
-            (tiling.splits, segments.num_tokens, len(modules.widths), self._width),
+            (tiling.most_splits, segments.num_tokens, count, self._width),
             dtype=torch.float32,
             device=x_TI.device,
         )
-        begun = _Begun(h_STMR, modules, segments, arena, tiling)
+        begun = _Begun(h_STMR, modules, segments, work, arena, tiling, x_TI.shape[1], programs)
         begun.shrink(x_TI)
         return begun
 
@@ -140,25 +151,27 @@ class _Begun:
     h: torch.Tensor  # [splits, T, modules, max_mix_rank] float32
     modules: Modules
     segments: Segments
+    work: SegmentWork
     arena: ArenaView
     tiling: Tiling
+    in_features: int
+    programs: int
 
     def shrink(self, x: torch.Tensor) -> None:
-        tiling, widths = self.tiling, self.modules.widths
+        tiling = self.tiling
         if not self._any:
             return
-        grid = (tiling.tiles, tiling.splits, len(widths) * tiling.rank_blocks)
-        sizes = x.shape[1], x.stride(0), *self._h_strides, tiling.split_size
-        if tiling.block_t == 1:
+        grid, strides = (tiling.shrink_programs,), (x.stride(0), *self._h_strides)
+        if tiling.block_t == ROWS:
             shrink_rows[grid](
-                x, self.h, *self._tables, *self._columns, *sizes,
-                RANK_BLOCKS=tiling.rank_blocks, BLOCK_R=16, BLOCK_K=tiling.block_k,
+                x, self.h, *self._tables, *self._counts, *strides,
+                BLOCK_R=16, BLOCK_K=tiling.block_k, STAGES=3,
             )  # fmt: skip
         else:
             shrink_tiles[grid](
-                x, self.h, *self._tables, *self._columns, self.segments.num_segments, *sizes,
-                RANK_BLOCKS=tiling.rank_blocks, BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_K=tiling.block_k,
-                BLOCK_G=tiling.block_g, PRECISION=self._precision, num_stages=3, num_warps=tiling.num_warps,
+                x, self.h, *self._tables, *self._counts, *strides,
+                BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_K=tiling.block_k, PRECISION=self._precision,
+                num_stages=3, num_warps=tiling.num_warps,
             )  # fmt: skip
 
     def finish(self, y_TO: torch.Tensor) -> None:
@@ -166,39 +179,41 @@ class _Begun:
         if not self._any:
             return
         _check_output(y_TO, self.modules, self.segments)
-        grid = (tiling.tiles, tiling.output_blocks(widths))
+        grid = (tiling.expand_programs,)
         sizes = *(*widths, 0, 0)[:3], y_TO.stride(0), *self._h_strides
         aligned = all(width % 16 == 0 for width in widths)
-        if tiling.block_t == 1:
+        if tiling.block_t == ROWS:
             expand_rows[grid](
-                y_TO, self.h, *self._tables, *self._columns, *sizes,
-                SPLITS=tiling.splits, BLOCK_R=16, BLOCK_O=tiling.block_o, ALIGNED=aligned,
+                y_TO, self.h, *self._tables, *self._counts, *sizes,
+                BLOCK_S=_MOST_SPLITS, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k, BLOCK_O=tiling.block_o,
+                ALIGNED=aligned, STAGES=2,
             )  # fmt: skip
         else:
             expand_tiles[grid](
-                y_TO, self.h, *self._tables, *self._columns, self.segments.num_segments, *sizes,
-                SPLITS=tiling.splits, BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_O=tiling.block_o,
-                BLOCK_G=tiling.block_g, ALIGNED=aligned, PRECISION=self._precision,
+                y_TO, self.h, *self._tables, *self._counts, *sizes,
+                BLOCK_T=tiling.block_t, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k,
+                BLOCK_O=tiling.block_o, ALIGNED=aligned, PRECISION=self._precision,
                 num_stages=2, num_warps=tiling.num_warps,
             )  # fmt: skip
 
     @property
     def _any(self) -> bool:
-        return self.segments.num_tokens > 0 and self.segments.num_entries > 0
+        return self.segments.num_tokens > 0 and self.work.room > 0
 
     @property
     def _tables(self) -> tuple[torch.Tensor, ...]:
         """The arguments that every kernel takes in the same order, from `data` to `weights`."""
         segments, arena = self.segments, self.arena
-        return (
-            arena.data, arena.offsets, arena.ranks,
-            segments.token_starts, segments.entry_starts, segments.slots, segments.weights,
-        )  # fmt: skip
+        return arena.data, arena.offsets, arena.ranks, self.work.items, segments.slots, segments.weights
 
     @property
-    def _columns(self) -> tuple[int, int]:
-        """Of the arena's tables: the first module's, and how many there are."""
-        return self.modules.first, self.arena.ranks.shape[1]
+    def _counts(self) -> tuple[int, ...]:
+        """And from `module` to `most_splits`: what both kernels share their tasks out by."""
+        modules = self.modules
+        return (
+            modules.first, self.arena.ranks.shape[1], len(modules.widths),
+            self.in_features, self.programs, self.tiling.most_splits,
+        )  # fmt: skip
 
     @property
     def _h_strides(self) -> tuple[int, int, int]:

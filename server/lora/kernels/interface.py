@@ -81,6 +81,13 @@ class LoraKernels(Protocol):
         """
         ...
 
+    def prepare(self, segments: Segments) -> Segments:
+        """The segments of a step on the host, with what these kernels add; called once before `begin`s.
+
+        Where they add nothing, that is the segments themselves.
+        """
+        ...
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         """Begin what does not need Wx. x_TI: [T, in_features], rows contiguous.
 

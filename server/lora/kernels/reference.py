@@ -20,6 +20,9 @@ class ReferenceKernels:
         """x A^T of one adapter at a time."""
         return SCRATCH_BYTES // (self.dtype.itemsize * tokens)
 
+    def prepare(self, segments: Segments) -> Segments:
+        return segments
+
     def begin(self, x_TI: torch.Tensor, modules: Modules, segments: Segments, arena: ArenaView) -> Begun:
         return _Begun(x_TI, modules, segments, arena, self.dtype)
 

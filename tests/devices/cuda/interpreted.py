@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 from server.devices.cpu.device import CpuDevice
 from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.capture import Capture
 from server.devices.cuda.device import CudaOperators
-from server.devices.cuda.graphs import Capture, DecodeGraphs
+from server.devices.cuda.graphs import CapturedSteps
 from server.devices.cuda.lora import TritonKernels
 from server.engine.engine import Engine
 from server.lora.kernels.interface import LoraKernels
 from server.model.device import Operators, PlainOperators
 from server.model.loader import LoadedModel, load
 from server.model.memory import memory_sizes
+from server.model.runner import Runner
 from tests.engine.harness import settings_for
 
 
@@ -38,20 +40,25 @@ def make_interpreted(*arguments: object, **overrides: object) -> Engine:
     return Engine(settings, loaded, memory_sizes(settings, loaded, device), device)
 
 
-def capture(engine: Engine, how: Capture, most: int) -> None:
-    """Decode steps of up to `most` sequences, with contexts of up to 64 tokens."""
-    runner = engine._runner
-    runner.capture(
+def captured_steps(runner: Runner, how: Capture, most: int, tokens: int) -> CapturedSteps:
+    """Of up to `most` sequences, with contexts of up to 64 tokens; `tokens`: of steps with prompts."""
+    return CapturedSteps(
+        runner._forward,
+        runner._attention.prepare,
+        new_capture_of(how),
+        max_num_seqs=most,
+        max_tokens=tokens,
+        max_model_len=64,
+        block_size=runner._block_size,
+        device=InterpretedCuda.torch_device,
+    )
+
+
+def capture(engine: Engine, how: Capture, most: int, tokens: int = 1) -> None:
+    """Run its steps through them."""
+    engine._runner.capture(
         engine._arena.view(),
-        lambda forward, prepare: DecodeGraphs(
-            forward,
-            prepare,
-            new_capture_of(how),
-            max_num_seqs=most,
-            max_model_len=64,
-            block_size=runner._block_size,
-            device=InterpretedCuda.torch_device,
-        ),
+        lambda forward, prepare: captured_steps(engine._runner, how, most, tokens),
         max_num_seqs=most,
     )
 

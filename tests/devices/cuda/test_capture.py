@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from server.devices.cuda.graphs import NotCapturable, cuda_capture
+from server.devices.cuda.capture import cuda_capture
+from server.model.device import NotCapturable
 
 
 class Stream:

@@ -1,4 +1,4 @@
-"""Decode steps through captured graphs: padded sizes, split segments, what no graph fits.
+"""Steps through captured graphs: padded sizes, split segments, what no graph fits.
 
 A CPU has no graphs: here a replay runs the captured work again, on the memory that it was captured with, and
 the kernels run in Triton's interpreter. tests/gpu/test_engine.py has the real ones.
@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from server.devices.cuda import graphs
+from server.devices.cuda import graph_inputs
 from server.devices.cuda.attention import PagedTritonAttention
-from server.devices.cuda.graphs import Capture, DecodeGraphs, NotCapturable, Work, kinds_of, sizes_up_to
+from server.devices.cuda.capture import Capture, Work
+from server.devices.cuda.graphs import (
+    CapturedSteps,
+    kinds_of,
+    prompt_kinds_of,
+    prompt_sizes_up_to,
+    sizes_up_to,
+)
 from server.engine.engine import Engine
 from server.lora.kernels.interface import ArenaView
 from server.lora.segments import Segments
+from server.model import loader, proof
 from server.model.attention.interface import AttentionPlan, LayerCacheSpec
 from server.model.batch import Batch
+from server.model.device import NotCapturable
+from server.model.loader import load
+from server.model.runner import Runner
 from server.model.sampling import Sampling
 from tests.devices.cuda import interpreted
-from tests.devices.cuda.interpreted import make_interpreted
-from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, tokens_of
-from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
+from tests.devices.cuda.interpreted import cuda_operators, make_interpreted
+from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
+from tests.lora.kernels import random_arena
+from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled"),
@@ -80,8 +94,10 @@ def triton_engine(folders: tuple[Path, list[Path]]) -> Iterator[Callable[..., En
         engine.close()
 
 
-def capture(engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]], most: int = 1) -> None:
-    interpreted.capture(engine, how, most)
+def capture(
+    engine: Engine, how: Callable[[Callable[[], None]], Callable[[], None]], most: int = 1, tokens: int = 1
+) -> None:
+    interpreted.capture(engine, how, most, tokens)
 
 
 def test_captured_steps_give_the_tokens_of_the_model(
@@ -94,22 +110,22 @@ def test_captured_steps_give_the_tokens_of_the_model(
         Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens)
         for length, adapter, tokens in ((9, a, 4), (3, None, 5), (5, b, 3), (2, a, 6), (4, a, 5))
     ]
-    engine, fake = triton_engine(), FakeCapture()
+    engine, fake = triton_engine(max_num_batched_tokens=12), FakeCapture()
     assert engine._runner.fused
-    capture(engine, fake, most=5)
+    capture(engine, fake, most=5, tokens=12)
     captures = fake.captures
-    assert captures == sum(len(kinds_of(size)) for size in sizes_up_to(5))
+    assert captures == sum(len(kinds_of(size)) for size in sizes_up_to(5)) + len(prompt_kinds_of(12, 5))
     before = fake.replays
     assert serve(engine, jobs) == expected(model, jobs)
     assert fake.captures == captures, "captured while it served"
-    assert fake.replays - before >= 4, "the steps did not go through the graphs"
+    assert fake.replays - before == engine._steps, "a step did not go through the graphs"
     assert_at_rest(engine)
 
 
 def test_a_mix_with_too_many_adapters_runs_as_it_is(
     folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "_ENTRIES_PER_SEQUENCE", 1)
+    monkeypatch.setattr(graph_inputs, "ENTRIES_PER_SEQUENCE", 1)
     mix = [adapter_ref(folder) for folder in folders[1]]
     usual, captured, fake = triton_engine(), triton_engine(), FakeCapture()
     capture(captured, fake)
@@ -188,17 +204,18 @@ class Recorder:
 
     def __call__(self, batch: Batch, arena: ArenaView) -> torch.Tensor:
         self.batches.append(batch)
-        return batch.token_ids[:, None].float().expand(-1, 7)
+        return batch.token_ids[batch.sample_rows, None].float().expand(-1, 7)
 
 
 def graphs_of(
     forward: Recorder, fake: Capture, prepare: Callable[[AttentionPlan], AttentionPlan] = lambda plan: plan
-) -> DecodeGraphs:
-    return DecodeGraphs(
+) -> CapturedSteps:
+    return CapturedSteps(
         forward,
         prepare,
         lambda: fake,
         max_num_seqs=64,
+        max_tokens=200,
         max_model_len=8192,
         block_size=4,
         device=torch.device("cpu"),
@@ -219,53 +236,39 @@ def test_rows_beyond_the_batch_hold_nothing() -> None:
     assert plan.query_starts.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]
     assert plan.slot_mapping.tolist() == [4, 12, 20, 28, 36, -1, -1, -1]
     assert plan.block_tables[:5, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert items_of(segments) == [(0, 2, ((1, 2.0),))]
+
+
+def items_of(segments: Segments | None) -> list[tuple[int, int, Mix]]:
+    """First token, tokens, and the mix of each item."""
     assert segments is not None
-    assert segments.token_starts.tolist() == [0, 2]
-    assert segments.entry_starts.tolist() == [0, 1]
-    assert (segments.slots[0], segments.weights[0]) == (1, 2.0)
+    assert segments.work is not None
+    live, rows = int(segments.work.items[0, 0]), segments.work.items[1:]
+    found = []
+    for first, tokens, slot, bits, begin, end, *_ in rows[:live].tolist():
+        mix = tuple(
+            zip(segments.slots[begin:end].tolist(), segments.weights[begin:end].tolist(), strict=True)
+        )
+        assert mix[0] == (slot, float(np.array(bits, dtype=np.int32).view(np.float32)))
+        found.append((first, tokens, mix))
+    return found
 
 
-def test_long_segments_are_cut_into_shorter_ones_of_the_same_adapters() -> None:
+def test_long_segments_are_cut_into_items_of_the_same_adapters() -> None:
     forward = Recorder()
     graphs = graphs_of(forward, FakeCapture())
-    mixes = [(((3, 1.0),), 1), (((1, 0.5), (2, 2.0)), 35), (((4, 1.0),), 16)]
-    graphs.logits(decode_batch(Segments.build(mixes), sequences=60), tables(5))
-    segments = forward.batches[-1].segments
-    assert segments is not None
-    assert segments.max_tokens == 16
-    assert segments.token_starts.tolist() == [0, 1, 17, 33, 36] + 12 * [52]
-    assert segments.entry_starts.tolist() == [0, 1, 3, 5, 7] + 12 * [8]
-    assert segments.slots[:8].tolist() == [3, 1, 2, 1, 2, 1, 2, 4]
-    assert segments.weights[:8].tolist() == [1.0, 0.5, 2.0, 0.5, 2.0, 0.5, 2.0, 1.0]
+    one, two, three = ((3, 1.0),), ((1, 0.5), (2, 2.0)), ((4, 1.0),)
+    segments = Segments.build([(one, 1), (two, 35), ((), 3), (three, 16)])
+    graphs.logits(decode_batch(segments, sequences=60), tables(5))
+    got = forward.batches[-1].segments
+    assert items_of(got) == [(0, 1, one), (1, 16, two), (17, 16, two), (33, 3, two), (39, 16, three)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 16, 64, 256])
-def test_few_kinds_for_each_size(size: int) -> None:
-    kinds = kinds_of(size)
-    assert len(kinds) == len(set(kinds)) <= 5
-    assert max(kind.segments for kind in kinds) == size, "each sequence may have an adapter of its own"
-
-
-@pytest.mark.parametrize("sequences", [16, 64, 256])
-def test_an_adapter_that_all_share_keeps_the_kernels_busy(sequences: int) -> None:
-    """Of the programs that shrink launches, at least half have a segment to work on."""
-    launch_of = pytest.importorskip("server.devices.cuda.lora").Tiling.choose
-    forward = Recorder()
-    graphs = DecodeGraphs(
-        forward,
-        lambda plan: plan,
-        FakeCapture,
-        max_num_seqs=256,
-        max_model_len=32,
-        block_size=4,
-        device=torch.device("cpu"),
-    )
-    graphs.logits(decode_batch(Segments.build([(((0, 1.0),), sequences)]), sequences), tables(1))
-    segments = forward.batches[-1].segments
-    assert segments is not None
-    launch = launch_of(segments, 4096, 4096, element_size=2, programs=528)
-    live = int((segments.token_starts.diff() > 0).sum())
-    assert live / launch.tiles >= 0.5
+def test_few_graphs() -> None:
+    """Each takes some tenths of a second of a start."""
+    kinds = [kind for size in sizes_up_to(256) for kind in kinds_of(size)]
+    kinds += [kind for tokens in prompt_sizes_up_to(8192) for kind in prompt_kinds_of(tokens, 256)]
+    assert len(kinds) == len(set(kinds)) <= 64
 
 
 def test_attention_gets_the_items_of_the_step() -> None:
@@ -317,13 +320,126 @@ def test_a_grown_arena_is_captured_anew() -> None:
         assert fake.captures == captures
 
 
-def test_prompts_and_larger_batches_are_left_alone() -> None:
+Mix = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RunOf:
+    """Tokens of one sequence, of which the last `rows` are wanted."""
+
+    tokens: int
+    rows: int = 1
+    mix: Mix = ()
+
+
+def mixed_batch(runs: list[RunOf], before: list[int] | None = None) -> Batch:
+    """A step of these runs; `before`: tokens of each sequence that the steps before computed."""
+    starts = before or [0] * len(runs)
+    ends = list(accumulate(run.tokens for run in runs))
+    wanted = [torch.arange(end - run.rows, end) for run, end in zip(runs, ends, strict=True)]
+    positions = [torch.arange(run.tokens) + start for run, start in zip(runs, starts, strict=True)]
+    segments, samples = (
+        Segments.build([(run.mix, count) for run, count in counted if run.mix and count])
+        for counted in ([(run, run.tokens) for run in runs], [(run, run.rows) for run in runs])
+    )
+    contexts = [start + run.tokens for run, start in zip(runs, starts, strict=True)]
+    return Batch(
+        token_ids=torch.arange(ends[-1]) + 100,
+        positions=torch.cat(positions),
+        sample_rows=torch.cat(wanted),
+        attention=AttentionPlan(
+            query_starts=torch.tensor([0, *ends], dtype=torch.int32),
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            block_tables=torch.arange(4 * len(runs), dtype=torch.int32).view(-1, 4),
+            slot_mapping=torch.cat([64 * s + at for s, at in enumerate(positions)]),
+            num_seqs=len(runs),
+            max_query_len=max(run.tokens for run in runs),
+            max_context_len=max(contexts),
+        ),
+        segments=segments,
+        sample_segments=samples,
+        sampling=Sampling([]),
+        rows=[run.rows for run in runs],
+    )
+
+
+def test_a_step_with_prompts_is_padded_by_tokens() -> None:
+    """The rows that are wanted have segments of their own; a prompt whose end is not reached has no row."""
+    forward = Recorder()
+    graphs = graphs_of(forward, FakeCapture())
+    one, two = ((1, 0.5),), ((2, 1.0), (3, 2.0))
+    batch = mixed_batch([RunOf(1, 1, one), RunOf(40, 0, one), RunOf(30, 1, two), RunOf(1)])
+    logits = graphs.logits(batch, tables(4))
+    assert logits is not None
+    assert logits.tolist() == [[float(i)] * 7 for i in (100, 170, 171)]
+    captured = forward.batches[-1]
+    plan, segments, samples = captured.attention, captured.segments, captured.sample_segments
+    assert (captured.token_ids.numel(), plan.num_seqs, plan.max_query_len) == (128, 64, 128)
+    assert plan.query_starts.tolist() == [0, 1, 41, 71, 72] + 60 * [72]
+    assert plan.context_lens.tolist() == [1, 40, 30, 1] + 60 * [0]
+    assert plan.slot_mapping.tolist() == batch.attention.slot_mapping.tolist() + 56 * [-1]
+    assert captured.sample_rows.tolist() == [0, 70, 71] + 61 * [0]
+    assert items_of(segments) == [(0, 1, one), (1, 40, one), (41, 30, two)]
+    assert items_of(samples) == [(0, 1, one), (1, 1, two)]
+
+
+def test_a_step_whose_prompts_are_not_at_an_end_gives_no_logits() -> None:
+    forward = Recorder()
+    logits = graphs_of(forward, FakeCapture()).logits(mixed_batch([RunOf(40, 0, ((1, 1.0),))]), tables(2))
+    assert logits is not None
+    assert logits.shape == (0, 7)
+
+
+def test_every_logit_of_a_prompt_is_given_where_there_is_room() -> None:
+    forward = Recorder()
+    graphs = graphs_of(forward, FakeCapture())
+    logits = graphs.logits(mixed_batch([RunOf(50, 50)]), tables(2))
+    assert logits is not None
+    assert logits[:, 0].tolist() == list(range(100, 150))
+    forward.batches.clear()
+    assert graphs.logits(mixed_batch([RunOf(70, 70)]), tables(2)) is None
+    assert not forward.batches
+
+
+def test_larger_steps_are_left_alone() -> None:
     forward = Recorder()
     graphs = graphs_of(forward, FakeCapture())
     assert graphs.logits(decode_batch(None, sequences=65), tables(1)) is None
-    batch = decode_batch(None, sequences=3)
-    prompt = replace(batch.attention, max_query_len=9)
-    assert graphs.logits(replace(batch, attention=prompt), tables(1)) is None
-    unsampled = replace(batch, sample_rows=torch.arange(2))
-    assert graphs.logits(unsampled, tables(1)) is None
+    assert graphs.logits(mixed_batch([RunOf(201)]), tables(1)) is None
+    assert graphs.logits(mixed_batch([RunOf(2), *64 * [RunOf(1)]]), tables(1)) is None
     assert not forward.batches
+
+
+@pytest.mark.parametrize("most", [1, 24, 300, 1024, 8192])
+def test_prompt_sizes(most: int) -> None:
+    """Few, and where tokens cost time (from 256 on) padding adds at most a quarter."""
+    sizes = prompt_sizes_up_to(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, 1024)
+    assert len(sizes) <= 12
+    assert all(upper <= 1.25 * (lower + 1) for lower, upper in pairwise(sizes) if lower >= 256)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padded_steps_with_prompts_give_the_logits_of_unpadded_ones(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that holds a decode, a prompt's middle and ends of prompts, with an adapter, a mix and without."""
+    pytest.importorskip("triton")
+    for module in (proof, loader):
+        monkeypatch.setattr(module, "LENGTHS", (2, 1))  # the interpreter takes its time
+    loaded = load(settings_for(build(architecture, tmp_path / "model"), max_model_len=64))
+    runner = Runner(loaded, cuda_operators(loaded), num_blocks=16, block_size=16)
+    ranks = [[3 + module % 2 for module in range(len(runner.targets))], [4 for _ in runner.targets]]
+    shapes = [(target.in_features, target.out_features) for target in runner.targets]
+    arena = random_arena(ranks, shapes, torch.float32, seed=1)
+    mixes: list[Mix] = [((0, 1.0),), ((1, 0.7),), ((0, 0.5), (1, -1.5)), ()]
+    before = [1, 3, 2, 1]
+    runner.logits(mixed_batch([RunOf(*run) for run in zip(before, (1, 0, 0, 1), mixes, strict=True)]), arena)
+    runs = [RunOf(*run) for run in zip((1, 4, 3, 1), (1, 0, 2, 1), mixes, strict=True)]
+    batch = mixed_batch(runs, before)
+    want = runner.logits(batch, arena)
+    got = interpreted.captured_steps(runner, lambda work: work, most=5, tokens=12).logits(batch, arena)
+    assert got is not None
+    assert got.shape == want.shape == (4, VOCAB)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -8,19 +8,22 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from server.lora.kernels.interface import ArenaView, Part
+from server.lora.kernels.interface import ArenaView, Modules, Part
 from server.lora.kernels.reference import ReferenceKernels
-from server.lora.segments import Segments
+from server.lora.segments import Segments, SegmentWork
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
 from server.devices.cuda.lora import Tiling, TritonKernels  # noqa: E402  (after the skip)
+from server.devices.cuda.lora_kernels import _shares  # noqa: E402
+from server.devices.cuda.lora_work import longest_of, lora_work  # noqa: E402
 from tests.lora.kernels import apply  # noqa: E402
 
 Mixes = list[tuple[tuple[tuple[int, float], ...], int]]
@@ -152,26 +155,49 @@ def test_large_rank_in_several_blocks() -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 4, 80])
-def test_replay_with_fewer_segments_than_the_bounds(longest: int) -> None:
+def test_replay_with_fewer_items_than_there_is_room_for(longest: int) -> None:
     """What a captured CUDA graph does: bounds of the capture, contents of a smaller step."""
     arena = make_arena([[4], [7]], 32, 32)
-    live = Segments.build([(((1, 1.0),), longest), (((0, 2.0),), 1)])
-    assert live is not None
-    pad = torch.tensor([live.num_tokens] * 6, dtype=torch.int32)
-    captured = Segments(
-        token_starts=torch.cat([live.token_starts, pad]),
-        entry_starts=torch.cat([live.entry_starts, torch.full((6,), 2, dtype=torch.int32)]),
+    segments = Segments.build([(((1, 1.0),), longest), (((0, 2.0), (1, 0.5)), 1)])
+    assert segments is not None
+    live = TritonKernels().prepare(segments)
+    assert live.work is not None
+    stale = torch.full((6, 8), 2**30, dtype=torch.int32)
+    captured = replace(
+        live,
         slots=torch.cat([live.slots, torch.zeros(6, dtype=torch.int32)]),
         weights=torch.cat([live.weights, torch.full((6,), torch.nan)]),
         num_tokens=live.num_tokens + 6,
-        max_tokens=longest,
+        work=replace(live.work, items=torch.cat([live.work.items, stale])),
     )
     x, start = torch.randn(live.num_tokens + 6, 32), torch.randn(live.num_tokens + 6, 32)
-    expected, out = start.clone(), start.clone()
+    expected, out, usual = start.clone(), start.clone(), start.clone()
     apply(ReferenceKernels(), expected, x, 0, live, arena)
+    apply(TritonKernels(), usual, x, 0, live, arena)
     apply(TritonKernels(), out, x, 0, captured, arena)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out, usual)
     assert torch.equal(out[live.num_tokens :], start[live.num_tokens :])
+
+
+def test_no_item_is_no_work() -> None:
+    """A captured step of the base model alone."""
+    arena = make_arena([[4]], 16, 16)
+    segments = Segments.build([(((0, 1.0),), 2)])
+    assert segments is not None
+    none = replace(segments, work=SegmentWork(torch.zeros(9, 8, dtype=torch.int32), 1))
+    out = torch.randn(2, 16)
+    before = out.clone()
+    apply(TritonKernels(), out, torch.randn(2, 16), 0, none, arena)
+    assert torch.equal(out, before)
+
+
+@pytest.mark.parametrize("most", [1, 3, 64])
+def test_splits_of_the_input_are_summed(most: int) -> None:
+    """However many there are; each kernel finds their number for itself."""
+    for longest in (1, 5, 70):
+        mixes: Mixes = [(((0, 1.0),), longest), (((1, -0.5), (0, 2.0)), 1)]
+        check(TritonKernels(programs=most), mixes, [[9, 5], [3, 20]], in_features=1500, out_features=24)
 
 
 @pytest.mark.parametrize("longest", [1, 4])
@@ -206,6 +232,8 @@ def test_layouts_the_kernels_would_misread_are_refused() -> None:
     arena = make_arena([[4]], 16, 16)
     segments = Segments.build([(((0, 1.0),), 2)])
     assert segments is not None
+    with pytest.raises(ValueError, match="prepare"):
+        TritonKernels().begin(torch.randn(2, 16), Modules(0, (16,)), segments, arena)
     x, out = torch.randn(2, 16), torch.randn(2, 16)
     with pytest.raises(ValueError, match="float64"):
         apply(TritonKernels(), out, x.double(), 0, segments, arena)
@@ -220,14 +248,41 @@ def test_layouts_the_kernels_would_misread_are_refused() -> None:
 
 @pytest.mark.parametrize("tokens", [[1] * 64, [1, 3], [8000] + [1] * 63, [17] * 5, [8192]])
 @pytest.mark.parametrize("in_features", [4096, 14336, 300])
-def test_grid_is_bounded_by_real_tokens(tokens: list[int], in_features: int) -> None:
+def test_work_is_bounded(tokens: list[int], in_features: int) -> None:
+    """Items by real tokens, programs by the chip, the intermediate by bytes."""
     segments = Segments.build([(((0, 1.0),), count) for count in tokens])
     assert segments is not None
-    tiling = Tiling.choose(segments, in_features, 4096, element_size=2, programs=528)
-    assert tiling.tiles <= sum(tokens) // tiling.block_t + len(tokens)
-    assert tiling.tiles >= sum(-(-count // tiling.block_t) for count in tokens)
-    assert tiling.splits * tiling.split_size >= in_features
-    assert tiling.splits & (tiling.splits - 1) == 0
+    work = lora_work(segments, longest_of(max(tokens)))
+    rows = work.items[1:]
+    assert work.room == work.items[0, 0] == sum(-(-count // work.longest) for count in tokens)
+    assert rows[:, 1].sum() == sum(tokens)
+    assert rows[:, 1].max() <= work.longest
+    of_token = 4 * 512
+    tiling = Tiling.choose(work, sum(tokens), in_features, (4096,), 2, programs=528, h_token_bytes=of_token)
+    assert 1 <= tiling.most_splits <= max(1, 2**26 // (sum(tokens) * of_token))
+    assert max(tiling.shrink_programs, tiling.expand_programs) <= 528
+
+
+@triton.jit
+def write_shares(out, live, modules, in_features, programs, most_splits, BLOCK_K: triton.language.constexpr):
+    splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
+    triton.language.store(out, splits)
+    triton.language.store(out + 1, split_size)
+    triton.language.store(out + 2, sharers)
+
+
+@pytest.mark.parametrize("modules", [1, 2, 3])
+@pytest.mark.parametrize("in_features", [896, 4096, 14336])
+def test_few_items_keep_as_many_programs_busy_as_many_do(in_features: int, modules: int) -> None:
+    """Half of those that fill the chip at least, or of those that the input has work for."""
+    programs, block_k = 528, 256
+    for live in (1, 2, 4, 7, 16, 43, 64, 100, 256):
+        found = torch.zeros(3, dtype=torch.int32)
+        write_shares[(1,)](found, live, modules, in_features, programs, 32, BLOCK_K=block_k)
+        splits, split_size, sharers = found.tolist()
+        assert splits * split_size >= in_features > (splits - 1) * split_size
+        most = min(programs, live * modules * min(32, -(-in_features // block_k)) * sharers)
+        assert live * modules * splits * sharers >= most / 2
 
 
 def test_import_is_safe_without_triton() -> None:
