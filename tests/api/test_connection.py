@@ -238,6 +238,18 @@ async def test_a_slow_body_at_the_least_rate_is_read(served: Open) -> None:
         assert (await slow.answer())[0] == 200
 
 
+async def test_what_comes_fast_earns_no_endless_patience(
+    served: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte at once, and then next to nothing."""
+    monkeypatch.setattr(connection, "_MOST_EARNED_S", 0.3)
+    async with served(read_timeout_s=READ_S, min_rate_bytes=1000) as (_, client):
+        slow = await client.open(post(b" " * 2**20, "content-length: 8000000"))
+        sending = asyncio.create_task(send_until_closed(slow, b" ", pause_s=0.05))
+        assert await slow.error() == (408, "too_slow")
+        sending.cancel()
+
+
 async def test_an_upload_that_dribbles_gives_its_name_back(served: Open) -> None:
     async with served(read_timeout_s=READ_S) as (site, client):
         head = b"PUT /v1/adapters/slow HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"

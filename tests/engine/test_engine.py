@@ -288,6 +288,19 @@ def test_flipped_bits_on_disk_fail_the_adapters_requests_only(
     assert len(tokens_of(run(engine)["mended"])) == 4
 
 
+def test_files_are_compared_with_their_content_where_the_digest_is_a_tenants_own(
+    model: Path, adapter: Path, engines: list[Engine]
+) -> None:
+    engine = make_engine(model)
+    engines.append(engine)
+    ref = adapter_ref(adapter)
+    engine.add(greedy("theirs", prompt(5, 1), 4, [AdapterRef("1" * 64, ref.path, content=ref.digest)]))
+    engine.add(greedy("wrong", prompt(5, 1), 4, [AdapterRef("2" * 64, ref.path, content="3" * 64)]))
+    outputs = run(engine)
+    assert len(tokens_of(outputs["theirs"])) == 4
+    assert [o.error for o in outputs["wrong"]] == [ErrorCode.ADAPTER_DAMAGED]
+
+
 def test_a_rank_above_the_limit_is_refused_where_it_was_registered_before(
     model: Path, adapter: Path, engines: list[Engine]
 ) -> None:

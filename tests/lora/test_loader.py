@@ -165,9 +165,10 @@ def test_files_are_hashed_once_before_they_are_read_from_disk(tmp_path, image):
         Job("read", str(tmp_path), image.layout, (), False, room),
         Job("copied", "/nowhere", image.layout, whole, True, room),
         Job("other", str(tmp_path), image.layout, (), False, room),
+        Job("a tenant's", str(tmp_path), image.layout, (), False, room, content="content"),
     )
     bench.loader.close()
-    assert sorted(hashed) == [(tmp_path, "other"), (tmp_path, "read")]
+    assert sorted(hashed) == [(tmp_path, "content"), (tmp_path, "other"), (tmp_path, "read")]
 
 
 def test_damaged_files_are_read_into_nothing(tmp_path, image):

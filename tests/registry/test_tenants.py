@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import Conflict, Forbidden, ModelNotFound
+from server.peft.format import LoraAdapter
 from server.registry.records import Published
 from server.registry.registry import Registry
 from server.registry.sources.local import copy_folder
@@ -66,13 +67,61 @@ def test_another_tenants_adapter_leaves_no_trace(registry: Registry, put: Put) -
     assert put(registry, "other", "secret", 2, replace=False).outcome == "created"  # the name is free for it
 
 
-def test_a_writer_of_another_tenant_is_not_seen(registry: Registry, put: Put) -> None:
-    with registry.publication(create=True, replace=True, tenant="acme") as publication:
-        publication.begin("a")
+def test_a_writer_of_another_tenant_is_not_seen(
+    registry: Registry, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = registry.judge
+
+    def judge(folder: Path) -> LoraAdapter:
+        monkeypatch.undo()
+        assert names(registry, "acme") == (["a"], [])
         assert names(registry, "other") == ([], [])
         with pytest.raises(ModelNotFound):
             registry.get("a", tenant="other")
         assert put(registry, "other", "a").outcome == "created"
+        with pytest.raises(Conflict, match="being written"):
+            put(registry, "acme", "a")
+        return real(folder)
+
+    monkeypatch.setattr(registry, "judge", judge)
+    assert put(registry, "acme", "a", 1).outcome == "created"
+
+
+def test_who_of_one_tenant_publishes_first_wins(registry: Registry, put: Put) -> None:
+    """What other tenants do with the same name meanwhile is nothing to it."""
+    for meanwhile, outcome in (("other", "created"), ("acme", "conflict")):
+        with registry.publication(create=True, replace=True, tenant="acme") as slow:
+            slow.begin(meanwhile)
+            put(registry, meanwhile, meanwhile, 1)
+            copy_folder(adapter_files.write(slow.staging.scratch, adapter_files.files(seed=2)), slow.staging)
+            if outcome == "created":
+                assert slow.publish("upload").outcome == outcome
+            else:
+                with pytest.raises(Conflict, match="meanwhile"):
+                    slow.publish("upload")
+
+
+def test_damage_is_one_tenants(registry: Registry, put: Put) -> None:
+    """Equal files of another are others on disk, and those to whom a damaged one is shared learn nothing."""
+    mine, theirs = (put(registry, tenant, "a", 1).version for tenant in ("acme", "other"))
+    registry.set_shared("a", True, tenant="acme")
+    registry.damage.recheck(mine)
+    assert registry.get("a", tenant="acme").state == "ready"
+    weights = mine.path / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    for version in (mine, theirs):
+        registry.damage.recheck(version)
+    with pytest.raises(ModelNotFound, match="damaged"):
+        registry.acquire("a", tenant="acme")
+    with pytest.raises(ModelNotFound, match="does not exist"):
+        registry.acquire("a", tenant="third")
+    assert registry.acquire("a", tenant="other").version == theirs
+    put(registry, "other", "b", 1)
+    assert registry.get("a", tenant="acme").state == "failed"
+    assert put(registry, "acme", "a", 1).outcome == "replaced"
+    assert weights.read_bytes() == sound
+    assert registry.acquire("a", tenant="third").version.digest == mine.digest
 
 
 def test_a_draining_adapter_is_its_own_tenants_to_see(registry: Registry, put: Put) -> None:
