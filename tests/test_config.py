@@ -19,11 +19,13 @@ OPTIONS = [
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching", "scheduling_policy",
     "max_pinned_share", "spare_engine",
-    "host", "port", "api_key", "auth", "max_request_bytes", "max_waiting_requests", "request_timeout_s",
+    "host", "port", "api_key", "auth", "max_request_bytes",
     "allowed_hosts", "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",
     "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",
     "read_timeout_s", "min_rate_bytes", "keep_alive_s", "unread_timeout_s", "max_unread_bytes",
-    "shutdown_grace_s", "watchdog_s", "log_level", "log_format", "audit_log", "otlp_endpoint",
+    "max_waiting_requests", "request_timeout_s",
+    "shutdown_grace_s", "watchdog_s", "log_level", "log_format", "audit_log", "usage_retention_days",
+    "otlp_endpoint",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 import server
 from server.access.keyring import Keyring
-from server.api import errors, health, keys, models, reload
+from server.api import errors, health, keys, models, reload, usage
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
 from server.api.door import Door, check_host
@@ -37,12 +37,13 @@ from server.telemetry.metrics import Metrics
 from server.telemetry.traces import Traces, TracesError
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.usage.ledger import UsageLedger
 
 logger = logging.getLogger(__name__)
 
 ROUTERS = (
-    completions.router, chat.router, models.router, adapters.router, keys.router, health.router,
-    reload.router,
+    completions.router, chat.router, models.router, adapters.router, keys.router, usage.router,
+    health.router, reload.router,
 )  # fmt: skip
 
 
@@ -130,6 +131,8 @@ def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolde
             static = [key.get_secret_value() for key in face.settings.api_key]
             keyring = Keyring(static, folder.keys, wanted=face.settings.auth)
             check_host(face.settings, keyring, folder.store.data_dir)
+            journals = folder.store.data_dir / "usage"
+            face.usage = UsageLedger(journals, folder.usage, face.settings.usage_retention_days)
             undo.pop_all()
     except Exception as error:
         _fail(error, on_failed)
@@ -191,5 +194,7 @@ def _close(face: Face) -> None:
     """What writes to the data folder, then the folder. In a thread."""
     if face.keyring is not None:
         face.keyring.close()
+    if face.usage is not None:
+        face.usage.close()
     if face.registry is not None:
         face.registry.close()

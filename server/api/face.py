@@ -26,6 +26,7 @@ from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
+from server.usage.ledger import UsageLedger
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Face:
     names: AdapterNames = field(default_factory=AdapterNames)
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
+    usage: UsageLedger | None = None  # the same
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
 

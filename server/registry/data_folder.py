@@ -9,6 +9,7 @@ from server.registry.catalogue import Catalogue
 from server.registry.database import Database
 from server.registry.key_table import KeyTable
 from server.registry.store import ContentStore
+from server.registry.usage_table import UsageTable
 
 
 class DataFolder:
@@ -23,6 +24,7 @@ class DataFolder:
             undo.pop_all()
         self.catalogue = Catalogue(self._database)
         self.keys = KeyTable(self._database)
+        self.usage = UsageTable(self._database)
 
     def close(self) -> None:
         """Let the next server in. Idempotent."""
