@@ -189,7 +189,10 @@ async def test_a_tenant_sees_its_own(tenants: Tenants) -> None:
 
 async def test_it_survives_a_restart(tmp_path: Path) -> None:
     for life in (1, 2):
-        async with open_site(tmp_path) as site:
+        if life == 2:
+            (tmp_path / "2").mkdir()
+            (tmp_path / "1" / "data").rename(tmp_path / "2" / "data")
+        async with open_site(tmp_path / str(life)) as site:
             site.say("yes")
             await site.complete()
             assert (await total(site))[0] == life

@@ -15,6 +15,7 @@ from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of, tenant_of
 from server.api.inference.generation import ClientGone, Generation
+from server.api.inference.limits import check_limits, within_limits
 from server.api.inference.meter import Meter
 from server.api.inference.mix import LeasedMix
 from server.api.inference.served import count_served
@@ -40,6 +41,7 @@ async def generate(
     face = face_of(request)
     info = face.require_engine()
     face.waiting_room.check(tenant_of(request))  # before anything is read
+    check_limits(request)
     body = await read_body(request, face.settings.max_request_bytes)
     return GenerationResponse(face, request, await spec_of(face, info, body))
 
@@ -57,17 +59,19 @@ class GenerationResponse(Response):
         """Raises what failed before the first token, so that it is answered with its own status."""
         face, spec, tenant = self._face, self._spec, tenant_of(self._request)
         caller = caller_of(self._request)
+        weight = face.quotas.weight(caller.tenant) if face.quotas else 1.0
         try:
             with (
                 face.waiting_room.enter(tenant, len(spec.prompts) * spec.n) as ticket,
                 spec.mix.lease(face, caller.tenant) as leased,
+                within_limits(self._request, leased, spec.prompt_tokens) as grant,
             ):
-                choices = spec.choices(leased, tenant, face.settings.request_timeout_s)
+                choices = spec.choices(leased, tenant, face.settings.request_timeout_s, weight)
                 spec.reply.start(leased.version, choices)
                 most_unread = face.settings.max_unread_bytes
                 generation = Generation(face.engine, choices, face.metrics, ticket, most_unread)
                 with face.drain.serving(generation.fail), self._counted(leased, generation):
-                    meter = Meter.of(face, caller, spec, leased)
+                    meter = Meter.of(face, caller, spec, leased, grant)
                     await self._answer(generation, meter, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
