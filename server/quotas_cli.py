@@ -15,7 +15,7 @@ from server.remote import LOCAL, JsonOption, KeyOption, Remote, ServerOption, pr
 app = typer.Typer(no_args_is_help=True, help="Quotas of a running server (with an admin's key).")
 
 KindArgument = Annotated[str, typer.Argument(help="tenant, key or adapter.", show_default=False)]
-NameArgument = Annotated[
+SubjectArgument = Annotated[
     str, typer.Argument(help="The tenant, the key's id, or the adapter as usage has it.", show_default=False)
 ]
 _LIMITS = (
@@ -29,7 +29,7 @@ _out = Console()
 @app.command("set")
 def set_quota(
     kind: KindArgument,
-    name: NameArgument,
+    name: SubjectArgument,
     requests_per_s: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
     tokens_per_s: Annotated[float | None, typer.Option(help="Tokens a second, prompts included.")] = None,
     tokens_per_day: Annotated[int | None, typer.Option(help="Tokens a day (UTC).")] = None,
@@ -58,17 +58,17 @@ def list_quotas(server: ServerOption = LOCAL, api_key: KeyOption = None, as_json
         print_json({"object": "list", "data": quotas})
         return
     table = Table()
-    for title in ("kind", "id", *_LIMITS):
-        table.add_column(title.replace("_", " "))
+    for title in ("kind", "id", "limits"):
+        table.add_column(title, no_wrap=title == "id")
     for quota in printable(quotas):
-        table.add_row(*(escape("" if quota[n] is None else str(quota[n])) for n in ("kind", "id", *_LIMITS)))
+        table.add_row(escape(quota["kind"]), escape(quota["id"]), escape(_limits_of(quota)))
     _out.print(table)
 
 
 @app.command()
 def remove(
     kind: KindArgument,
-    name: NameArgument,
+    name: SubjectArgument,
     server: ServerOption = LOCAL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,
@@ -85,5 +85,9 @@ def _show(quota: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(quota)
         return
-    given = ", ".join(f"{name} = {quota[name]}" for name in _LIMITS if quota[name] is not None)
-    _out.print(printable(f"{quota['kind']} {quota['id']}: {given}"), markup=False, highlight=False)
+    shown = printable(f"{quota['kind']} {quota['id']}: {_limits_of(quota)}")
+    _out.print(shown, markup=False, highlight=False)
+
+
+def _limits_of(quota: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {quota[name]}" for name in _LIMITS if quota[name] is not None)

@@ -46,7 +46,7 @@ def usage(
     titles = [name for name in ("day", "hour", "tenant", "key", "adapter", "version") if name in group_by]
     table = Table()
     for title in titles:
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)  # they are there to be copied
     for title in _SUMS:
         table.add_column(title.replace("_", " "), justify="right")
     for line in printable(lines):

@@ -37,7 +37,7 @@ class UsageView(TypedDict):
 
     object: Literal["usage"]
     id: str
-    day: NotRequired[str]
+    day: NotRequired[str]  # as 2026-11-28
     hour: NotRequired[str]  # its start, as 2026-11-28T13:00:00Z
     tenant: NotRequired[str]
     key: NotRequired[str]  # its id; empty: none of the registry
@@ -100,7 +100,7 @@ def _rows(lines: list[UsageLine], names: list[Grouping]) -> bytes:
 
 def _shown(line: UsageLine, names: list[Grouping]) -> dict[str, str]:
     return {
-        name: _iso(value) if isinstance(value, int) else value
+        name: _iso(value)[: 10 if name == "day" else None] if isinstance(value, int) else value
         for name, value in zip(names, line.group, strict=True)
     }
 

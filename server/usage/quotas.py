@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class QuotaStore(Protocol):
     def remove(self, subject: Subject) -> None: ...
 
 
+class _Places:
+    """How many requests of one subject run; kept while its quota changes."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+
 class _Account:
     """What one subject has used of its quota."""
 
@@ -57,7 +65,7 @@ class _Account:
         self.quota = quota
         self.requests = TokenBucket(quota.requests_per_s, now) if quota.requests_per_s else None
         self.tokens = TokenBucket(quota.tokens_per_s, now) if quota.tokens_per_s else None
-        self.running = 0
+        self.places = _Places()
         self._day = day
         self._today = today  # tokens
 
@@ -77,7 +85,7 @@ class _Account:
         if left is not None and left <= 0:
             raise self._refusal("tokens_per_day", DAY_S - wall % DAY_S)
         most = self.quota.concurrent_requests
-        if most is not None and self.running >= most:
+        if most is not None and self.places.taken >= most:
             raise self._refusal("concurrent_requests", 1)
 
     def take(self, requests: int, tokens: int, now: float, wall: float) -> None:
@@ -128,7 +136,11 @@ class Quotas:
         self._clock = clock
         self._wall = wall
         self._writer = threading.Lock()
-        self._accounts = {subject: self._open(subject, quota) for subject, quota in store.load().items()}
+        quotas = store.load()
+        used = self._used_today() if quotas else Counter[Subject]()
+        self._accounts = {
+            subject: self._open(subject, quota, used[subject]) for subject, quota in quotas.items()
+        }
 
     def known(self) -> list[tuple[Subject, Quota]]:
         """All, sorted."""
@@ -142,8 +154,9 @@ class Quotas:
         """From now on; what runs counts as running still. Writes: in a thread."""
         with self._writer:
             self._store.put(subject, quota)
-            account, old = self._open(subject, quota), self._accounts.get(subject)
-            account.running = old.running if old else 0
+            account = self._open(subject, quota, self._used_today()[subject])
+            if (old := self._accounts.get(subject)) is not None:
+                account.places = old.places
             self._accounts[subject] = account
 
     def remove(self, subject: Subject) -> Quota:
@@ -174,11 +187,14 @@ class Quotas:
             return
         self.check(subjects)
         self._charge(subjects, 1, prompt_tokens)
-        self._count(subjects, 1)
+        places = [account.places for account in accounts]
+        for each in places:
+            each.taken += 1
         try:
             yield Grant(lambda tokens: self._charge(subjects, 0, tokens))
         finally:
-            self._count(subjects, -1)
+            for each in places:
+                each.taken -= 1
 
     def headers(self, subjects: Iterable[Subject]) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*`, of the subject with least left; none where nothing limits them."""
@@ -212,29 +228,22 @@ class Quotas:
         for account in self._of(subjects):
             account.take(requests, tokens, now, wall)
 
-    def _count(self, subjects: Iterable[Subject], change: int) -> None:
-        """Of those running. Never below zero: a quota may be newer than the request."""
-        for account in self._of(subjects):
-            account.running = max(0, account.running + change)
+    def _open(self, subject: Subject, quota: Quota, today: int) -> _Account:
+        return _Account(subject, quota, self._clock(), int(self._wall()) // DAY_S, today)
 
-    def _open(self, subject: Subject, quota: Quota) -> _Account:
-        wall = self._wall()
-        day = int(wall) // DAY_S
-        today = self._used_since(subject, day * DAY_S) if quota.tokens_per_day is not None else 0
-        return _Account(subject, quota, self._clock(), day, today)
-
-    def _used_since(self, subject: Subject, start: int) -> int:
+    def _used_today(self) -> Counter[Subject]:
+        """Tokens, by usage. One look for all subjects: there may be thousands."""
         self._ledger.fold()
-        query = UsageQuery(
-            start=start,
-            tenant=subject.id if subject.kind == "tenant" else None,
-            key=subject.id if subject.kind == "key" else None,
-            group_by=("adapter",),
-        )
-        lines = self._ledger.lines(query)
-        if subject.kind == "adapter":  # of a composition too
-            lines = [line for line in lines if subject.id in str(line.group[0]).split("+")]
-        return sum(_tokens(line.amount) for line in lines)
+        start = int(self._wall()) // DAY_S * DAY_S
+        used = Counter[Subject]()
+        for line in self._ledger.lines(UsageQuery(start=start, group_by=("tenant", "key", "adapter"))):
+            tenant, key, adapter = map(str, line.group)
+            tokens = _tokens(line.amount)
+            used[Subject("tenant", tenant)] += tokens
+            used[Subject("key", key)] += tokens
+            for label in adapter.split("+"):  # of a composition each
+                used[Subject("adapter", label)] += tokens
+        return used
 
 
 def _tokens(amount: Amount) -> int:
