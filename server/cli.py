@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import SettingsError
 
 import server
-from server import adapters_cli, keys_cli
+from server import adapters_cli, keys_cli, quotas_cli, usage_cli
 from server.api.output import open_standard_files, say
 from server.api.signals import end_during_start, handling_signals
 from server.config import Settings
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(keys_cli.app, name="keys")
+app.add_typer(quotas_cli.app, name="quotas")
+app.command()(usage_cli.usage)
 
 
 def main() -> None:

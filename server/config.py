@@ -268,6 +268,9 @@ class Settings(BaseSettings):
     audit_log: Path | None = Field(
         None, description="File that changes of adapters and keys are appended to, as JSON lines."
     )
+    usage_retention_days: int = Field(
+        400, gt=0, le=36500, description="How long usage by hour is kept, days."
+    )
     otlp_endpoint: str | None = Field(
         None, description="Collector that traces go to (OTLP/HTTP), a URL. Default: as OTEL_* says, or none."
     )

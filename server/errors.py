@@ -184,6 +184,20 @@ class QueueShareFull(ChorusError):
     code = "queue_share_full"
 
 
+class RateLimited(ChorusError):
+    """429: a quota is used up for now; `param` names which of its limits."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class StoredQuotaExceeded(Conflict):
+    """409: the tenant stores as much as its quota lets it."""
+
+    code = "quota_exceeded"
+
+
 class DeadlineExceeded(ChorusError):
     """504: the request's time was over before its answer was whole."""
 

@@ -40,32 +40,51 @@ class Remote:
 
     def call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """The server's answer."""
+        response = self._request(method, path, **body)
+        answer = self._json(response)
+        if response.is_error:
+            self._refused(response, answer)
+        return answer
+
+    def text(self, path: str, parameters: dict[str, str]) -> str:
+        """An answer that is no JSON."""
+        response = self._request("GET", path, params=parameters)
+        if response.is_error:
+            self._refused(response, self._json(response))
+        return response.text
+
+    def listed(self, path: str, parameters: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """A whole list, page by page."""
+        return [item for page in self._pages(path, parameters or {}) for item in page["data"]]
+
+    def _pages(self, path: str, parameters: dict[str, str]) -> Iterator[dict[str, Any]]:
+        wanted = {"limit": _PAGE, **parameters}
+        page = self.call("GET", path, params=wanted)
+        yield page
+        while page.get("has_more"):
+            page = self.call("GET", path, params=wanted | {"after": page["last_id"]})
+            yield page
+
+    def _request(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
             with httpx.Client(base_url=self._server, timeout=_TIMEOUT, headers=self._headers) as client:
-                response = client.request(method, path, **body)
-            answer: dict[str, Any] = response.json()
+                return client.request(method, path, **body)
         except UnicodeEncodeError:
             fail("a key or tenant has characters that no header can carry")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             fail(f"no answer from {self._server}: {error or type(error).__name__}")
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = response.json()
         except ValueError:
             fail(f"{self._server} answered {response.status_code}, and not in JSON; is it a Chorus server?")
-        if response.is_error:
-            detail = answer.get("error")
-            shown = isinstance(detail, dict) and detail.get("message")
-            fail(str(shown or f"{self._server} answered {response.status_code}"))
         return answer
 
-    def listed(self, path: str) -> list[dict[str, Any]]:
-        """A whole list, page by page."""
-        return [item for page in self._pages(path) for item in page["data"]]
-
-    def _pages(self, path: str) -> Iterator[dict[str, Any]]:
-        page = self.call("GET", path, params={"limit": _PAGE})
-        yield page
-        while page.get("has_more"):
-            page = self.call("GET", path, params={"limit": _PAGE, "after": page["last_id"]})
-            yield page
+    def _refused(self, response: httpx.Response, answer: dict[str, Any]) -> NoReturn:
+        detail = answer.get("error")
+        shown = isinstance(detail, dict) and detail.get("message")
+        fail(str(shown or f"{self._server} answered {response.status_code}"))
 
 
 def printable(value: Any) -> Any:

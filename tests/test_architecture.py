@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 DRAWING = ROOT / "docs" / "architecture.md"
 WORDS = {"messages", "errors", "config", "log"}  # single files that cross rooms
-TOPS = {"cli", "__main__", "adapters_cli", "keys_cli", "remote"}  # what starts the rest
+TOPS = {
+    "cli",
+    "__main__",
+    "adapters_cli",
+    "keys_cli",
+    "remote",
+    "usage_cli",
+    "quotas_cli",
+}  # what starts the rest
 HTTP = {"fastapi", "starlette", "uvicorn"}
 TENSORS = {"torch", "transformers", "triton"}
 SIZED = ("server", "load_tests")
@@ -103,7 +111,9 @@ def test_lazy_imports_and_submodules_are_seen() -> None:
     assert len(modules()) > 50
 
 
-@pytest.mark.parametrize("module", in_rooms("api", "border", "peft", "registry", "telemetry", "text"))
+@pytest.mark.parametrize(
+    "module", in_rooms("api", "border", "peft", "registry", "telemetry", "text", "usage")
+)
 def test_the_face_reaches_no_tensor_library(module: str) -> None:
     assert_never_reaches(module, TENSORS)
 

@@ -24,7 +24,7 @@ OPTIONS = [
     "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",
     "read_timeout_s", "min_rate_bytes", "keep_alive_s", "unread_timeout_s", "max_unread_bytes",
     "max_waiting_requests", "request_timeout_s", "shutdown_grace_s", "watchdog_s",
-    "log_level", "log_format", "audit_log", "otlp_endpoint",
+    "log_level", "log_format", "audit_log", "usage_retention_days", "otlp_endpoint",
 ]  # fmt: skip
 
 

@@ -54,9 +54,11 @@ def test_make_targets(document: Path) -> None:
 
 @each_document
 def test_commands_and_their_flags(document: Path) -> None:
-    for line in re.findall(r"(?:^|[\s/(])chorus ((?:serve|adapters|keys|--).*)", code_of(read(document))):
+    for line in re.findall(
+        r"(?:^|[\s/(])chorus ((?:serve|adapters|keys|quotas|usage|--).*)", code_of(read(document))
+    ):
         words = [word for word in re.split(r"\s+#\s|[|&;)]", line)[0].split() if word != "..."]
-        path = tuple(words[:2]) if words[0] in ("adapters", "keys") else (words[0],)
+        path = tuple(words[:2]) if words[0] in ("adapters", "keys", "quotas") else (words[0],)
         path = () if words[0].startswith("--") else path
         assert path in COMMANDS, line
         flags = {word.partition("=")[0] for word in words if word.startswith("--")}

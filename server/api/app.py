@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 import server
 from server.access.keyring import Keyring
-from server.api import errors, health, keys, models, reload
+from server.api import errors, health, keys, models, quotas, reload, usage
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
 from server.api.door import Door, check_host
@@ -38,12 +38,15 @@ from server.telemetry.metrics import Metrics
 from server.telemetry.traces import Traces, TracesError
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.usage.ledger import UsageLedger
+from server.usage.quotas import Quotas
 
 logger = logging.getLogger(__name__)
 
 ROUTERS = (
-    completions.router, chat.router, models.router, adapters.router, keys.router, health.router,
-    reload.router,
+    completions.router, chat.router, models.router, adapters.router, keys.router, usage.router,
+    quotas.router,
+    health.router, reload.router,
 )  # fmt: skip
 
 
@@ -132,6 +135,9 @@ def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolde
             static = [key.get_secret_value() for key in face.settings.api_key]
             keyring = Keyring(static, folder.keys, wanted=face.settings.auth)
             check_host(face.settings, keyring, folder.store.data_dir)
+            journals = folder.store.data_dir / "usage"
+            face.usage = UsageLedger(journals, folder.usage, face.settings.usage_retention_days)
+            face.quotas = Quotas(folder.quotas, face.usage)
             undo.pop_all()
     except Exception as error:
         _fail(error, on_failed)
@@ -180,7 +186,9 @@ def _open_registry(face: Face, folder: DataFolder) -> Registry:
         folder.close()
         raise EngineStartFailed("the engine ended before it was ready")
     limits = dataclasses.replace(face.settings.limits, max_rank=info.max_mix_rank)
-    registry = Registry.open(folder, info.lora_targets, info.parameters, limits, face.base.name)
+    registry = Registry.open(
+        folder, info.lora_targets, info.parameters, limits, face.base.name, quota_of=face.quota_of
+    )
     try:
         register_tree(registry, face.settings.adapters)
     except BaseException:
@@ -193,5 +201,7 @@ def _close(face: Face) -> None:
     """What writes to the data folder, then the folder. In a thread."""
     if face.keyring is not None:
         face.keyring.close()
+    if face.usage is not None:
+        face.usage.close()
     if face.registry is not None:
         face.registry.close()

@@ -26,6 +26,8 @@ from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
+from server.usage.ledger import UsageLedger
+from server.usage.quotas import Quota, Quotas, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class Face:
     names: AdapterNames = field(default_factory=AdapterNames)
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
+    usage: UsageLedger | None = None  # the same
+    quotas: Quotas | None = None  # the same
     registry: Registry | None = None  # open when the engine was ready for the first time
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -101,6 +105,9 @@ class Face:
         if self.registry is None:
             raise self._not_ready()
         return self.registry
+
+    def quota_of(self, tenant: str) -> Quota | None:
+        return self.quotas.get(Subject("tenant", tenant)) if self.quotas is not None else None
 
     async def restore_adapters(self, resident: Sequence[str] = ()) -> None:
         """Bring adapters (back) into the arena before a new engine is ready: pinned ones, then those of the

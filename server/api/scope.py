@@ -63,7 +63,9 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+                headers = MutableHeaders(scope=message)
+                headers.update(state.get("headers") or {})
+                headers["x-request-id"] = state["request_id"]
             await send(message)
 
         began = time.monotonic()

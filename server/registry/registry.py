@@ -42,6 +42,7 @@ from server.registry.records import (
     split_version,
 )
 from server.registry.store import Staging
+from server.registry.stored_room import QuotaOf, StoredRoom
 
 KEPT_VERSIONS = 5  # of one name: the newest ones stay addressable as name@version
 
@@ -58,6 +59,7 @@ class Registry:
         base_parameters: int,
         limits: Limits,
         base_name: str,
+        quota_of: QuotaOf = lambda _: None,
     ) -> None:
         self.base_parameters = base_parameters
         self._folder = folder
@@ -69,6 +71,7 @@ class Registry:
         self._judging = threading.Lock()
         self._books = Books()
         self._lock = self._books.lock
+        self._room = StoredRoom(self._books, quota_of)
         self._leases = Leases(self._books, folder.store)
         self.damage = Damage(self._books)
         self._counters = Counters(self._catalogue, self._lock)
@@ -81,6 +84,7 @@ class Registry:
         base_parameters: int,
         limits: Limits,
         base_name: str,
+        quota_of: QuotaOf = lambda _: None,
     ) -> Registry:
         """Take the folder over and bring back what it holds; sweep what a killed server left.
 
@@ -89,7 +93,7 @@ class Registry:
         """
         with ExitStack() as undo:
             undo.callback(folder.close)
-            registry = cls(folder, targets, base_parameters, limits, base_name)
+            registry = cls(folder, targets, base_parameters, limits, base_name, quota_of)
             registry._restore()
             undo.pop_all()
         return registry
@@ -230,10 +234,27 @@ class Registry:
         description: str | None,
         stamp: str | None,
     ) -> Published:
-        """The last steps of a publication by the holder of the name's claim: files, then row, then memory."""
+        """The last steps of a publication by the holder of the name's claim: files, then row, then memory.
+
+        Raises StoredQuotaExceeded."""
+        digest = identity(content, adapter.tenant)
+        with self._room.taken_by(adapter, digest, judged.weight_bytes):
+            return self._commit(adapter, judged, staging, content, digest, provenance, description, stamp)
+
+    def _commit(
+        self,
+        adapter: AdapterId,
+        judged: LoraAdapter,
+        staging: Staging,
+        content: str,
+        digest: str,
+        provenance: str,
+        description: str | None,
+        stamp: str | None,
+    ) -> Published:
         with self._lock:
             old = self._books.adapters.get(adapter)
-        now, digest = time.time(), identity(content, adapter.tenant)
+        now = time.time()
         row = old.row if old else AdapterRow(adapter.name, 0, None, "", False, now, adapter.tenant)
         row = dataclasses.replace(
             row,

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from server.access.caller import DEFAULT_TENANT
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 METADATA = sa.MetaData()
 ADAPTERS = sa.Table(
@@ -60,16 +60,42 @@ KEYS = sa.Table(
     sa.Column("revoked_at", sa.Float),
     sa.Column("last_used", sa.Float),
 )
+USAGE = sa.Table(
+    "usage",
+    METADATA,
+    sa.Column("hour", sa.Integer, primary_key=True),
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("adapter", sa.String, primary_key=True),
+    sa.Column("version", sa.String, primary_key=True),
+    sa.Column("journal", sa.String, primary_key=True),
+    sa.Column("requests", sa.Integer, nullable=False),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("cached_tokens", sa.Integer, nullable=False),
+    sa.Column("completion_tokens", sa.Integer, nullable=False),
+    sqlite_with_rowid=False,
+)
+QUOTAS = sa.Table(
+    "quotas",
+    METADATA,
+    sa.Column("kind", sa.String, primary_key=True),
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("limits", sa.JSON, nullable=False),
+)
 
 # What a file of each version has at least.
-TABLES = {1: {"adapters", "versions", "facts"}, 2: set(METADATA.tables)}
+TABLES = {
+    1: {"adapters", "versions", "facts"},
+    2: {"adapters", "versions", "facts", "keys"},
+    3: set(METADATA.tables),
+}
 
 
 def upgrade(connection: sa.Connection, version: int) -> None:
     """From `version`, 0 for an empty file, to SCHEMA_VERSION, within the caller's transaction."""
     if version == 1:
         _bring_tenants(connection)
-    else:
+    else:  # a new file; or 2, which lacks tables and no column
         METADATA.create_all(connection)
     connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

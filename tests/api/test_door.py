@@ -25,7 +25,7 @@ from tests.api.face_site import Site, events, eventually, listen, open_site
 KEY = "a-static-key-of-this-test"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW")
 DOCUMENTS = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
-NAMES = {"name": "sql", "model_id": "sql", "key_id": "0" * 12}
+NAMES = {"kind": "tenant", "name": "sql", "model_id": "sql", "key_id": "0" * 12}
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -60,7 +60,9 @@ async def test_which_requests_are_counted_and_which_lines_are_for_debugging(
             before = await counted(site)
             caplog.clear()
             await site.client.request(
-                method, path.format(name="nobody", model_id="nobody", key_id="nobody"), content=b"{}"
+                method,
+                path.format(kind="tenant", name="nobody", model_id="nobody", key_id="nobody"),
+                content=b"{}",
             )
             (line,) = [record for record in caplog.records if record.name == "server.access"]
             assert (line.levelno == logging.DEBUG) == facts.quiet, path

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from load_tests.kills import children_of
 from load_tests.serving import ServerProcess, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,9 +39,9 @@ class Server(ServerProcess):
         super().__exit__(*error)
 
     def engine_pid(self) -> int:
-        """The engine process: the only child of the server."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        (pid,) = [int(child) for child in children]
+        """The engine process: of the server's children the one that has one itself, the spare."""
+        children = children_of(self.pid)
+        (pid,) = children if len(children) == 1 else filter(children_of, children)
         return pid
 
     def complete(self, model: str, prompt: str | list[int], **fields: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from server.registry.data_folder import DataFolder
 from server.registry.database import DamagedRegistryError, Database
 from server.registry.schema import SCHEMA_VERSION
 from server.registry.store import DataFolderError
+from server.usage.records import UsageQuery
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
@@ -219,6 +220,23 @@ def test_the_first_schema_becomes_the_present_one(of_schema_1: Path) -> None:
         assert connection.exec_driver_sql("SELECT count(*) FROM versions").scalar() == 1
         assert connection.exec_driver_sql("PRAGMA user_version").scalar() == SCHEMA_VERSION
     database.close()
+
+
+def test_the_second_schema_gets_usage_and_quotas(tmp_path: Path) -> None:
+    """2 was this one without two tables; what is in the others stays."""
+    folder = DataFolder(tmp_path / "data")
+    folder.catalogue.set_fact("a", "b")
+    folder.close()
+    path = tmp_path / "data" / "registry.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("DROP TABLE usage; DROP TABLE quotas; PRAGMA user_version = 2;")
+    folder = DataFolder(tmp_path / "data")
+    assert folder.catalogue.fact("a") == "b"
+    assert folder.usage.lines(UsageQuery()) == []
+    folder.close()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert connection.execute("SELECT count(*) FROM quotas").fetchone() == (0,)
 
 
 def test_a_migration_that_is_cut_off_leaves_the_first_schema(of_schema_1: Path) -> None:

@@ -32,9 +32,14 @@ class GenerationSpec:
     priority: int = 0
     timeout_s: float | None = None
 
-    def choices(self, leased: LeasedMix, tenant: str, longest_s: float) -> list[Choice]:
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt once."""
+        return sum(map(len, self.prompts))
+
+    def choices(self, leased: LeasedMix, tenant: str, longest_s: float, weight: float = 1.0) -> list[Choice]:
         """Choice i * n + k is the k-th of prompt i. Their ids are new, whatever the client calls them.
-        `longest_s`: what the server lets any request take."""
+        `longest_s`: what the server lets any request take; `weight`: of the tenant."""
         run = uuid.uuid4().hex
         choices = []
         for at, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True)):
@@ -49,6 +54,7 @@ class GenerationSpec:
                 tenant=tenant,
                 priority=self.priority,
                 timeout_s=min(self.timeout_s or longest_s, longest_s),
+                weight=weight,
             )
             choices += [
                 Choice(at * self.n + k, at, request, request_id, self.text)

@@ -15,6 +15,8 @@ from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of, tenant_of
 from server.api.inference.generation import ClientGone, Generation
+from server.api.inference.limits import check_limits, within_limits
+from server.api.inference.meter import Meter
 from server.api.inference.mix import LeasedMix
 from server.api.inference.served import count_served
 from server.api.inference.spans import trace_generation
@@ -39,6 +41,7 @@ async def generate(
     face = face_of(request)
     info = face.require_engine()
     face.waiting_room.check(tenant_of(request))  # before anything is read
+    check_limits(request)
     body = await read_body(request, face.settings.max_request_bytes)
     return GenerationResponse(face, request, await spec_of(face, info, body))
 
@@ -55,17 +58,21 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what failed before the first token, so that it is answered with its own status."""
         face, spec, tenant = self._face, self._spec, tenant_of(self._request)
+        caller = caller_of(self._request)
+        weight = face.quotas.weight(caller.tenant) if face.quotas else 1.0
         try:
             with (
                 face.waiting_room.enter(tenant, len(spec.prompts) * spec.n) as ticket,
-                spec.mix.lease(face, caller_of(self._request).tenant) as leased,
+                spec.mix.lease(face, caller.tenant) as leased,
+                within_limits(self._request, leased, spec.prompt_tokens) as grant,
             ):
-                choices = spec.choices(leased, tenant, face.settings.request_timeout_s)
+                choices = spec.choices(leased, tenant, face.settings.request_timeout_s, weight)
                 spec.reply.start(leased.version, choices)
                 most_unread = face.settings.max_unread_bytes
                 generation = Generation(face.engine, choices, face.metrics, ticket, most_unread)
                 with face.drain.serving(generation.fail), self._counted(leased, generation):
-                    await self._answer(generation, receive, send)
+                    meter = Meter.of(face, caller, spec, leased, grant)
+                    await self._answer(generation, meter, receive, send)
         except ClientGone:
             self._request.state.outcome = "aborted"
 
@@ -84,27 +91,30 @@ class GenerationResponse(Response):
             if (trace := getattr(self._request.state, "trace", None)) is not None and trace.wanted:
                 trace_generation(trace, self._spec, leased, generation)
 
-    async def _answer(self, generation: Generation, receive: Receive, send: Send) -> None:
+    async def _answer(self, generation: Generation, meter: Meter, receive: Receive, send: Send) -> None:
         async with generation:
             watch = asyncio.create_task(_watch(receive, generation))
             try:
                 if self._spec.stream:
-                    await self._stream(generation, send)
+                    await self._stream(generation, meter, send)
                 else:
-                    await self._whole(generation, send)
+                    await self._whole(generation, meter, send)
             finally:
                 watch.cancel()
 
-    async def _whole(self, generation: Generation, send: Send) -> None:
+    async def _whole(self, generation: Generation, meter: Meter, send: Send) -> None:
         reply = self._spec.reply
         while ready := await generation.take():
             for at, delta in enumerate(ready, 1):
                 reply.add(delta)
+                meter.add(delta)
                 if at % _ADDED_A_TURN == 0:
                     await asyncio.sleep(0)
-        await JSONPieces(reply.body())(self._request.scope, _nothing, send)
+        body = JSONPieces(reply.body())
+        meter.tell()
+        await body(self._request.scope, _nothing, send)
 
-    async def _stream(self, generation: Generation, send: Send) -> None:
+    async def _stream(self, generation: Generation, meter: Meter, send: Send) -> None:
         ready = await generation.take()  # what fails before the first token is not a stream yet
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))
@@ -114,6 +124,9 @@ class GenerationResponse(Response):
             async with generation.handing_over():
                 while ready:
                     events = b"".join([event(chunk) for delta in ready if (chunk := reply.chunk(delta))])
+                    for delta in ready:
+                        meter.add(delta)
+                    meter.tell()
                     if events:
                         await send({"type": "http.response.body", "body": events, "more_body": True})
                     ready = await generation.take()
