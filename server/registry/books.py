@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from heapq import merge
 from itertools import groupby, islice
 
+from server.errors import Forbidden, ModelNotFound
 from server.registry.catalogue import AdapterId
 from server.registry.records import AdapterBooks, AdapterRecord, AdapterVersion
 
@@ -88,3 +89,15 @@ class Books:
         rest = sorted(name for name in others.union(self.shared) if name > after)
         merged = merge(own[bisect_right(own, after) :], rest)
         return (name for name, _ in groupby(merged))
+
+
+def unknown_name(name: str) -> ModelNotFound:
+    """ModelNotFound of the management routes, where the field is called `name`."""
+    error = ModelNotFound(name)
+    error.param = "name"
+    return error
+
+
+def not_yours(name: str) -> Forbidden:
+    """Of a change to what another tenant owns."""
+    return Forbidden(f"The adapter `{name}` is shared with you; only its owner can change it.", param="name")

@@ -19,10 +19,10 @@ import msgspec
 
 from server.access.caller import DEFAULT_TENANT
 from server.config import Limits
-from server.errors import ChorusError, Conflict, Forbidden, InvalidRequest, ModelNotFound
+from server.errors import ChorusError, Conflict, InvalidRequest, ModelNotFound
 from server.messages import LoraTarget
 from server.peft.format import LoraAdapter, judge
-from server.registry.books import Books
+from server.registry.books import Books, not_yours, unknown_name
 from server.registry.catalogue import AdapterId, AdapterRow
 from server.registry.counters import Counters
 from server.registry.damage import Damage
@@ -118,14 +118,14 @@ class Registry:
             if version.error is not None:  # others need not know why
                 raise ModelNotFound(name, version.error if adapter.row.tenant == tenant else None)
             if own and adapter.row.tenant != tenant:
-                raise _not_yours(base)
+                raise not_yours(base)
             return self._leases.lease(version)
 
     def get(self, name: str, *, tenant: str = DEFAULT_TENANT) -> AdapterRecord:
         """What is known of a name. Raises ModelNotFound (param `name`)."""
         record = self._books.record(AdapterId(tenant, name))
         if record is None:
-            raise _unknown(name)
+            raise unknown_name(name)
         return record
 
     def current_versions(
@@ -210,7 +210,7 @@ class Registry:
         if books is not None and not replace:
             raise Conflict(f"The adapter `{name}` exists already.", param="name")
         if books is None and not create:
-            raise _not_yours(name) if name in self._books.shared else _unknown(name)
+            raise not_yours(name) if name in self._books.shared else unknown_name(name)
         return books.current if books else None
 
     def unclaim(self, adapter: AdapterId) -> None:
@@ -313,7 +313,7 @@ class Registry:
         with self._lock:
             adapter = self._books.adapters.get(AdapterId(tenant, name))
         if adapter is None:
-            raise _unknown(name)
+            raise unknown_name(name)
         if adapter.row.pinned != pinned:
             self._update(adapter, pinned=pinned)
 
@@ -394,14 +394,3 @@ class Registry:
         self._catalogue.update(adapter.row.id, **fields)
         with self._lock:
             adapter.row = dataclasses.replace(adapter.row, **fields)  # type: ignore[arg-type]  # its own columns
-
-
-def _unknown(name: str) -> ModelNotFound:
-    """ModelNotFound of the management routes, where the field is called `name`."""
-    error = ModelNotFound(name)
-    error.param = "name"
-    return error
-
-
-def _not_yours(name: str) -> Forbidden:
-    return Forbidden(f"The adapter `{name}` is shared with you; only its owner can change it.", param="name")
