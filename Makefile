@@ -34,7 +34,7 @@ types: setup
 unit: setup
 	$(BIN)/pytest
 
-conformance: $(LOWEST)/installed  ## the tests of models and kernels on the lowest versions allowed (5 minutes)
+conformance: $(LOWEST)/installed  ## the tests of models and kernels on the lowest versions allowed (a minute, once installed)
 	PYTHONPATH=$(LOWEST) $(BIN)/pytest -W "ignore:Conversion of an array with ndim:DeprecationWarning" tests/model tests/lora
 
 $(LOWEST)/installed: tests/lowest.txt | setup
