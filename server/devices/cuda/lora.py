@@ -78,7 +78,7 @@ class Tiling:
         else:
             block_k, block_r, block_o = 128, 32, 128
         if element_size == 4 and work.longest > ROWS:  # operands of twice the size, in three parts (tf32x3)
-            block_k, block_o = 64, 64
+            block_k, block_o = 32 if work.longest == TILES else 64, 64
         block_k, block_o = min(block_k, max(16, power_of_2(in_features))), min(block_o, widest)
         splits = min(_MOST_SPLITS, -(-in_features // block_k), _MOST_H_BYTES // (tokens * h_token_bytes))
         most_splits = max(1, splits)
@@ -186,7 +186,7 @@ class _Begun:
             expand_rows[grid](
                 y_TO, self.h, *self._tables, *self._counts, *sizes,
                 BLOCK_S=_MOST_SPLITS, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k, BLOCK_O=tiling.block_o,
-                ALIGNED=aligned, STAGES=2,
+                ALIGNED=aligned, STAGES=2 if aligned else 1,  # values that lie anyhow are copied one by one
             )  # fmt: skip
         else:
             expand_tiles[grid](
