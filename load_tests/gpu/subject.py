@@ -1,8 +1,9 @@
 """The engine under test: random weights in a real shape, and as many adapter versions as are asked for.
 
 Versions of one rank share one folder on disk, under digests of their own: the engine cannot know, and treats
-each as an adapter by itself (its own read, host image and room in the arena), while writing them takes
-seconds. The operating system's page cache therefore serves every read: "from disk" means from there here.
+each as an adapter by itself (its own look whether the files are what they were, its own read, host image and
+room in the arena), while writing them takes seconds. The operating system's page cache therefore serves every
+read: "from disk" means from there here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from server.messages import (
     SamplingParams,
     TokenOutput,
 )
+from server.peft.digest import read_digest
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5}
 _QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6}
@@ -64,6 +67,9 @@ class Version:
 
 
 Mix = Sequence[Version | None]  # what each sequence of a batch uses; None: the base model
+
+
+_content = cache(read_digest)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ class Subject:
             raise SlowEngine(f"the engine runs without {', '.join(missing)}; its log says why")
 
     def ref(self, version: Version) -> AdapterRef:
-        return AdapterRef(f"rank-{version.rank}-{version.number}", str(self.folders[version.rank]))
+        folder = self.folders[version.rank]
+        name = f"rank-{version.rank}-{version.number}"
+        return AdapterRef(name, str(folder), content=_content(folder))
 
     def call(self, version: Version) -> LoadAdapter:
         """A call to bring it into the arena, with a number of its own."""
