@@ -40,7 +40,7 @@ from tests.devices.cuda import interpreted
 from tests.devices.cuda.interpreted import cuda_operators, make_interpreted
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
 from tests.lora.kernels import random_arena
-from tests.model.tiny_models import ARCHITECTURES, VOCAB, Job, add_adapter, build, expected, serve, targets_of
+from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these kernels compiled"),
@@ -108,7 +108,7 @@ def test_captured_steps_give_the_tokens_of_the_model(
     rng = random.Random(3)
     jobs = [
         Job([rng.randrange(3, VOCAB) for _ in range(length)], adapter, tokens)
-        for length, adapter, tokens in ((9, a, 4), (3, None, 5), (5, b, 3), (2, a, 6), (4, a, 5))
+        for length, adapter, tokens in ((9, a, 2), (3, None, 3), (5, b, 2), (2, a, 4), (4, a, 3))
     ]
     engine, fake = triton_engine(max_num_batched_tokens=12), FakeCapture()
     assert engine._runner.fused
@@ -420,7 +420,7 @@ def test_prompt_sizes(most: int) -> None:
     assert all(upper <= 1.25 * (lower + 1) for lower, upper in pairwise(sizes) if lower >= 256)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])  # the others' layers are these
 def test_padded_steps_with_prompts_give_the_logits_of_unpadded_ones(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
