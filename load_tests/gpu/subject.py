@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,6 @@ class Version:
 Mix = Sequence[Version | None]  # what each sequence of a batch uses; None: the base model
 
 
-_content = cache(read_digest)
-
-
 @dataclass(frozen=True)
 class Subject:
     """An engine, its base model's config, and where an adapter of each rank lies. One thread drives it."""
@@ -80,6 +76,7 @@ class Subject:
     engine: Engine
     config: dict[str, Any]
     folders: dict[int, Path]
+    contents: dict[int, str]  # digests of what lies there
     _calls: Iterator[int] = field(default_factory=count)
 
     @property
@@ -108,9 +105,8 @@ class Subject:
             raise SlowEngine(f"the engine runs without {', '.join(missing)}; its log says why")
 
     def ref(self, version: Version) -> AdapterRef:
-        folder = self.folders[version.rank]
-        name = f"rank-{version.rank}-{version.number}"
-        return AdapterRef(name, str(folder), content=_content(folder))
+        rank, name = version.rank, f"rank-{version.rank}-{version.number}"
+        return AdapterRef(name, str(self.folders[rank]), content=self.contents[rank])
 
     def call(self, version: Version) -> LoadAdapter:
         """A call to bring it into the arena, with a number of its own."""
@@ -226,7 +222,8 @@ def subject(
             )
         )
         try:
-            on = Subject(shape, engine, config, by_rank)
+            contents = {rank: read_digest(folder) for rank, folder in by_rank.items()}
+            on = Subject(shape, engine, config, by_rank, contents)
             on.require_fast_paths()
             yield on
         finally:
