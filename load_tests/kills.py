@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from load_tests.serving import ServerProcess, free_port
+from load_tests.serving import ServerProcess, children_of, engine_of, free_port
 
 OUTPUT_TOKENS = 96
 LATE_S = 1.0  # an open request must end within this after the kill
@@ -72,10 +72,6 @@ class KillsResult:
     @property
     def late(self) -> int:
         return sum(ended > LATE_S for ended in self.ended_s)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def serving(model: Path, adapters: Path, folder: Path, flags: Sequence[str] = ()) -> ServerProcess:
@@ -133,7 +129,7 @@ class Kills:
 
     async def _kill(self, http: httpx.AsyncClient) -> float:
         """Returns the seconds until it is ready again."""
-        (engine,) = children_of(self._server.pid)
+        engine = engine_of(self._server.pid)
         os.kill(engine, signal.SIGKILL)
         self._killed_at = time.monotonic()
         await self._until(http, 503)

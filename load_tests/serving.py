@@ -124,3 +124,15 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that it started, or that came to it when their own parent ended."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def engine_of(server: int) -> int:
+    """The engine process of a `chorus serve`: of its children the one that has one itself, the spare."""
+    children = children_of(server)
+    (engine,) = children if len(children) == 1 else filter(children_of, children)
+    return engine

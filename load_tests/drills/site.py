@@ -15,7 +15,7 @@ from typing import Any, Self
 import httpx
 import psutil
 
-from load_tests.serving import ServerProcess
+from load_tests.serving import ServerProcess, engine_of
 
 PROMPT = "Anna saw two red apples =>\n"
 _SETTLES_S = 30.0
@@ -81,8 +81,7 @@ class Site:
 
     @property
     def engine(self) -> psutil.Process:
-        """The child that serves: the one that has worked most."""
-        return max(self.face.children(), key=lambda child: sum(child.cpu_times()[:2]))
+        return psutil.Process(engine_of(self.server.pid))
 
     async def complete(self, model: str | None = None, **body: Any) -> httpx.Response:
         """A short greedy completion, unless `body` says otherwise."""

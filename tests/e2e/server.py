@@ -9,8 +9,7 @@ from typing import Any
 
 import httpx
 
-from load_tests.kills import children_of
-from load_tests.serving import ServerProcess, free_port
+from load_tests.serving import ServerProcess, engine_of, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "chorus-tiny"
@@ -39,10 +38,7 @@ class Server(ServerProcess):
         super().__exit__(*error)
 
     def engine_pid(self) -> int:
-        """The engine process: of the server's children the one that has one itself, the spare."""
-        children = children_of(self.pid)
-        (pid,) = children if len(children) == 1 else filter(children_of, children)
-        return pid
+        return engine_of(self.pid)
 
     def complete(self, model: str, prompt: str | list[int], **fields: Any) -> dict[str, Any]:
         """One completion, greedy unless `fields` say otherwise; fails on an error answer."""
