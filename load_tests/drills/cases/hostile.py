@@ -139,11 +139,11 @@ async def dribbling_put(site: Site) -> str:
     return f"another PUT {second.status_code}, DELETE {gone.status_code}"
 
 
-@case(52, "(?R) in target_modules; 40,000 tiny patterns", "400")
+@case(52, "(?R) in target_modules; 5,000 tiny patterns", "400")
 async def hostile_patterns(site: Site) -> str:
     wanted = {
         "target_modules": changed_config(site, target_modules="(a|(?R))*"),
-        "rank_pattern": changed_config(site, rank_pattern={f"a{i}": 4 for i in range(40_000)}),
+        "rank_pattern": changed_config(site, rank_pattern={f"a{i}": 4 for i in range(5_000)}),
         "alpha_pattern": changed_config(site, alpha_pattern={"(?:" * 50 + "a" + ")*" * 50: 4}),
     }
     for field, files in wanted.items():
