@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from load_tests.drills.archives import tarred
 from server.adapters_cli import app
 from tests.api.adapter_app import Site
 from tests.local_server import serving
@@ -46,7 +47,7 @@ def test_the_journey_of_an_adapter(run: Run, site: Site, tmp_path: Path) -> None
     assert again.stderr == "error: The adapter `team/sql` exists already.\n"
 
     archive = tmp_path / "new.tar.gz"
-    archive.write_bytes(adapter_files.tarred(adapter_files.files(seed=2)))
+    archive.write_bytes(tarred(adapter_files.files(seed=2)))
     replaced = run("upload", "team/sql", str(archive), "--replace", "--json")
     assert json.loads(replaced.stdout)["version"] == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import time
@@ -104,6 +105,27 @@ class Site:
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection."""
         return await asyncio.open_connection(self.host, self.port)
+
+    def head(self, line: str, *headers: str) -> bytes:
+        """The start of a request on a bare connection, without the blank line that ends it."""
+        lines = [line + " HTTP/1.1", f"host: {self.host}:{self.port}", *headers]
+        return "\r\n".join(lines).encode() + b"\r\n"
+
+    def posted(self, body: dict[str, Any]) -> bytes:
+        """A whole request for a completion, for a bare connection."""
+        content = json.dumps(body).encode()
+        headers = "content-type: application/json", f"content-length: {len(content)}"
+        return self.head("POST /v1/completions", *headers) + b"\r\n" + content
+
+    async def half_an_upload(self, name: str, sent: int = 0) -> asyncio.StreamWriter:
+        """A PUT of a megabyte of weights of which `sent` bytes have come, on a connection that stays open."""
+        _, writer = await self.connect()
+        headers = "content-length: 1000000", "content-type: multipart/form-data; boundary=b"
+        part = 'content-disposition: form-data; name="files"; filename="adapter_model.safetensors"'
+        writer.write(self.head(f"PUT /v1/adapters/{name}", *headers) + b"\r\n--b\r\n")
+        writer.write(part.encode() + b"\r\n\r\n" + bytes(sent))
+        await writer.drain()
+        return writer
 
     async def metrics(self) -> dict[str, float]:
         """Series without labels, or with the model's alone, by name."""

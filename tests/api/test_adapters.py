@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from load_tests.drills.archives import tarred, zipped
 from server.messages import ErrorCode
 from server.registry.store import Sink
 from tests.api.adapter_app import Site
 from tests.registry import adapter_files
-from tests.registry.adapter_files import files, staged, tarred, zipped
+from tests.registry.adapter_files import files, staged
 
 
 @pytest.fixture
@@ -589,7 +590,7 @@ async def test_register_an_archive(data_dir: Path, tmp_path: Path) -> None:
     """Refusals name the field of the route, and a wrong archive leaves nothing."""
     root = tmp_path / "root"
     root.mkdir()
-    (root / "a.tgz").write_bytes(adapter_files.tarred(files()))
+    (root / "a.tgz").write_bytes(tarred(files()))
     (root / "bad.zip").write_bytes(b"no archive")
     async with Site.open(data_dir, allowed_lora_roots=(root,)) as site:
         response = await site.client.post("/v1/adapters", json={"name": "a", "source": f"file:{root}/a.tgz"})

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -77,24 +74,6 @@ def write(folder: Path, content: dict[str, bytes] | None = None) -> Path:
     for name, data in (content or files()).items():
         (folder / name).write_bytes(data)
     return folder
-
-
-def zipped(content: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in content.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def tarred(content: dict[str, bytes], mode: str = "w:gz") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]  # mode is a str
-        for name, data in content.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def on_disk(data_dir: Path) -> set[str]:

@@ -7,13 +7,13 @@ import io
 import json
 import struct
 import tarfile
-import zipfile
 from functools import partial
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
 
+from load_tests.drills.archives import zipped
 from load_tests.drills.case import case, expect
 from load_tests.drills.cases.requests import refused
 from load_tests.drills.site import Site
@@ -28,15 +28,8 @@ async def nothing_left(site: Site, name: str) -> None:
     expect(answer.status_code == 404, f"after the refusal: {answer.status_code} {answer.text[:100]}")
 
 
-def zipped(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return out.getvalue()
-
-
-def tarred(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+def of_members(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    """An archive of entries as they are given, whatever they are."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
         for info, content in members:
@@ -85,7 +78,7 @@ async def archive_that_leaves(site: Site) -> str:
             (tarfile.TarInfo(_CONFIG), files[_CONFIG]),
             (info, b"" if info.type != tarfile.REGTYPE else b"x"),
         ]
-        refused(await site.upload("leaver", {"a.tar.gz": tarred(members)}), 400)
+        refused(await site.upload("leaver", {"a.tar.gz": of_members(members)}), 400)
     expect(not marker.exists(), "a file was written outside")
     await nothing_left(site, "leaver")
     return f"{len(entries)} times 400"
@@ -169,14 +162,7 @@ async def misfits(site: Site) -> str:
 
 @case(25, "client dies in mid-upload", "staging removed, no registry row")
 async def half_an_upload(site: Site) -> str:
-    _, writer = await site.connect()
-    head = (
-        f"PUT /v1/adapters/half HTTP/1.1\r\nHost: {site.host}:{site.port}\r\nContent-Length: 1000000\r\n"
-        "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
-        f'Content-Disposition: form-data; name="files"; filename="{_WEIGHTS}"\r\n\r\n'
-    )
-    writer.write(head.encode() + bytes(100_000))
-    await writer.drain()
+    writer = await site.half_an_upload("half", sent=100_000)
     await asyncio.sleep(0.5)
     writer.transport.abort()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -12,14 +11,8 @@ from load_tests.drills.case import case, expect
 from load_tests.drills.site import Site
 
 _MIB = 2**20
-_JSON = "content-type: application/json\r\n"
+_JSON = "content-type: application/json"
 _LONGEST_S = 60.0
-
-
-def head(site: Site, line: str, *headers: str) -> bytes:
-    """The start of a request, without the blank line that ends it."""
-    lines = [line + " HTTP/1.1", f"host: {site.host}:{site.port}", *headers]
-    return "\r\n".join(lines).encode() + b"\r\n"
 
 
 async def ends(reader: asyncio.StreamReader, within_s: float = _LONGEST_S) -> tuple[float, bytes]:
@@ -56,9 +49,9 @@ async def _still_open(readers: Sequence[asyncio.StreamReader]) -> int:
 @case(11, "slow header or body", "closed within 10 s (408); capacity kept")
 async def slow_senders(site: Site) -> str:
     reader, writer = await site.connect()
-    writer.write(head(site, "GET /v1/models")[:-4])
+    writer.write(site.head("GET /v1/models")[:-4])
     body_reader, body_writer = await site.connect()
-    body_writer.write(head(site, "POST /v1/completions", _JSON.strip(), "content-length: 1000") + b"\r\n{")
+    body_writer.write(site.head("POST /v1/completions", _JSON, "content-length: 1000") + b"\r\n{")
     (header_s, header_got), (body_s, body_got) = await asyncio.gather(ends(reader), ends(body_reader))
     for one in (writer, body_writer):
         one.close()
@@ -75,15 +68,20 @@ async def slow_senders(site: Site) -> str:
     limit_s=300,
 )
 async def unread_stream(site: Site) -> str:
-    asked = (
-        f'{{"model": "{site.base}", "prompt": "x", "n": 64, "max_tokens": 1500, "ignore_eos": true, '
-        '"logprobs": 20, "stream": true, "temperature": 1}'
-    )
+    asked = {
+        "model": site.base,
+        "prompt": "x",
+        "n": 64,
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "logprobs": 20,
+        "stream": True,
+        "temperature": 1,
+    }
     before = (await site.books()).memory_mib
     reader, writer = await site.connect()
     reader._limit = 1024  # type: ignore[attr-defined]  # asyncio stops reading at twice this
-    writer.write(head(site, "POST /v1/completions", _JSON.strip(), f"content-length: {len(asked)}") + b"\r\n")
-    writer.write(asked.encode())
+    writer.write(site.posted(asked))
     began = time.monotonic()
     await asyncio.sleep(1)
     writer.transport.pause_reading()  # type: ignore[attr-defined]  # of the socket transport
@@ -103,24 +101,10 @@ async def unread_stream(site: Site) -> str:
     "4",
 )
 async def disconnects(site: Site) -> str:
-    def body(prompt: str, tokens: int) -> str:
-        asked = {
-            "model": site.base,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        return json.dumps(asked)
-
+    stream = {"model": site.base, "max_tokens": 800, "ignore_eos": True, "stream": True}
     async with connections(site, 12) as opened:
         for at, (_, writer) in enumerate(opened):
-            asked = body("word " * (1200 if at % 2 else 5), 800)
-            writer.write(
-                head(site, "POST /v1/completions", _JSON.strip(), f"content-length: {len(asked)}")
-                + b"\r\n"
-                + asked.encode()
-            )
+            writer.write(site.posted(stream | {"prompt": "word " * (1200 if at % 2 else 5)}))
         await asyncio.sleep(0.4)
     began = time.monotonic()
     await site.until(site.idle, "the engine to be idle", 10)
@@ -137,7 +121,7 @@ async def floods(site: Site) -> str:
     reader, writer = await site.connect()
     sent = 0
     with contextlib.suppress(ConnectionError):
-        writer.write(head(site, "GET /v1/models") + b"x: ")
+        writer.write(site.head("GET /v1/models") + b"x: ")
         while sent < 300 * _MIB and not reader.at_eof():
             writer.write(b"y" * _MIB)
             await asyncio.wait_for(writer.drain(), 10)
@@ -147,7 +131,7 @@ async def floods(site: Site) -> str:
     expect(sent < 8 * _MIB, f"{sent // _MIB} MiB of a header were taken")
     seen = [f"header refused after {sent // _MIB} MiB: {got[9:12].decode()}"]
     reader, writer = await site.connect()
-    one = head(site, "GET /health/live") + b"\r\n"
+    one = site.head("GET /health/live") + b"\r\n"
     with contextlib.suppress(ConnectionError, TimeoutError):
         for _ in range(400):
             writer.write(one * 1000)

@@ -186,14 +186,7 @@ async def disk_full(site: Site) -> str:
 async def killed_in_mid_upload(site: Site) -> str:
     await site.upload("kept", site.adapter_files())
     before = (await site.complete("kept")).json()["choices"][0]["text"]
-    _, writer = await site.connect()
-    writer.write(
-        f"PUT /v1/adapters/kept HTTP/1.1\r\nhost: {site.host}:{site.port}\r\ncontent-length: 1000000\r\n"
-        "content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
-        'content-disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'.encode()
-        + bytes(200_000)
-    )
-    await writer.drain()
+    writer = await site.half_an_upload("kept", sent=200_000)
     await asyncio.sleep(0.5)
     site.face.kill()
     writer.transport.abort()

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import os
 import stat
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load, save
 
+from load_tests.drills.bombs import BOMBS
 from load_tests.drills.case import case, expect
 from load_tests.drills.cases.adapters import changed_config, header, nothing_left
 from load_tests.drills.cases.requests import refused
 from load_tests.drills.site import Site
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MIB = 2**20
-
-
-def _block(name: str, kind: bytes, content: bytes) -> bytes:
-    """One member of a tar archive, its content padded."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, len(content)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
-
-
-def pax_digits() -> bytes:
-    """A PAX header that is one long row of digits."""
-    return gzip.compress(_block("x", tarfile.XHDTYPE, b"1" * 512 * 1024) + bytes(1024))
-
-
-def pax_nested() -> bytes:
-    """PAX headers that follow one another, each with a large value."""
-    value = b"x" * 200_000
-    record = b" comment=" + value + b"\n"
-    record = str(len(record) + 6).encode() + record
-    return gzip.compress(_block("x", tarfile.XHDTYPE, record) * 300 + bytes(1024))
-
-
-def sparse_maps() -> bytes:
-    """A GNU sparse file whose map goes on for ever."""
-    info = tarfile.TarInfo(_WEIGHTS)
-    info.type = tarfile.GNUTYPE_SPARSE
-    buf = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    buf[386:482] = b"00000000001\x0000000000001\x00" * 4
-    buf[482] = 1
-    buf[148:156] = b"        "
-    buf[148:156] = b"%06o\0 " % sum(buf)
-    more = bytearray(b"00000000001\x0000000000001\x00" * 21 + b"\1" + bytes(7))
-    return gzip.compress(bytes(buf) + bytes(more) * 60_000)
 
 
 @case(
@@ -62,13 +27,13 @@ def sparse_maps() -> bytes:
 async def tar_bombs(site: Site) -> str:
     loop = asyncio.get_running_loop()
     seen = []
-    for make in (pax_digits, pax_nested, sparse_maps):
-        archive = make()
+    for name, made_of in BOMBS.items():
+        archive = made_of(site.adapter_files())
         began = loop.time()
-        answer = await site.upload("bomb", {"a.tar.gz": archive})
+        answer = await site.upload("bomb", {name: archive})
         seconds = loop.time() - began
-        expect(answer.status_code in (400, 413), f"{make.__name__}: {answer.status_code} {answer.text[:100]}")
-        seen.append(f"{make.__name__} ({len(archive) // 1024} KiB) {answer.status_code} in {seconds:.2f} s")
+        expect(answer.status_code in (400, 413), f"{name}: {answer.status_code} {answer.text[:100]}")
+        seen.append(f"{name} ({len(archive) // 1024} KiB) {answer.status_code} in {seconds:.2f} s")
     await nothing_left(site, "bomb")
     return "; ".join(seen)
 
@@ -124,12 +89,7 @@ async def million_keys(site: Site) -> str:
 @case(49, "a PUT that dribbles", "least rate, total time; DELETE wins")
 async def dribbling_put(site: Site) -> str:
     await site.upload("dribbled", site.adapter_files())
-    _, writer = await site.connect()
-    writer.write(
-        f"PUT /v1/adapters/dribbled HTTP/1.1\r\nhost: {site.host}:{site.port}\r\ncontent-length: 1000000\r\n"
-        "content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
-        f'content-disposition: form-data; name="files"; filename="{_WEIGHTS}"\r\n\r\n'.encode()
-    )
+    writer = await site.half_an_upload("dribbled")
     await asyncio.sleep(1)
     second = await site.upload("dribbled", site.adapter_files(), "PUT")
     gone = await site.http.delete("/v1/adapters/dribbled")

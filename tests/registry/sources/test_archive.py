@@ -23,6 +23,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from load_tests.drills.archives import tarred, zipped
+from load_tests.drills.bombs import BOMBS
 from server.errors import ChorusError, InvalidRequest, TooLarge, UnsupportedMedia
 from server.peft.format import PICKLES
 from server.registry.sources import archive_reader
@@ -30,8 +32,6 @@ from server.registry.sources.archive import refusal, unpack
 from server.registry.store import Staging
 from tests.lora.adapter_folder import LIMITS
 from tests.registry import adapter_files
-from tests.registry.adapter_files import tarred, zipped
-from tests.registry.sources.bombs import BOMBS
 
 MIB = 2**20
 FILES = adapter_files.files()
@@ -296,7 +296,7 @@ def test_refusals_come_out_of_the_process(staging: Staging) -> None:
 def test_bombs_are_refused_whatever_they_cost(staging: Staging, name: str) -> None:
     """Without the limits of the process: 21 s, 17 s, 600 MiB."""
     with pytest.raises((InvalidRequest, TooLarge)) as caught:
-        unpacked_beside(staging, BOMBS[name](), 2**30)
+        unpacked_beside(staging, BOMBS[name](FILES), 2**30)
     assert caught.value.param in ("file", "adapter_model.safetensors")
     assert sum(file.stat().st_size for file in staging.content.iterdir()) <= 2 * MIB
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from load_tests.drills.archives import tarred, zipped
 from server.errors import ChorusError, Forbidden, InvalidRequest, NotFound, TooLarge, UnsupportedMedia
 from server.registry.sources.table import Sources
 from server.registry.store import Staging
 from tests.lora.adapter_folder import LIMITS
 from tests.registry import adapter_files
-from tests.registry.adapter_files import tarred, zipped
 
 FILES = adapter_files.files()
 PICKLES = {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}

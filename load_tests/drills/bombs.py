@@ -8,7 +8,9 @@ import struct
 import tarfile
 import zipfile
 
-from tests.registry.adapter_files import files, tarred, zipped
+from load_tests.drills.archives import tarred, zipped
+
+Files = dict[str, bytes]  # by name: those of a sound adapter
 
 
 def _header(kind: bytes, size: int, name: str = "x") -> bytes:
@@ -21,12 +23,12 @@ def _extended(kind: bytes, body: bytes) -> bytes:
     return _header(kind, len(body)) + body + bytes(-len(body) % 512)
 
 
-def digits(count: int = 1 << 17) -> bytes:
+def digits(files: Files, count: int = 1 << 17) -> bytes:
     """A PAX header that is one long number: tarfile's regular expression looks at it from each digit on."""
-    return gzip.compress(_extended(tarfile.XHDTYPE, b"1" * count) + tarred(files(), "w"))
+    return gzip.compress(_extended(tarfile.XHDTYPE, b"1" * count) + tarred(files, "w"))
 
 
-def sparse(blocks: int = 80_000) -> bytes:
+def sparse(_: Files, blocks: int = 80_000) -> bytes:
     """A sparse file whose map goes on and on."""
     head = bytearray(_header(tarfile.GNUTYPE_SPARSE, 0))
     head[482] = 1  # the map is continued in the next block
@@ -36,19 +38,19 @@ def sparse(blocks: int = 80_000) -> bytes:
     return gzip.compress(bytes(head) + (more + b"\1" + bytes(7)) * blocks, 9)
 
 
-def nested(depth: int = 1_500) -> bytes:
+def nested(_: Files, depth: int = 1_500) -> bytes:
     """Extended headers before extended headers: each is kept while the next one is read."""
     body = b"262144 comment=" + b"x" * (2**18 - 16) + b"\n"
     return gzip.compress(_extended(tarfile.XHDTYPE, body)) * depth
 
 
-def empty_members(count: int = 200_000) -> bytes:
+def empty_members(files: Files, count: int = 200_000) -> bytes:
     """A gzip file of nothing, very often."""
     member = gzip.compress(b"")
-    return gzip.compress(tarred(files(), "w")[:1024]) + member * count
+    return gzip.compress(tarred(files, "w")[:1024]) + member * count
 
 
-def overlapping(copies: int = 900) -> bytes:
+def overlapping(_: Files, copies: int = 900) -> bytes:
     """A zip whose entries are all the same bytes of the file (Fifield 2019)."""
     raw = bytearray(zipped({"adapter_config.json": bytes(2**20)}))
     at = raw.rindex(b"PK\1\2")
@@ -59,11 +61,11 @@ def overlapping(copies: int = 900) -> bytes:
     return bytes(raw[:at]) + directory + tail
 
 
-def zip64_lie() -> bytes:
+def zip64_lie(files: Files) -> bytes:
     """A member that is said to be of 2^63 bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in files().items():
+        for name, data in files.items():
             with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
                 member.write(data)
     raw = bytearray(buffer.getvalue())
