@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.devices.cpu.device import CpuDevice
 from server.engine.engine import Engine
 from server.messages import (
     STEP_TOKEN_BOUNDS,
@@ -26,20 +25,12 @@ from server.messages import (
 )
 from server.peft.format import judge
 from tests.engine.harness import adapter_ref, assert_at_rest, busy, greedy, make_engine, run, tokens_of
-from tests.model.tiny_models import VOCAB, add_adapter, build, targets_of
+from tests.model.tiny_models import VOCAB, add_adapter, targets_of
 
 RANK = 4
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "beside"])
-def runs_beside_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a step is launched before the one before is read."""
-    monkeypatch.setattr(CpuDevice, "runs_beside_host", request.param)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama", tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("runs_beside_host")
 
 
 @pytest.fixture(scope="module")

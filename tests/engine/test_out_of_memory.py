@@ -8,25 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.devices.cpu.device import CpuDevice
 from server.engine.engine import Engine
 from server.messages import ErrorCode, Request, TokenOutput
 from server.model.device import is_out_of_memory
 from tests.engine.harness import assert_at_rest, greedy, make_engine, run, tokens_of
-from tests.model.tiny_models import build
 
 Read = Callable[[Sequence[torch.Tensor]], Callable[[], list[torch.Tensor]]]
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "beside"])
-def runs_beside_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a step is launched before the one before is read."""
-    monkeypatch.setattr(CpuDevice, "runs_beside_host", request.param)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama", tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("runs_beside_host")
 
 
 class SmallDevice:

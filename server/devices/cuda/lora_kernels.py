@@ -37,6 +37,16 @@ def _shares(live, modules, in_features, programs, most_splits, BLOCK_K: tl.const
 
 
 @jit()
+def _part(task, live, modules, splits, split_size, in_features):
+    """What of an item's shrink is this task: its module, its split and features [k, k_last) of it, and which
+    of the programs that share the adapters' ranks it is."""
+    m, split = task // live % modules, task // (live * modules) % splits
+    k_first = split * split_size
+    k_last = tl.minimum(k_first + split_size, in_features)
+    return m, split, k_first, k_last, task // (live * modules * splits)
+
+
+@jit()
 def _item(items, i):
     """Item i of the step: first token, tokens, slot and weight of its first entry, its entries [e, e_end)."""
     row = items + 8 * (1 + i)
@@ -127,12 +137,9 @@ def shrink_rows(
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
         t, _, slot, weight, e_first, e_end = _item(items, task % live)
-        m, split = task // live % modules, task // (live * modules) % splits
-        sharer = task // (live * modules * splits)
+        m, split, k_first, k_last, sharer = _part(task, live, modules, splits, split_size, in_features)
         from_x, to_h = x + t.to(tl.int64) * x_stride, h + t.to(tl.int64) * h_stride_t + m * h_width
         to_h += split * h_stride_s
-        k_first = split * split_size
-        k_last = tl.minimum(k_first + split_size, in_features)
         column = 0
         for e in range(e_first, e_end):
             next_slot, next_weight = _next(slots, weights, e, e_end)
@@ -223,13 +230,10 @@ def shrink_tiles(
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
         t_first, tokens, slot, weight, e_first, e_end = _item(items, task % live)
-        m, split = task // live % modules, task // (live * modules) % splits
-        sharer = task // (live * modules * splits)
+        m, split, k_first, k_last, sharer = _part(task, live, modules, splits, split_size, in_features)
         t_T = t_first.to(tl.int64) + tl.arange(0, BLOCK_T)
         real_T = t_T < t_first + tokens
         to_T = h + t_T * h_stride_t + m * h_width + split * h_stride_s
-        k_first = split * split_size
-        k_last = tl.minimum(k_first + split_size, in_features)
         column = 0
         for e in range(e_first, e_end):
             next_slot, next_weight = _next(slots, weights, e, e_end)
