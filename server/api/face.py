@@ -117,7 +117,8 @@ class Face:
         pinned = self.registry.pinned()
         for version in pinned:
             await self._restore(version, pin=True)
-        others = self._served_from(set(resident) - {version.digest for version in pinned})
+        unpinned = set(resident) - {version.digest for version in pinned}
+        others = {version.digest: version for version in self.registry.current_of(unpinned)}
         recent = [others[digest] for digest in reversed(resident) if digest in others]
         for done, version in enumerate(recent):
             if self.engine.state == "ready":
@@ -126,13 +127,6 @@ class Face:
             await self._restore(version, pin=False)
         if pinned or recent:
             logger.info("%d pinned and %d other adapters are loaded", len(pinned), len(recent))
-
-    def _served_from(self, digests: set[str]) -> dict[str, AdapterVersion]:
-        """The adapters that can be asked for now and have this content, by digest."""
-        if self.registry is None or not digests:
-            return {}
-        versions = self.registry.current_versions()
-        return {version.digest: version for version in versions if version.digest in digests}
 
     async def _restore(self, version: AdapterVersion, *, pin: bool) -> None:
         self.names.remember(version.digest, version.label)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import merge
 from itertools import groupby, islice
 
@@ -47,6 +47,12 @@ class Books:
                 return books.record("ready", self.load_ms)
             last = next((books for books in reversed(self.draining) if books.row.id == adapter), None)
             return last.record("draining", self.load_ms) if last else None
+
+    def current(self, wanted: Callable[[AdapterBooks], bool]) -> list[AdapterVersion]:
+        """The current versions that can be used, whoever's they are."""
+        with self.lock:
+            chosen = [books.current for books in self.adapters.values() if wanted(books)]
+            return [version.info for version in chosen if version.error is None]
 
     def add(self, adapter: AdapterId, books: AdapterBooks) -> None:
         """The lock is held."""

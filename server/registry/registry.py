@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -152,10 +152,12 @@ class Registry:
         return self._store.holds(digest)
 
     def pinned(self) -> list[AdapterVersion]:
-        """The versions that were asked to stay in accelerator memory."""
-        with self._lock:
-            adapters = self._books.adapters.values()
-            return [a.current.info for a in adapters if a.row.pinned and not a.current.error]
+        """The versions that were asked to stay in accelerator memory, of all tenants."""
+        return self._books.current(lambda books: books.row.pinned)
+
+    def current_of(self, digests: Collection[str]) -> list[AdapterVersion]:
+        """The current versions that these are the digests of, of all tenants."""
+        return self._books.current(lambda books: books.current.info.digest in digests)
 
     # use
 

@@ -185,3 +185,14 @@ async def eventually(condition: Any) -> None:
 async def drained(site: Site) -> None:
     """The server's end, which nobody holds up: no request counts as running any more."""
     await asyncio.wait_for(site.face.drain.finish(grace_s=600), 20)
+
+
+async def brought_back(site: Site, resident: tuple[str, ...]) -> list[str]:
+    """What is loaded again after an engine that had these adapters, in this order."""
+    site.engine.loaded.clear()
+    site.engine.state = "restarting"
+    assert site.engine.on_ready is not None
+    restored = site.engine.on_ready(resident)
+    assert restored is not None
+    await restored
+    return site.engine.loaded

@@ -14,7 +14,7 @@ import pytest
 from load_tests.fake_engine import empty_stats
 from server.border.client import DEAD_FACTOR, HUNG_FACTOR
 from server.messages import EngineStats, ErrorCode
-from tests.api.face_site import ADAPTERS, Site, eventually, open_site
+from tests.api.face_site import ADAPTERS, Site, brought_back, eventually, open_site
 from tests.api.fake_engine import FakeEngine
 
 
@@ -155,17 +155,6 @@ async def test_pinned_adapters_come_back(tmp_path: Path) -> None:
         assert restored is not None
         await restored
         assert site.engine.pinned == [site.digest("sql")]
-
-
-async def brought_back(site: Site, resident: tuple[str, ...]) -> list[str]:
-    """What is loaded again after an engine that had these adapters, in this order."""
-    site.engine.loaded.clear()
-    site.engine.state = "restarting"
-    assert site.engine.on_ready is not None
-    restored = site.engine.on_ready(resident)
-    assert restored is not None
-    await restored
-    return site.engine.loaded
 
 
 async def test_resident_adapters_come_back_the_pinned_first_then_the_most_recent(site: Site) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from load_tests.fake_engine import empty_stats
-from tests.api.face_site import Site, open_site
+from tests.api.face_site import Site, brought_back, open_site
 from tests.registry import adapter_files
 
 OPERATOR = "a-static-key-of-this-test"
@@ -238,6 +238,12 @@ async def test_pins_of_tenants_follow_and_come_back(tenants: Tenants) -> None:
             await asyncio.sleep(0.005)
     registry = tenants.site.face.require_registry()
     assert [(version.tenant, version.digest) for version in registry.pinned()] == [("acme", second)]
+
+
+async def test_what_a_tenant_had_in_memory_comes_back(tenants: Tenants) -> None:
+    digest = (await tenants.acme.upload("a", 1)).json()["digest"]
+    tenants.site.engine.accepts_calls = True
+    assert await brought_back(tenants.site, (digest,)) == [digest]
 
 
 async def test_pages(tenants: Tenants) -> None:
