@@ -13,6 +13,10 @@ import pytest
 
 from server.log import JsonFormatter, configure, lines_of
 
+# Of no other logger's kin: half a pair of surrogates must not get into pytest's own log, which the processes
+# that share the tests could not pass on.
+log = logging.Logger("test.log", logging.DEBUG)
+
 
 @pytest.fixture
 def lines() -> Iterator[Any]:
@@ -20,16 +24,9 @@ def lines() -> Iterator[Any]:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("test.log")
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False  # half a pair of surrogates is no text that pytest could pass from process to process
+    log.addHandler(handler)
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    logger.propagate = True
-    logger.removeHandler(handler)
-
-
-log = logging.getLogger("test.log")
+    log.removeHandler(handler)
 
 
 def test_a_line_is_one_object_whatever_the_message(lines: Any) -> None:
