@@ -69,11 +69,9 @@ class Engine:
         operators: Operators | None = None,
     ) -> None:
         with threads_for(loaded.parameters):
+            operators = operators or device.operators(loaded, settings.attention)
             self._runner = Runner(
-                loaded,
-                operators or device.operators(loaded, settings.attention),
-                num_blocks=memory.kv_blocks,
-                block_size=settings.block_size,
+                loaded, operators, num_blocks=memory.kv_blocks, block_size=settings.block_size
             )
         self._arena = Arena(
             memory.arena_bytes,
