@@ -34,6 +34,11 @@ class ChorusError(Exception):
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
 
+    @property
+    def reason(self) -> str | None:
+        """Why, in one of few words, for figures."""
+        return self.code
+
 
 class InvalidRequest(ChorusError):
     """400: a field of the request cannot be served as asked."""
@@ -190,6 +195,10 @@ class RateLimited(ChorusError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+    @property
+    def reason(self) -> str | None:
+        return self.param
 
 
 class StoredQuotaExceeded(Conflict):

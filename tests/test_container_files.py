@@ -51,6 +51,7 @@ def _metric_names() -> set[str]:
     )  # fmt: skip
     engine: Any = SimpleNamespace(state="ready", restarts=0, info=info, stats=_stats())
     metrics = Metrics(engine, lambda digest: digest)
+    metrics.watch_queue(lambda: 0, 1)
     metrics.adapters.count(Served("a", "a", "completed", 1, 1, 0.1))
     text = (metrics.render() + metrics.render_adapters()).decode()
     samples = {s.name for family in text_string_to_metric_families(text) for s in family.samples}
@@ -150,6 +151,16 @@ def test_prometheus_scrapes_the_servers() -> None:
         paths.add(job.get("metrics_path", "/metrics"))
     assert paths == {"/metrics", "/metrics/adapters"}
     assert all((PROMETHEUS / rules).is_file() for rules in config["rule_files"])
+
+
+def test_prometheus_gives_the_key_that_compose_mounts() -> None:
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    (secret,) = COMPOSE["services"]["prometheus"]["secrets"]
+    for job in config["scrape_configs"]:
+        assert job["authorization"] == {"credentials_file": f"/run/secrets/{secret}"}
+    variable, default = re.fullmatch(r"\$\{(\w+):-(.+)\}", COMPOSE["secrets"][secret]["file"]).groups()
+    assert (ROOT / default).read_bytes() == b""  # a server without keys is given none
+    assert f"{variable}=" in GUIDE
 
 
 def test_services_mount_and_find_what_is_there() -> None:

@@ -25,8 +25,9 @@ from server.api.reading.messages import ReaderStart
 from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
-from server.border.client import EngineClient, EngineStartFailed
+from server.border.client import RESTORE_S, EngineClient, EngineStartFailed
 from server.config import Settings
+from server.errors import Unavailable
 from server.registry.belonging import check_base_model
 from server.registry.data_folder import DataFolder
 from server.registry.registry import Registry
@@ -164,12 +165,23 @@ async def _boot(
         _fail(error, on_failed)
         return
     face.registry = registry
-    try:
-        await face.restore_adapters()
-    except Exception:  # an engine without its pinned adapters is better than none
-        logger.exception("pinned adapters could not be loaded")
+    await _bring_pinned(face)
+    face.started = True
     if on_ready is not None:
         on_ready(face)
+
+
+async def _bring_pinned(face: Face) -> None:
+    """Before anybody is served; for as long as a later engine would get for it."""
+    try:
+        async with asyncio.timeout(RESTORE_S):
+            await face.restore_adapters()
+    except TimeoutError:
+        logger.error("the pinned adapters were not loaded within %g s; the server starts without", RESTORE_S)
+    except Unavailable as error:  # a new engine asks for them itself
+        logger.warning("the engine ended while pinned adapters were loaded: %s", error.message)
+    except Exception:  # an engine without its pinned adapters is better than none
+        logger.exception("pinned adapters could not be loaded")
 
 
 def _fail(error: Exception, on_failed: Callable[[str], None] | None) -> None:

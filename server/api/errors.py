@@ -66,7 +66,7 @@ def as_chorus_error(error: Exception) -> ChorusError:
 
 async def _handle(request: Request, error: Exception) -> Response:
     shown = as_chorus_error(error)
-    request.state.error_code = shown.code
+    request.state.error_code, request.state.error_reason = shown.code, shown.reason
     response = error_response(shown)
     if isinstance(error, HTTPException) and error.status_code == 405:
         response.headers["allow"] = ", ".join(_methods(request))

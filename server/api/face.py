@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -20,8 +22,8 @@ from server.base_model import BaseModel
 from server.border.client import EngineClient
 from server.config import Settings
 from server.errors import Unavailable
-from server.messages import EngineInfo
-from server.registry.records import AdapterVersion
+from server.messages import EngineInfo, ErrorCode
+from server.registry.records import AdapterVersion, LastLoad
 from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
@@ -32,6 +34,7 @@ from server.usage.quotas import Quota, Quotas, Subject
 logger = logging.getLogger(__name__)
 
 _REMEMBERED_NAMES = 4096
+_RECENT_S = 1.5  # how long an engine that could serve waits for adapters that are not pinned
 
 
 class AdapterNames:
@@ -67,10 +70,12 @@ class Face:
     usage: UsageLedger | None = None  # the same
     quotas: Quotas | None = None  # the same
     registry: Registry | None = None  # open when the engine was ready for the first time
+    started: bool = False  # and its pinned adapters were brought in, as far as that could be done
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.waiting_room = WaitingRoom(self.settings.max_waiting_requests)
+        self.metrics.watch_queue(lambda: self.waiting_room.waiting, self.settings.max_waiting_requests)
 
     @property
     def status(self) -> str:
@@ -79,7 +84,7 @@ class Face:
             return "draining"
         if self.engine.state != "ready":
             return self.engine.state
-        if self.registry is None:
+        if self.registry is None or not self.started:
             return "starting"
         return "ready" if self.engine.healthy else "unresponsive"
 
@@ -111,29 +116,44 @@ class Face:
 
     async def restore_adapters(self, resident: Sequence[str] = ()) -> None:
         """Bring adapters (back) into the arena before a new engine is ready: pinned ones, then those of the
-        digests `resident`, most recently used last, as far as there is time. Failures are logged."""
+        digests `resident`, most recently used last, as far as a moment allows. One that fails is logged, and
+        its record says so."""
         if self.registry is None:
             return
         pinned = self.registry.pinned()
-        for version in pinned:
-            await self._restore(version, pin=True)
         unpinned = set(resident) - {version.digest for version in pinned}
         others = {version.digest: version for version in self.registry.current_of(unpinned)}
         recent = [others[digest] for digest in reversed(resident) if digest in others]
-        for done, version in enumerate(recent):
-            if self.engine.state == "ready":
-                logger.info("%d adapters are left to come back when they are asked for", len(recent) - done)
-                return
-            await self._restore(version, pin=False)
+        loaded = sum([await self._restore(version, pin=True) for version in pinned])
+        done = await self._restore_recent(recent)
         if pinned or recent:
-            logger.info("%d pinned and %d other adapters are loaded", len(pinned), len(recent))
+            logger.info("%d of %d pinned adapters are loaded, %d others", loaded, len(pinned), done)
 
-    async def _restore(self, version: AdapterVersion, *, pin: bool) -> None:
+    async def _restore_recent(self, versions: Sequence[AdapterVersion]) -> int:
+        """In this order, for a moment; how many are loaded."""
+        asked = loaded = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RECENT_S):
+                for version in versions:
+                    loaded += await self._restore(version, pin=False)
+                    asked += 1
+        if asked < len(versions):
+            logger.info("%d adapters are left to come back when they are asked for", len(versions) - asked)
+        return loaded
+
+    async def _restore(self, version: AdapterVersion, *, pin: bool) -> bool:
+        """Whether it is loaded. One that is damaged is marked so."""
         self.names.remember(version.digest, version.label)
         result = await self.engine.load_adapter(version.ref(), pin=pin)
-        if result.error is not None:
-            kind = "pinned adapter" if pin else "adapter"
-            logger.error("%s %s could not be loaded: %s", kind, version.label, result.message)
+        if result.error is None:
+            return True
+        kind = "pinned adapter" if pin else "adapter"
+        logger.error("%s %s could not be loaded: %s", kind, version.label, result.message)
+        registry = self.require_registry()
+        registry.loaded(version.digest, LastLoad(error=result.message))
+        if result.error is ErrorCode.ADAPTER_DAMAGED:
+            await asyncio.to_thread(registry.damage.recheck, version)
+        return False
 
     def _not_ready(self) -> Unavailable:
         return Unavailable(

@@ -73,7 +73,7 @@ class RequestScope:
             await self._app(scope, receive, tagged)
         except Exception as error:
             shown = as_chorus_error(error)
-            state["error_code"] = shown.code
+            state["error_code"], state["error_reason"] = shown.code, shown.reason
             if status == 0:
                 await error_response(shown)(scope, receive, tagged)
         except asyncio.CancelledError:  # the server ends, and this has outlasted the drain
@@ -88,7 +88,7 @@ class RequestScope:
         operation = Operation.of(scope.get("endpoint"))
         quiet = bool(state.get("quiet")) or (operation is not None and operation.quiet)
         if operation and operation.counted:
-            self._metrics.requests.labels(outcome).inc()
+            self._metrics.count_request(outcome, state.get("error_reason"))
         shown_path = ascii(scope["path"][:200])[1:-1]  # a log line stays one line
         facts = {"method": scope["method"], "path": shown_path, "status": status, "outcome": outcome}
         logger.log(

@@ -63,8 +63,7 @@ class WaitingRoom:
         free = self._limit - self._waiting - sequences
         if free < 0:
             raise QueueFull(
-                f"{self._waiting} sequences wait for their first token, the limit of this server is "
-                f"{self._limit}.",
+                f"As many sequences wait for their first token as this server lets: {self._limit}.",
                 retry_after_s=self.retry_after_s,
             )
         if tenant and self._by_tenant[tenant] + sequences > _TENANT_SHARE * free:

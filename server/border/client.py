@@ -39,7 +39,7 @@ EngineState = Literal["starting", "ready", "restarting", "failed", "stopped"]
 OnReady = Callable[[tuple[str, ...]], Awaitable[None] | None]
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 10.0  # before a restart; doubles with each that did not get ready
-_RESTORE_S = 1.5  # how long an engine that could serve waits for adapters to come back
+RESTORE_S = 60.0  # how long an engine that could serve waits for its hook, where a disk hangs
 
 # What silence of a ready engine means, in times of watchdog_s. More than 1: not ready. An engine that can be
 # healed here must be, before a probe restarts the whole server for it; the client looks every watchdog_s.
@@ -65,7 +65,7 @@ class EngineClient(Protocol):
     """Called each time an engine has loaded, to bring adapters back before `state` says ready; with the
     digests that were in the arena when the engine before it ended, most recently used last.
 
-    It may call `load_adapter`. `state` waits for it no longer than a moment, nor for what it raises.
+    It may call `load_adapter`. `state` waits for it, a minute at most, but not for what it raises.
     """
 
     @property
@@ -286,11 +286,11 @@ class ProcessEngineClient:
             self._opening = asyncio.create_task(self._open(info), name="engine-opening")
 
     async def _open(self, info: EngineInfo) -> None:
-        """Bring adapters back, as long as that takes no more than a moment; then be ready."""
+        """Bring adapters back, as far as the hook takes it upon itself; then be ready."""
         if self.on_ready is not None and self._restores:
             self._restores = False  # for the next engine, should this one not survive it
             self._hook = asyncio.create_task(self._call_hook(self.on_ready), name="engine-on-ready")
-            await asyncio.wait({self._hook}, timeout=_RESTORE_S)
+            await asyncio.wait({self._hook}, timeout=RESTORE_S)
         if self._stopping.is_set() or not self._loaded or self.info is not info:
             return
         self.failure, self._restores, self._served = None, True, True

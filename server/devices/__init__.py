@@ -7,6 +7,12 @@ import torch
 from server.model.device import Device
 
 
+def read_device(name: str) -> None:
+    """Import what `open_device` will, as far as that is known without asking for CUDA."""
+    if name in ("auto", "cpu"):
+        import server.devices.cpu.device  # noqa: F401  # for its side: the next import finds it there
+
+
 def open_device(name: str) -> Device:
     """`auto`, `cpu` or `cuda`. Raises ValueError where there is no such device."""
     if name == "auto":

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from server.config import Settings
-from server.devices import open_device
+from server.devices import open_device, read_device
 from server.engine.wakeup import Wakeup
 from server.lora.arena import Arena
 from server.lora.residency import Residency
@@ -36,7 +36,7 @@ from server.messages import (
 )
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators, is_out_of_memory
-from server.model.loader import LoadedModel, load
+from server.model.loader import LoadedModel, load, read_classes, threads_for
 from server.model.memory import MemorySizes, memory_sizes, rank_limit, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
@@ -68,12 +68,11 @@ class Engine:
         device: Device,
         operators: Operators | None = None,
     ) -> None:
-        self._runner = Runner(
-            loaded,
-            operators or device.operators(loaded, settings.attention),
-            num_blocks=memory.kv_blocks,
-            block_size=settings.block_size,
-        )
+        with threads_for(loaded.parameters):
+            operators = operators or device.operators(loaded, settings.attention)
+            self._runner = Runner(
+                loaded, operators, num_blocks=memory.kv_blocks, block_size=settings.block_size
+            )
         self._arena = Arena(
             memory.arena_bytes,
             len(self._runner.targets),
@@ -330,6 +329,13 @@ class Engine:
             case AcquireStatus.FAILED:
                 error, message = answer.error or ErrorCode.ADAPTER_LOAD_FAILED, answer.message
         return AdapterResult(call.call_id, self._residency.where(digest), error=error, message=message)
+
+
+def prepare(settings: Settings) -> None:
+    """What `create_engine` does that needs no device and starts no thread, so that copies of this process
+    have it done. Raises what that raises."""
+    read_classes(settings)
+    read_device(settings.device)
 
 
 def create_engine(settings: Settings) -> Engine:

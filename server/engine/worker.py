@@ -237,6 +237,15 @@ def _read_program(factory: str) -> None:
     gc.freeze()  # a collection would write to every object, and so part the memory of engine and spare
 
 
+def _prepare(start: Start) -> None:
+    """Do what the engine's module can do before a fork, once for this process and its copies."""
+    with suppress(Exception):  # as above
+        prepare = getattr(importlib.import_module(start.factory.partition(":")[0]), "prepare", None)
+        if prepare is not None:
+            prepare(Settings(**start.settings))
+    gc.freeze()
+
+
 def _take_start(control: socket.socket) -> Start:
     """Wait until this process is to be an engine. A copy of it goes on waiting, if one is wanted.
 
@@ -248,6 +257,7 @@ def _take_start(control: socket.socket) -> Start:
         if not frame:  # the face has ended, or wants no spare any more
             os._exit(EXIT_STOPPED)
         start = msgspec.json.decode(frame, type=Start)
+        _prepare(start)
         spare = os.fork() if start.leave_spare else None
         if spare != 0:
             break

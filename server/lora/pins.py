@@ -37,8 +37,8 @@ class Pins:
         if version.pinned or self._held + nbytes <= self._most:
             return None
         message = (
-            f"Pinned adapters may take {self._most} bytes of accelerator memory: {self._held} are taken, and "
-            f"this one has {nbytes}."
+            f"Pinned adapters may take {self._most} bytes of accelerator memory; of these too few are left "
+            f"for the {nbytes} of this one."
         )
         return Acquire(AcquireStatus.FAILED, ErrorCode.PIN_LIMIT, message)
 
@@ -47,5 +47,5 @@ class Pins:
         others = self._held - sum(self._sizes.get(version.digest, 0) for version in versions)
         if nbytes <= self._total - others:
             return None
-        message = f"Pinned adapters hold {others} bytes of accelerator memory, which leaves too little."
+        message = "Pinned adapters leave too little accelerator memory for this request."
         return Acquire(AcquireStatus.FAILED, ErrorCode.OUT_OF_MEMORY, message)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 from server.config import Settings
@@ -82,7 +83,7 @@ def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:
     vocab_size = config.get_text_config().vocab_size
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
     parameters = sum(p.numel() for p in unique)
-    with _threads_for(parameters):
+    with threads_for(parameters):
         specs, attention_options, proof = probe(model, vocab_size, device)
     return LoadedModel(
         model=model,
@@ -101,10 +102,20 @@ def load(settings: Settings, device: torch.device = _CPU) -> LoadedModel:
     )
 
 
+def read_classes(settings: Settings) -> None:
+    """Import what `load` imports for this model, and have transformers make its tables: half of what a small
+    one takes. Asks no network and no device, so a process may do it before it forks."""
+    if not Path(settings.model).is_dir():
+        return
+    config = AutoConfig.from_pretrained(settings.model)
+    get_checkpoint_conversion_mapping(config.model_type)
+    _ = AutoModelForCausalLM._model_mapping[type(config)]
+
+
 @contextmanager
-def _threads_for(parameters: int) -> Iterator[None]:
+def threads_for(parameters: int) -> Iterator[None]:
     """One thread inside, for a small model: on a busy machine threads that wait for each other take twenty
-    times as long as the few tokens of the probe."""
+    times as long as the few tokens of the probe, or as packing the weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if parameters < _SMALL else threads)
     try:

@@ -10,7 +10,7 @@ from itertools import groupby, islice
 
 from server.errors import Forbidden, ModelNotFound
 from server.registry.catalogue import AdapterId
-from server.registry.records import AdapterBooks, AdapterRecord, AdapterVersion
+from server.registry.records import AdapterBooks, AdapterRecord, AdapterVersion, LastLoad
 
 
 class Books:
@@ -26,7 +26,7 @@ class Books:
         self.claims: set[AdapterId] = set()
         self.failed: dict[AdapterId, str] = {}
         self.draining: list[AdapterBooks] = []
-        self.load_ms: dict[str, float] = {}  # by digest
+        self.loads: dict[str, LastLoad] = {}  # by digest
         self._names: dict[str, list[str]] = {}  # of `adapters`, by tenant, sorted: pages are cut from them
 
     def find(self, adapter: AdapterId) -> AdapterBooks | None:
@@ -37,16 +37,16 @@ class Books:
         """The same as a snapshot, and of names that are only on their way in or out."""
         with self.lock:
             if books := self.adapters.get(adapter):
-                return books.record("failed" if books.current.error else "ready", self.load_ms)
+                return books.record("failed" if books.current.error else "ready", self.loads)
             if adapter in self.claims:
                 return AdapterRecord(adapter.name, "validating", None, None, tenant=adapter.tenant)
             if adapter in self.failed:
                 reason = self.failed[adapter]
                 return AdapterRecord(adapter.name, "failed", reason, None, tenant=adapter.tenant)
             if (books := self.find(adapter)) and not books.current.error:
-                return books.record("ready", self.load_ms)
+                return books.record("ready", self.loads)
             last = next((books for books in reversed(self.draining) if books.row.id == adapter), None)
-            return last.record("draining", self.load_ms) if last else None
+            return last.record("draining", self.loads) if last else None
 
     def current(self, wanted: Callable[[AdapterBooks], bool]) -> list[AdapterVersion]:
         """The current versions that can be used, whoever's they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -69,22 +69,21 @@ class Catalogue:
     def load(self) -> list[tuple[AdapterRow, list[VersionRow]]]:
         """Every adapter with its versions, oldest first."""
         with self._database.read() as connection:
-            adapters = connection.execute(sa.select(ADAPTERS).order_by(ADAPTERS.c.name)).mappings().all()
-            versions = connection.execute(sa.select(VERSIONS).order_by(VERSIONS.c.number)).mappings().all()
+            adapters = [AdapterRow(*row) for row in connection.execute(_ADAPTERS)]
+            versions = [_version(row) for row in connection.execute(_VERSIONS)]
         of_id: dict[AdapterId, list[VersionRow]] = {}
-        for row in versions:
-            fields = dict(row) | {"targets": tuple(row["targets"])}
-            of_id.setdefault(AdapterId(row["tenant"], row["name"]), []).append(VersionRow(**fields))
-        return [(adapter, of_id[adapter.id]) for adapter in (AdapterRow(**row) for row in adapters)]
+        for version in versions:
+            of_id.setdefault(AdapterId(version.tenant, version.name), []).append(version)
+        return [(adapter, of_id[adapter.id]) for adapter in adapters]
 
     def publish(self, adapter: AdapterRow, version: VersionRow, retired: Sequence[int]) -> None:
         """In one transaction: the adapter's row as given, its new version, without the retired ones."""
-        fields = vars(adapter)
+        columns = vars(adapter)
         with self._database.write() as connection:
-            changes = {key: fields[key] for key in ("current", "folder_stamp", "description")}
+            changes = {key: columns[key] for key in ("current", "folder_stamp", "description")}
             known = sa.update(ADAPTERS).where(_is(ADAPTERS, adapter.id)).values(changes)
             if connection.execute(known).rowcount == 0:
-                connection.execute(sa.insert(ADAPTERS).values(fields))
+                connection.execute(sa.insert(ADAPTERS).values(columns))
             connection.execute(sa.insert(VERSIONS).values(vars(version) | {"targets": list(version.targets)}))
             connection.execute(
                 sa.delete(VERSIONS).where(_is(VERSIONS, adapter.id), VERSIONS.c.number.in_(retired))
@@ -131,6 +130,18 @@ class Catalogue:
         with self._database.write() as connection:
             connection.execute(sa.delete(FACTS).where(FACTS.c.key == key))
             connection.execute(sa.insert(FACTS).values(key=key, value=value))
+
+
+# Columns in the order of the fields, so that no names are looked up for each of many thousands of rows.
+_ADAPTERS = sa.select(*(ADAPTERS.c[each.name] for each in fields(AdapterRow))).order_by(ADAPTERS.c.name)
+_VERSIONS = sa.select(*(VERSIONS.c[each.name] for each in fields(VersionRow))).order_by(VERSIONS.c.number)
+_TARGETS = [each.name for each in fields(VersionRow)].index("targets")
+
+
+def _version(row: sa.Row[Any]) -> VersionRow:
+    values = list(row)
+    values[_TARGETS] = tuple(values[_TARGETS])
+    return VersionRow(*values)
 
 
 def _is(table: sa.Table, adapter: AdapterId) -> sa.ColumnElement[bool]:

@@ -47,9 +47,10 @@ class Leases:
             with books.lock:
                 version.freed = True
                 if not self._store.holds(version.info.digest):
-                    books.load_ms.pop(version.info.digest, None)
+                    books.loads.pop(version.info.digest, None)
                 books.draining = [a for a in books.draining if not all(v.freed for v in a.versions.values())]
-            version.gone.set_result(None)
+            if version.gone is not None:  # which it is from `retire` on
+                version.gone.set_result(None)
 
         if version.stored:
             self._store.drop(version.info.digest, then=gone)

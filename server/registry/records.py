@@ -102,6 +102,17 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class LastLoad:
+    """How the last load went that was asked for, or that brought it back. All None: there was none."""
+
+    milliseconds: float | None = None
+    error: str | None = None
+
+
+_NO_LOAD = LastLoad()
+
+
+@dataclass(frozen=True)
 class VersionRecord:
     """A version with what it has served so far. `error` says why it cannot be used."""
 
@@ -109,7 +120,7 @@ class VersionRecord:
     requests: int
     tokens: int
     last_used: float | None
-    load_ms: float | None  # of the last load that was asked for; None: none was
+    load: LastLoad
     error: str | None
 
 
@@ -172,13 +183,13 @@ class VersionBooks:
     stored: bool = True  # it holds its content in the store
     freed: bool = False  # nobody uses it and its hold is given back
     error: str | None = None
-    gone: Future[None] = field(default_factory=Future)
+    gone: Future[None] | None = None  # once no name leads to it; see `Retired`
 
     @classmethod
     def of_row(cls, row: VersionRow, path: Path) -> VersionBooks:
-        fields = dict(vars(row))
-        counters = {key: fields.pop(key) for key in ("requests", "tokens", "last_used")}
-        return cls(AdapterVersion(**fields, path=path), **counters)
+        fields = vars(row) | {"path": path}
+        counters = [fields.pop(key) for key in ("requests", "tokens", "last_used")]
+        return cls(AdapterVersion(**fields), *counters)
 
     def row(self) -> VersionRow:
         fields = {key: value for key, value in vars(self.info).items() if key != "path"}
@@ -186,6 +197,7 @@ class VersionBooks:
 
     def retire(self) -> Retired:
         self.listed = False
+        self.gone = Future()
         self.gone.set_running_or_notify_cancel()  # whoever waits for it can no longer cancel it
         return Retired(self.info, self.gone)
 
@@ -212,15 +224,22 @@ class AdapterBooks:
         matches = {v.info.digest: v for v in self.versions.values() if v.info.digest.startswith(wanted)}
         return next(iter(matches.values())) if len(matches) == 1 else None
 
-    def record(self, state: AdapterState, load_ms: Mapping[str, float]) -> AdapterRecord:
-        """A snapshot; `load_ms` by digest."""
+    def record(self, state: AdapterState, loads: Mapping[str, LastLoad]) -> AdapterRecord:
+        """A snapshot; `loads` by digest."""
         return AdapterRecord(
             name=self.row.name,
             state=state,
             reason=self.current.error,
             current=self.current.info,
             versions=tuple(
-                VersionRecord(v.info, v.requests, v.tokens, v.last_used, load_ms.get(v.info.digest), v.error)
+                VersionRecord(
+                    v.info,
+                    v.requests,
+                    v.tokens,
+                    v.last_used,
+                    loads.get(v.info.digest, _NO_LOAD),
+                    v.error,
+                )
                 for v in self.versions.values()
             ),
             description=self.row.description,

@@ -33,6 +33,7 @@ from server.registry.records import (
     AdapterBooks,
     AdapterRecord,
     AdapterVersion,
+    LastLoad,
     Lease,
     Published,
     Retired,
@@ -173,11 +174,11 @@ class Registry:
         """Write the counters that changed, now."""
         self._counters.flush()
 
-    def loaded(self, digest: str, milliseconds: float) -> None:
-        """Note how long a load that was asked for took."""
+    def loaded(self, digest: str, load: LastLoad) -> None:
+        """Note how a load went that was asked for, or that was to bring it back."""
         with self._lock:
             if self._store.holds(digest):
-                self._books.load_ms[digest] = milliseconds
+                self._books.loads[digest] = load
 
     # writing
 
@@ -190,10 +191,9 @@ class Registry:
 
     def look(self, adapter: AdapterId, *, create: bool, replace: bool) -> object:
         """What a write of it would take the place of, if anything. See Publication.begin."""
-        name = adapter.name
-        check_name(name)
-        if name == self._base_name:
-            raise InvalidRequest(f"`{name}` is the name of the base model.", param="name")
+        check_name(adapter.name)
+        if adapter.name == self._base_name:
+            raise InvalidRequest(f"`{adapter.name}` is the name of the base model.", param="name")
         with self._lock:
             return self._look(adapter, create=create, replace=replace)
 
@@ -368,7 +368,9 @@ class Registry:
         fingerprint = hashlib.sha256(msgspec.json.encode(self._targets)).hexdigest()
         known = self._catalogue.fact("targets")
         agreed = True
-        for row, versions in self._catalogue.load():
+        rows = self._catalogue.load()
+        stored = self._store.hold_all(version.digest for _, versions in rows for version in versions)
+        for row, versions in rows:
             adapter = AdapterBooks(row)
             self._books.add(row.id, adapter)
             if row.shared:
@@ -376,7 +378,7 @@ class Registry:
             for version_row in versions:
                 version = VersionBooks.of_row(version_row, self._store.folder(version_row.digest))
                 adapter.versions[version_row.number] = version
-                version.stored = self._store.hold(version_row.digest)
+                version.stored = version_row.digest in stored
                 if not version.stored:
                     version.error = "its files are missing from the data folder"
                 elif known != fingerprint:

@@ -3,6 +3,7 @@
 <data_dir>/lock                          held by the one server that uses this folder
 <data_dir>/staging/<random>/             what is being received; swept at start
 <data_dir>/adapters/<d[:2]>/<digest>/    adapter_config.json, adapter_model.safetensors; never change
+<data_dir>/orphans/<digest>/             the same of what no row names, for a while
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import shutil
 import stat
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,13 +26,11 @@ from typing import BinaryIO, Self
 from server.errors import InsufficientStorage, InvalidRequest, TooLarge
 from server.peft.digest import digest_of
 from server.peft.format import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
-
-logger = logging.getLogger(__name__)
+from server.registry.modes import OWN_FILE, OWN_FOLDER, close_to_others
+from server.registry.orphans import Orphans, entries_of, holds_all, remove_any
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 CHUNK_BYTES = 1 << 20
-
-_OWN_FOLDER, _OWN_FILE = 0o700, 0o600  # modes; not by `umask`, which is the whole process's
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -93,9 +91,9 @@ class Staging:
     def __init__(self, root: Path) -> None:
         self._root = root / uuid.uuid4().hex
         self.content = self._root / "content"
-        root.mkdir(mode=_OWN_FOLDER, parents=True, exist_ok=True)
-        self._root.mkdir(mode=_OWN_FOLDER)
-        self.content.mkdir(mode=_OWN_FOLDER)
+        root.mkdir(mode=OWN_FOLDER, parents=True, exist_ok=True)
+        self._root.mkdir(mode=OWN_FOLDER)
+        self.content.mkdir(mode=OWN_FOLDER)
         self._open: list[Sink] = []
         self._sinks: dict[str, Sink] = {}
 
@@ -174,10 +172,11 @@ class ContentStore:
         self.data_dir = data_dir
         self._folders = data_dir / "adapters"
         self._staging = data_dir / "staging"
+        self._orphans = Orphans(data_dir / "orphans")
         try:
             data_dir.parent.mkdir(parents=True, exist_ok=True)
             for folder in (data_dir, self._folders, self._staging):
-                folder.mkdir(mode=_OWN_FOLDER, exist_ok=True)
+                folder.mkdir(mode=OWN_FOLDER, exist_ok=True)
             self._lock_fd = _lock(data_dir / "lock")
             close_to_others(data_dir)
         except OSError as error:
@@ -198,7 +197,7 @@ class ContentStore:
             os.close(lock_fd)
 
     def folder(self, digest: str) -> Path:
-        return self._folders / digest[:2] / digest
+        return self._folders.joinpath(digest[:2], digest)
 
     def staging(self, expected_bytes: int = 0) -> Staging:
         """A new staging folder. Raises InsufficientStorage when `expected_bytes` cannot fit."""
@@ -218,7 +217,7 @@ class ContentStore:
             self._holders[digest] += 1
         try:
             with full_disk_is_refused():
-                target.parent.mkdir(mode=_OWN_FOLDER, exist_ok=True)
+                target.parent.mkdir(mode=OWN_FOLDER, exist_ok=True)
                 with self._lock:  # against a removal of the same digest
                     if mend and target.exists():
                         target.rename(staging.spoilt)
@@ -230,14 +229,17 @@ class ContentStore:
             self.drop(digest)
             raise
 
-    def hold(self, digest: str) -> bool:
-        """One more holder of content that is there already; False when its files are missing."""
+    def hold_all(self, digests: Iterable[str]) -> set[str]:
+        """At start: one more holder each of content that is there already, or was set aside. Returns what is:
+        of others, files are missing."""
+        digests = list(digests)
+        there = set(self._complete())
+        there.update(
+            digest for digest in set(digests) - there if self._orphans.bring_back(digest, self.folder(digest))
+        )
         with self._lock:
-            folder = self.folder(digest)
-            if not all((folder / name).is_file() for name in FILE_NAMES):
-                return False
-            self._holders[digest] += 1
-            return True
+            self._holders.update(digest for digest in digests if digest in there)
+        return there
 
     def drop(self, digest: str, then: Callable[[], None] | None = None) -> None:
         """One holder fewer. With the last one the files go: out of sight at once, unlinked in a thread.
@@ -259,18 +261,22 @@ class ContentStore:
         with self._lock:
             return digest in self._holders
 
-    def stored(self) -> Iterator[Path]:
+    def stored(self) -> Iterator[os.DirEntry[str]]:
         """The folders of all content that lies here, held or not."""
-        for shard in self._folders.iterdir():
-            yield from shard.iterdir() if shard.is_dir() else ()
+        for shard in entries_of(self._folders):
+            if shard.is_dir(follow_symlinks=False):
+                yield from entries_of(shard)
 
     def sweep(self) -> None:
-        """At start: remove what a killed server left in staging, and content that nothing holds."""
+        """At start: remove what a killed server left in staging, set aside content that nothing holds."""
         for left in self._staging.iterdir():
-            _remove_any(left)
-        for folder in list(self.stored()):
-            if folder.name not in self._holders:
-                _remove_any(folder)
+            remove_any(left)
+        orphans = [Path(entry) for entry in self.stored() if entry.name not in self._holders]
+        self._orphans.set_aside(orphans)
+
+    def _complete(self) -> Iterator[str]:
+        """The digests whose two files lie here."""
+        return (folder.name for folder in self.stored() if holds_all(folder, FILE_NAMES))
 
     def _remove(self, digest: str, then: Callable[[], None] | None) -> None:
         trash = self._staging / uuid.uuid4().hex
@@ -285,31 +291,12 @@ class ContentStore:
         self._remover.submit(unlink)
 
 
-def close_to_others(data_dir: Path) -> None:
-    """Take away what other users may do in a data folder of before, or one that was made by hand.
-
-    A folder that all may write to by design (`/tmp`) stays as it is; so does what is somebody else's, with
-    a warning.
-    """
-    if not data_dir.stat().st_mode & stat.S_ISVTX:
-        _close_to_others(data_dir, is_folder=True)
-    own = (data_dir / name for name in ("lock", "registry.db", "registry.db-wal", "registry.db-shm"))
-    for file in (*own, data_dir / "registry.reserve"):
-        if file.is_file() and not file.is_symlink():
-            _close_to_others(file, is_folder=False)
-    for top in (data_dir / "adapters", data_dir / "staging"):
-        for folder, _, files in os.walk(top):
-            _close_to_others(Path(folder), is_folder=True)
-            for name in files:
-                _close_to_others(Path(folder, name), is_folder=False)
-
-
 def create_private(path: Path, flags: int = 0) -> int:
     """Open a file for reading and writing, made for this user alone if it is new; the caller closes it.
 
     Never through a link. Raises OSError.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, _OWN_FILE)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, OWN_FILE)
 
 
 def open_regular(path: Path) -> int:
@@ -357,26 +344,9 @@ def _create(path: Path) -> BinaryIO:
     return os.fdopen(create_private(path, os.O_EXCL), "wb")
 
 
-def _close_to_others(path: Path, *, is_folder: bool) -> None:
-    try:
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode) or not mode & 0o077:
-            return
-        path.chmod(_OWN_FOLDER if is_folder else _OWN_FILE)
-    except OSError as error:
-        logger.warning("%s stays open to other users: %s", path, error.strerror)
-
-
 def _fsync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _remove_any(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

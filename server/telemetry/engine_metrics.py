@@ -13,9 +13,9 @@ from server.border.client import EngineClient
 from server.messages import STEP_TOKEN_BOUNDS, EngineInfo, EngineStats
 from server.telemetry.exposition import counter, gauge, histogram
 
-# Characters of the lists in `vllm:lora_requests_info`: eighty short names, a few of the longest.
-_RUNNING_CHARACTERS = 1000
-_WAITING_CHARACTERS = 300
+# Characters of the lists in `vllm:lora_requests_info`: sixty short names, a few of the longest.
+_RUNNING_CHARACTERS = 880
+_WAITING_CHARACTERS = 180
 
 
 class EngineMetrics(Collector):
@@ -34,8 +34,8 @@ class EngineMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, stats, info = self._engine, self._engine.stats, self._engine.info
-        yield gauge("chorus_engine_ready", "1 when the engine takes requests.", engine.state == "ready")
-        yield counter("chorus_engine_restarts", "Times the engine was started again.", engine.restarts)
+        yield gauge("chorus_engine_ready", "1: it takes requests.", engine.state == "ready")
+        yield counter("chorus_engine_restarts", "Engine restarts.", engine.restarts)
         if info is not None:
             yield from _sizes(info)
         if stats is not None:
@@ -73,7 +73,7 @@ class EngineMetrics(Collector):
 def _sizes(info: EngineInfo) -> Iterator[Metric]:
     labels = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.kv_blocks)}
     yield gauge("vllm:cache_config_info", "Size of the KV cache.", 1, labels)
-    yield gauge("chorus_weights_bytes", "Weights of the base model.", info.weights_bytes)
+    yield gauge("chorus_weights_bytes", "Base model.", info.weights_bytes)
     yield gauge("chorus_kv_bytes", "Size of the KV cache.", info.kv_bytes)
 
 
@@ -89,20 +89,20 @@ def _memory(stats: EngineStats, labels: dict[str, str]) -> Iterator[Metric]:
     in_use = stats.kv_blocks_total - stats.kv_blocks_free - stats.kv_blocks_cached
     share = in_use / max(stats.kv_blocks_total, 1)
     yield gauge("vllm:kv_cache_usage_perc", "KV blocks held, 0 to 1.", share, labels)
-    yield gauge("chorus_kv_blocks_free", "KV blocks that hold nothing.", stats.kv_blocks_free)
-    yield gauge("chorus_kv_blocks_cached", "KV blocks kept for prefix reuse.", stats.kv_blocks_cached)
-    yield gauge("chorus_arena_bytes", "Size of the adapter arena.", stats.arena_bytes_total)
-    yield gauge("chorus_arena_used_bytes", "Arena bytes that hold adapters.", stats.arena_bytes_used)
+    yield gauge("chorus_kv_blocks_free", "Hold nothing.", stats.kv_blocks_free)
+    yield gauge("chorus_kv_blocks_cached", "Kept for reuse.", stats.kv_blocks_cached)
+    yield gauge("chorus_arena_bytes", "Adapter arena.", stats.arena_bytes_total)
+    yield gauge("chorus_arena_used_bytes", "In use.", stats.arena_bytes_used)
     yield gauge("chorus_arena_adapters", "Adapters in the arena.", len(stats.resident))
-    yield gauge("chorus_host_used_bytes", "Packed adapters in host memory.", stats.host_bytes_used)
+    yield gauge("chorus_host_used_bytes", "Packed adapters.", stats.host_bytes_used)
 
 
 def _totals(stats: EngineStats) -> Iterator[Metric]:
     """Of the present engine process: they start anew with it, as Prometheus counters may."""
     yield counter("chorus_engine_steps", "Steps.", stats.steps)
-    yield counter("chorus_preemptions", "Sequences set back for want of KV blocks.", stats.preemptions)
-    yield counter("chorus_adapter_loads", "Copies of adapters into the arena.", stats.adapter_loads)
-    yield counter("chorus_adapter_evictions", "Adapters that left the arena.", stats.adapter_evictions)
+    yield counter("chorus_preemptions", "Sequences set back.", stats.preemptions)
+    yield counter("chorus_adapter_loads", "Copies into the arena.", stats.adapter_loads)
+    yield counter("chorus_adapter_evictions", "Adapters that left.", stats.adapter_evictions)
     yield counter("chorus_engine_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
     yield counter("chorus_engine_cached_prompt_tokens", "Prompt tokens reused.", stats.cached_prompt_tokens)
     yield counter("chorus_engine_generated_tokens", "Tokens sampled.", stats.generated_tokens)

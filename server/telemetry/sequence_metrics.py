@@ -23,9 +23,9 @@ _NEXT_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 2.5)  # the first is n
 _TOKEN_TIME_S = (0.01, 0.05, 0.1, 0.5)
 _WHOLE_S = (0.3, 1, 2.5, 5, 10, 30, 60, 240)
 _PHASE_S = (0.3, 1, 5, 30)
-_LENGTH = (10, 50, 100, 200, 500, 1000, 2000, 10000, 100000)  # tokens
+_LENGTH = (10, 100, 200, 500, 1000, 2000, 10000, 100000)  # tokens
 _ASKED_LENGTH = (10, 100, 1000, 10000)  # tokens
-_CHOICES = (1, 5, 20)
+_CHOICES = (1, 20)
 
 
 class SequenceTimes:

@@ -75,7 +75,7 @@ class Site:
 
 def model_folder(root: Path, *, tokenizer: bool = True) -> Path:
     folder = root / "model"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
     if tokenizer:
         tiny_tokenizer.write(folder)

@@ -69,7 +69,7 @@ class FakeEngine:
         self.loaded: list[str] = []  # digests, as they were asked for
         self.refuses: set[str] = set()  # digests
         self.accepts_calls = False  # before it is ready, as one does to which adapters are brought back
-        self.ready_after: int | None = None  # loads
+        self.copy_gate: asyncio.Event | None = None  # adapters wait for it on their way
         self._info = engine_info(**info)
         self._died = asyncio.Event()
         self.starts = 0
@@ -131,8 +131,8 @@ class FakeEngine:
             raise self._unavailable()
         assert (Path(ref.path) / "adapter_model.safetensors").is_file()
         self.loaded.append(ref.digest)
-        if len(self.loaded) == self.ready_after:
-            self.state = "ready"
+        if self.copy_gate is not None:
+            await self.copy_gate.wait()
         if ref.digest in self.refuses:
             return AdapterResult(0, "disk", error=ErrorCode.ADAPTER_LOAD_FAILED, message="refused")
         if pin:

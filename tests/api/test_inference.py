@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from server.api.inference.generation import engine_error
 from server.messages import ErrorCode, Request, TokenOutput
 from tests.api.face_site import Site, drained, events, eventually, open_site
 from tests.api.fake_engine import FakeEngine, engine_info
@@ -247,6 +248,14 @@ async def test_engine_errors(site: Site, error: ErrorCode, status: int, code: st
     assert events((await site.complete(model="sql", stream=True)).text)[-1]["error"]["code"] == code
     assert site.engine.running == set()
     assert site.leases() == 0
+
+
+def test_digests_of_damaged_files_are_for_the_log() -> None:
+    """Of a shared adapter they would tell others whether its content is the same as theirs."""
+    said = "their digest is 0123456789ab, not ba9876543210"
+    output = TokenOutput("r", [], "error", error=ErrorCode.ADAPTER_DAMAGED, message=said)
+    shown = engine_error(output)
+    assert shown.message == "The stored files of the adapter are damaged; upload it again."
 
 
 async def test_engine_death_ends_open_requests(site: Site) -> None:

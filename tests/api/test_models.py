@@ -173,11 +173,62 @@ async def test_an_adapter_that_does_not_load_does_not_keep_the_others(site: Site
     assert await brought_back(site, (sql, team)) == [team, sql]
 
 
-async def test_adapters_that_are_not_back_in_time_come_when_they_are_asked_for(site: Site) -> None:
+async def test_adapters_that_are_not_back_in_time_come_when_they_are_asked_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.face._RECENT_S", 0.01)
     resident = (site.digest("sql"), site.digest("team/json"))
     site.engine.accepts_calls = True
-    site.engine.ready_after = 1
+    site.engine.copy_gate = asyncio.Event()
     assert await brought_back(site, resident) == [resident[1]]
+
+
+async def test_a_first_start_is_ready_when_its_pinned_adapters_are_there(tmp_path: Path) -> None:
+    await pin(tmp_path, "sql")
+    engine = FakeEngine()
+    engine.copy_gate = asyncio.Event()
+    async with open_site(tmp_path, engine, wait=False) as site:
+        await eventually(lambda: engine.loaded)
+        health = await site.client.get("/health/ready")
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
+        assert (await site.complete()).status_code == 503
+        engine.copy_gate.set()
+        await eventually(lambda: site.face.ready)
+        assert engine.pinned == [site.digest("sql")]
+        assert (await site.client.get("/health/ready")).status_code == 200
+
+
+async def test_a_pinned_adapter_that_cannot_be_loaded_keeps_no_start_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine()
+    engine.refuses = {await pin(tmp_path, "sql")}
+    async with open_site(tmp_path, engine) as site:
+        assert (await site.client.get("/health/ready")).status_code == 200
+        assert "pinned adapter sql could not be loaded: refused" in caplog.text
+        shown = (await site.client.get("/v1/adapters/sql")).json()
+        assert (shown["pinned"], shown["last_load_ms"], shown["last_load_error"]) == (True, None, "refused")
+        engine.refuses.clear()
+        await site.client.post("/v1/adapters/sql/load")
+        assert (await site.client.get("/v1/adapters/sql")).json()["last_load_error"] is None
+
+
+async def test_a_pinned_adapter_that_hangs_keeps_no_start_up_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.app.RESTORE_S", 0.05)
+    await pin(tmp_path, "sql")
+    engine = FakeEngine()
+    engine.copy_gate = asyncio.Event()
+    async with open_site(tmp_path, engine) as site:
+        assert (await site.client.get("/health/ready")).status_code == 200
+
+
+async def pin(root: Path, name: str) -> str:
+    """As an operator did before this start; its digest."""
+    async with open_site(root) as site:
+        site.face.require_registry().set_pinned(name, True)
+        return site.digest(name)
 
 
 async def test_a_silent_engine_is_asked_nothing(site: Site) -> None:

@@ -26,7 +26,7 @@ def test_what_does_not_fit_is_refused_and_places_come_back() -> None:
     room = WaitingRoom(4)
     with room.enter("", 3) as ticket:
         room.check("")
-        with pytest.raises(QueueFull, match="3 sequences wait"), room.enter("", 2):
+        with pytest.raises(QueueFull, match="server lets: 4"), room.enter("", 2):
             pass
         ticket.started()
         with room.enter("", 2):
@@ -91,6 +91,10 @@ async def test_the_rest_is_told_at_once(tmp_path: Path) -> None:
         assert (error["code"], error["type"]) == ("queue_full", "server_error")
         assert int(refused[0].headers["retry-after"]) >= 1
         assert len(engine.requests) == 5, "a refusal costs the engine nothing"
+        lines = (await site.client.get("/metrics")).text.splitlines()
+        assert "chorus_queue_sequences 5.0" in lines
+        assert "chorus_queue_limit 5.0" in lines
+        assert 'chorus_refused_total{reason="queue_full"} 20.0' in lines
         engine.resume.set()
         assert {answer.status_code for answer in await asyncio.gather(*running)} == {200}
         assert site.face.waiting_room.waiting == 0

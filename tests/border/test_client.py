@@ -277,7 +277,7 @@ async def test_adapters_are_back_before_the_engine_is_ready_again() -> None:
 
 
 async def test_adapters_that_take_long_do_not_keep_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.border.client._RESTORE_S", 0.1)
+    monkeypatch.setattr("server.border.client.RESTORE_S", 0.1)
     async with serving() as client:
         left = asyncio.Event()
 

@@ -16,7 +16,7 @@ import pytest
 from server.border.process import EngineProcess
 from server.border.spare import Spares
 from server.config import Settings
-from server.messages import FromEngine
+from server.messages import FromEngine, StepOutputs
 from tests.border.test_process import is_gone, until
 
 ECHO = "tests.engine.echo_engine"
@@ -78,6 +78,24 @@ async def test_the_spare_becomes_the_next_engine_and_leaves_another() -> None:
         assert process.pid == next_pid
     assert len(seen) == 3
     assert await process.stop() == 0
+    spares.close()
+    assert no_children()
+
+
+async def test_what_an_engine_prepares_its_spare_has_too() -> None:
+    spares = Spares(f"{ECHO}:create_engine", keep=True)
+    pids = []
+    for _ in range(2):
+        messages: list[FromEngine] = []
+        process = EngineProcess(Settings(model="echo"), spares, messages.append)
+        await process.start()
+        await until(lambda messages=messages: any(isinstance(m, StepOutputs) and m.stats for m in messages))
+        pids.append(str(process.pid))
+        told = [m.stats for m in messages if isinstance(m, StepOutputs) and m.stats]
+        # The second has what the first prepared before it forked.
+        assert list(told[0].running_digests) == pids
+        await until(lambda: spares.pid)
+        await killed(process)
     spares.close()
     assert no_children()
 

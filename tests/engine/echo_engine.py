@@ -1,7 +1,8 @@
 """An engine without a model, for the process border: it says the prompt over and over, a token a step.
 
-Some first tokens of a prompt have a meaning (below), and what was aborted is told in
-`EngineStats.waiting_digests`, so that a test sees both sides of the border from the face's side.
+Some first tokens of a prompt have a meaning (below), what was aborted is told in
+`EngineStats.waiting_digests` and which processes have prepared in `running_digests`, so that a test sees
+both sides of the border from the face's side.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ REFUSE = 13  # add() raises
 CRASH = 666  # step() raises
 HANG = 999  # add() does not return
 
+PREPARED: list[str] = []  # ids of processes, this one's or those that it is a copy of
 COPY_S = 0.01  # how long an adapter is on its way
 
 
@@ -103,7 +105,7 @@ class EchoEngine:
             kv_blocks_total=0, kv_blocks_free=0, kv_blocks_cached=0, arena_bytes_total=0, arena_bytes_used=0,
             host_bytes_used=0, resident=tuple(self.resident), on_host=(), preemptions=0, adapter_loads=0,
             adapter_evictions=0, prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=self.generated,
-            waiting_digests=tuple(self.aborted),
+            waiting_digests=tuple(self.aborted), running_digests=tuple(PREPARED),
         )  # fmt: skip
 
     def _say(self, request: Request) -> TokenOutput:
@@ -127,6 +129,10 @@ class EchoEngine:
             else:
                 self.resident.append(call.adapter.digest)
                 self.results.append(AdapterResult(call.call_id, "arena", COPY_S * 1000))
+
+
+def prepare(settings: Settings) -> None:
+    PREPARED.append(str(os.getpid()))
 
 
 def create_engine(settings: Settings) -> EchoEngine:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,23 @@ def test_killed_while_it_publishes(
     assert adapter_files.staged(data_dir) == []
     assert publish(registry, "a", seed=3).version.number == number + 1
     registry.close()
+
+
+def test_an_older_database_costs_no_adapter(data_dir: Path, publish: Publish) -> None:
+    """An operator puts a backup of registry.db back, sees what it lacks, and puts the newer one back."""
+    database, older, newer = (data_dir / name for name in ("registry.db", "older", "newer"))
+    with closing(adapter_files.open_registry(data_dir)) as registry:
+        publish(registry, "a", seed=1)
+    shutil.copy(database, older)
+    with closing(adapter_files.open_registry(data_dir)) as registry:
+        publish(registry, "b", seed=2)
+    shutil.copy(database, newer)
+    shutil.copy(older, database)
+    for _ in range(2):  # a second start leaves it where it is
+        with closing(adapter_files.open_registry(data_dir)) as registry:
+            assert [version.name for version in registry.current_versions()] == ["a"]
+        assert len(list((data_dir / "orphans").iterdir())) == 1
+    shutil.copy(newer, database)
+    with closing(adapter_files.open_registry(data_dir)) as registry, registry.acquire("b") as lease:
+        weights = (lease.version.path / "adapter_model.safetensors").read_bytes()
+        assert weights == adapter_files.weights(seed=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import InsufficientStorage
+from server.registry.orphans import KEPT_DAYS
 from server.registry.store import ContentStore, DataFolderError, Staging, open_regular
 from tests.registry import adapter_files
 
@@ -77,7 +79,7 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
 def test_files_go_with_their_last_holder(store: ContentStore, data_dir: Path) -> None:
     digest = stored(store)
     assert stored(store) == digest
-    assert store.hold(digest)
+    assert store.hold_all([digest]) == {digest}
     store.drop(digest)
     store.drop(digest)
     assert adapter_files.on_disk(data_dir) == {digest}
@@ -86,20 +88,41 @@ def test_files_go_with_their_last_holder(store: ContentStore, data_dir: Path) ->
     assert adapter_files.on_disk(data_dir) == set()  # out of sight at once
     store.close()
     assert adapter_files.staged(data_dir) == []
-    assert not store.hold(digest)
+    assert store.hold_all([digest]) == set()
 
 
-def test_a_sweep_keeps_what_is_held(store: ContentStore, data_dir: Path) -> None:
+def test_a_sweep_keeps_what_is_held_and_sets_the_rest_aside(store: ContentStore, data_dir: Path) -> None:
     kept, orphan = stored(store, 1), stored(store, 2)
     filled(store, 3)  # never published
     (data_dir / "staging" / "stray").write_text("x")
     store.close()
     with closing(ContentStore(data_dir)) as fresh:
-        assert fresh.hold(kept)
+        assert fresh.hold_all([kept]) == {kept, orphan}
         fresh.sweep()
         assert adapter_files.on_disk(data_dir) == {kept}
         assert adapter_files.staged(data_dir) == []
-        assert not fresh.hold(orphan)
+        assert [folder.name for folder in (data_dir / "orphans").iterdir()] == [orphan]
+        assert fresh.hold_all([kept, orphan]) == {kept, orphan}
+        assert adapter_files.on_disk(data_dir) == {kept, orphan}  # a row names it again
+    assert list((data_dir / "orphans").iterdir()) == []
+
+
+def test_what_was_set_aside_goes_some_weeks_later(store: ContentStore, data_dir: Path) -> None:
+    older, newer = stored(store, 1), stored(store, 2)
+    store.close()
+    with closing(ContentStore(data_dir)) as fresh:
+        fresh.sweep()
+    long_ago = time.time() - (KEPT_DAYS + 1) * 86400
+    os.utime(data_dir / "orphans" / older, (long_ago, long_ago))
+    with closing(ContentStore(data_dir)) as fresh:
+        fresh.sweep()
+    assert [folder.name for folder in (data_dir / "orphans").iterdir()] == [newer]
+
+
+def test_files_without_both_halves_are_missing(store: ContentStore, data_dir: Path) -> None:
+    digest = stored(store, 1)
+    (store.folder(digest) / "adapter_config.json").unlink()
+    assert store.hold_all([digest]) == set()
 
 
 def test_a_disk_without_room_is_told_at_once(

@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import Conflict, Forbidden, ModelNotFound
 from server.peft.format import LoraAdapter
-from server.registry.records import Published
+from server.registry.records import LastLoad, Published
 from server.registry.registry import Registry
 from server.registry.sources.local import copy_folder
 from tests.registry import adapter_files
@@ -142,9 +142,9 @@ def test_equal_content_of_two_tenants_is_two_versions(registry: Registry, put: P
     assert {version.content for version in versions} == {versions[0].digest}
     assert adapter_files.on_disk(data_dir) == {version.digest for version in versions}
     assert {put(registry, tenant, "a").outcome for tenant in ("default", "acme", "other")} == {"unchanged"}
-    registry.loaded(versions[1].digest, 2.0)
-    assert registry.get("a", tenant="acme").versions[0].load_ms == 2.0
-    assert registry.get("a", tenant="other").versions[0].load_ms is None
+    registry.loaded(versions[1].digest, LastLoad(2.0))
+    assert registry.get("a", tenant="acme").versions[0].load.milliseconds == 2.0
+    assert registry.get("a", tenant="other").versions[0].load.milliseconds is None
 
 
 def test_shared_is_for_everybody_to_use_and_its_owners_to_change(registry: Registry, put: Put) -> None:

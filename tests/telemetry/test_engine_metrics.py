@@ -22,7 +22,9 @@ def metrics_of(name_of: Any = lambda digest: f"tenant/customer-{int(digest, 16)}
     engine: Any = SimpleNamespace(
         state="ready", restarts=0, info=engine_info(), stats=msgspec.structs.replace(empty_stats(), **fields)
     )
-    return Metrics(engine, name_of, "Llama-3.1-8B-Instruct")
+    metrics = Metrics(engine, name_of, "Llama-3.1-8B-Instruct")
+    metrics.watch_queue(lambda: 123_456, 123_456)
+    return metrics
 
 
 def samples(metrics: Metrics) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from server.errors import (
     PinLimit,
 )
 from server.messages import AdapterResult, ErrorCode
-from server.registry.records import AdapterVersion, Published, Retired, split_version
+from server.registry.records import AdapterVersion, LastLoad, Published, Retired, split_version
 from server.telemetry.audit import audit
 
 router = APIRouter(tags=["adapters"])
@@ -321,7 +321,7 @@ async def _load(face: Face, version: AdapterVersion, pin: bool) -> AdapterResult
         raise DamagedAdapter("The stored files of this adapter are damaged; upload it again.")
     if result.error is not None:
         raise ChorusError("The engine could not load this adapter.", code=str(result.error))
-    face.require_registry().loaded(version.digest, result.milliseconds)
+    face.require_registry().loaded(version.digest, LastLoad(result.milliseconds))
     return result
 
 

@@ -40,6 +40,7 @@ class VersionRecordView(VersionView):
     reason: str | None
     residency: NotRequired[Location]
     last_load_ms: NotRequired[float | None]
+    last_load_error: NotRequired[str | None]
     requests: NotRequired[int]
     tokens: NotRequired[int]
     last_used: NotRequired[float | None]
@@ -76,6 +77,7 @@ class AdapterView(TypedDict):
     share: NotRequired[float | None]
     residency: NotRequired[Location]
     last_load_ms: NotRequired[float | None]
+    last_load_error: NotRequired[str | None]
 
 
 class AdapterListView(TypedDict):
@@ -173,7 +175,11 @@ def adapter_view(
         "share": version.parameters / base_parameters if base_parameters else None,
     }
     if own:
-        view |= {"residency": locations.residency(version.digest), "last_load_ms": current.load_ms}
+        view |= {
+            "residency": locations.residency(version.digest),
+            "last_load_ms": current.load.milliseconds,
+            "last_load_error": current.load.error,
+        }
     return view
 
 
@@ -194,7 +200,8 @@ def _version_record_view(record: VersionRecord, own: bool, locations: Locations)
     if own:
         view |= {
             "residency": locations.residency(record.version.digest),
-            "last_load_ms": record.load_ms,
+            "last_load_ms": record.load.milliseconds,
+            "last_load_error": record.load.error,
             "requests": record.requests,
             "tokens": record.tokens,
             "last_used": record.last_used,

@@ -291,7 +291,7 @@ def engine_error(output: TokenOutput) -> ChorusError:
         case ErrorCode.ADAPTER_LOAD_FAILED:
             return ChorusError(text or "The adapter could not be loaded.", code="adapter_load_failed")
         case ErrorCode.ADAPTER_DAMAGED:
-            return DamagedAdapter(text or "The stored files of the adapter are damaged.")
+            return DamagedAdapter("The stored files of the adapter are damaged; upload it again.")
         case ErrorCode.NON_FINITE:
             return ChorusError(
                 text or "The model gave logits that are not finite numbers.", code="non_finite_logits"

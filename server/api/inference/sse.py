@@ -136,7 +136,8 @@ class GenerationResponse(Response):
             raise
         except Exception as error:  # the status is sent: an error can only be an event now
             shown = as_chorus_error(error)
-            self._request.state.outcome, self._request.state.error_code = "failed", shown.code
+            state = self._request.state
+            state.outcome, state.error_code, state.error_reason = "failed", shown.code, shown.reason
             last = event(encode_error(shown)) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from server.model.reserved import zeros
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionOptions:
@@ -59,7 +61,7 @@ def paged_cache(
 ) -> LayerCache:
     """Zeros: k [blocks, kv_heads, block_size, k_head_dim], v [blocks, kv_heads, block_size, v_head_dim]."""
     k, v = (
-        torch.zeros(num_blocks, spec.num_kv_heads, block_size, dim, dtype=dtype, device=device)
+        zeros(num_blocks, spec.num_kv_heads, block_size, dim, dtype=dtype, device=device)
         for dim in (spec.k_head_dim, spec.v_head_dim)
     )
     return LayerCache(k, v, spec)
