@@ -265,9 +265,7 @@ def drills(
         results.append(result)
         write(results, out)
         seen = "; ".join([result.seen, *result.leaks])
-        console.print(
-            f"{result.number:3} {result.verdict}: {result.title} ({result.longest_ms:.0f} ms) {seen}"
-        )
+        console.print(f"{result.number:3} {result.verdict}: {result.title} ({result.held} ms) {seen}")
     raise typer.Exit(int(any(result.verdict == "broken" for result in results)))
 
 

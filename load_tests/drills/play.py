@@ -13,7 +13,7 @@ from typing import Literal
 
 from load_tests.drills.case import CannotPlay, Case, PromiseBroken
 from load_tests.drills.site import Books, Site
-from load_tests.drills.watch import Watch
+from load_tests.drills.watch import Hold, Watch
 from load_tests.serving import chorus_serve
 
 MOST_HELD_MS = 50.0
@@ -24,16 +24,23 @@ Verdict = Literal["kept", "broken", "not played"]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case. `longest_ms`: the longest answer of `/health/live` meanwhile."""
+    """What came of one case. `hold`: of the longest answer of `/health/live` meanwhile."""
 
     number: int
     title: str
     promise: str
     verdict: Verdict
     seen: str
-    longest_ms: float = 0.0
+    hold: Hold = field(default_factory=Hold)
     memory_mib: tuple[int, int] = (0, 0)  # before and after
     leaks: list[str] = field(default_factory=list)
+
+    @property
+    def held(self) -> str:
+        """The longest hold, ms, as in the table."""
+        longest, starved = self.hold.longest_ms, self.hold.starved_ms
+        told = f" ({starved:.0f} of them for want of a core)" if longest > MOST_HELD_MS else ""
+        return f"{longest:.0f}{told}"
 
 
 def play_all(cases: Sequence[Case], model: Path, adapters: Path, out: Path) -> Iterator[Result]:
@@ -58,7 +65,8 @@ def play_all(cases: Sequence[Case], model: Path, adapters: Path, out: Path) -> I
             for case in group:
                 scratch = folder / f"case-{case.number}"
                 scratch.mkdir()
-                yield asyncio.run(_play(case, Site(server, data_dir, scratch, _first(adapters))))
+                site = Site(server, data_dir, scratch, _first(adapters), _key(flags))
+                yield asyncio.run(_play(case, site))
 
 
 def _unplayed(case: Case, reason: CannotPlay) -> Result:
@@ -69,6 +77,10 @@ def _flags(case: Case) -> tuple[str, ...]:
     return case.flags
 
 
+def _key(flags: Sequence[str]) -> str | None:
+    return flags[flags.index("--api-key") + 1] if "--api-key" in flags else None
+
+
 def _first(adapters: Path) -> Path:
     return min(path.parent for path in adapters.glob("*/adapter_config.json"))
 
@@ -77,15 +89,15 @@ async def _play(case: Case, site: Site) -> Result:
     async with site:
         await site.warm_up()
         before = await site.books()
-        with Watch(site.host, site.port) as watch:
+        with Watch(site.host, site.port, site.server.pid) as watch:
             verdict, seen = await _verdict(case, site)
         if case.own_server:  # it may be gone, or another
-            return Result(case.number, case.title, case.promise, verdict, seen, watch.longest_ms)
+            return Result(case.number, case.title, case.promise, verdict, seen, watch.hold)
         after = await site.books()
         if after.leaks(before):  # a connection may still be on its way out
             await asyncio.sleep(_SECOND_LOOK_S)
             after = await site.books()
-        return _judged(case, verdict, seen, watch.longest_ms, before, after)
+        return _judged(case, verdict, seen, watch.hold, before, after)
 
 
 async def _verdict(case: Case, site: Site) -> tuple[Verdict, str]:
@@ -100,14 +112,12 @@ async def _verdict(case: Case, site: Site) -> tuple[Verdict, str]:
         return "broken", f"{type(error).__name__}: {error}"
 
 
-def _judged(
-    case: Case, verdict: Verdict, seen: str, longest_ms: float, before: Books, after: Books
-) -> Result:
+def _judged(case: Case, verdict: Verdict, seen: str, hold: Hold, before: Books, after: Books) -> Result:
     leaks = after.leaks(before)
-    if verdict == "kept" and (leaks or longest_ms > MOST_HELD_MS):
+    if verdict == "kept" and (leaks or hold.longest_ms > MOST_HELD_MS):
         verdict = "broken"
     memory = before.memory_mib, after.memory_mib
-    return Result(case.number, case.title, case.promise, verdict, seen, longest_ms, memory, leaks)
+    return Result(case.number, case.title, case.promise, verdict, seen, hold, memory, leaks)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -118,7 +128,7 @@ def table(results: Sequence[Result]) -> str:
         memory = f"{result.memory_mib[0]} → {result.memory_mib[1]}"
         lines.append(
             f"| {result.number} | {result.title} | {result.promise} | {seen} "
-            f"| {result.longest_ms:.0f} | {memory} | {result.verdict} |"
+            f"| {result.held} | {memory} | {result.verdict} |"
         )
     return "\n".join(lines) + "\n"
 

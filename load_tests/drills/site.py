@@ -47,18 +47,21 @@ class Books:
 class Site:
     """A server with the base model `base` and a folder of adapters, and ways to ill-treat it.
 
-    `http` keeps no connection open, so that each call is a client of its own.
+    `http` keeps no connection open, so that each call is a client of its own, and shows `key`.
     """
 
     base = "base"
 
-    def __init__(self, server: ServerProcess, data_dir: Path, scratch: Path, adapter: Path) -> None:
+    def __init__(
+        self, server: ServerProcess, data_dir: Path, scratch: Path, adapter: Path, key: str | None = None
+    ) -> None:
         self.server = server
         self.data_dir = data_dir
         self.scratch = scratch  # an empty folder for what a case writes
         self.adapter = adapter  # a sound one, a folder in PEFT layout
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits, headers=headers)
 
     async def __aenter__(self) -> Self:
         return self
