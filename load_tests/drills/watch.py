@@ -1,9 +1,9 @@
 """How long a server's event loop was held: another process asks it every few milliseconds.
 
 `python -m load_tests.drills.watch HOST PORT PID` asks `/health/live` on one kept connection until its
-standard input ends, then prints the longest answer in milliseconds, and for how much of it the main threads of
-the server (PID) and of this process were ready to run and had no core, as the kernel counts it. The rest of a
-long answer is the loop's own doing.
+standard input ends, then prints the longest answer in milliseconds, and for how much of it the main threads
+of the server (PID) and of this process were ready to run and had no core, as the kernel counts it. The rest
+of a long answer is the loop's own doing.
 """
 
 from __future__ import annotations
