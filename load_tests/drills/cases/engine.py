@@ -137,11 +137,11 @@ async def engine_hangs(site: Site) -> str:
     "SIGTERM under load",
     "not ready first, new ones 503, running ones finish within the grace, then an error and [DONE]; exit 0",
     "--shutdown-grace-s",
-    "5",
+    "10",
     own_server=True,
 )
 async def sigterm(site: Site) -> str:
-    running = await streams(site, 4, tokens=100)
+    running = await streams(site, 4, tokens=40)
     endless = asyncio.create_task(_streamed(site))
     await asyncio.sleep(0.3)
     site.face.terminate()
@@ -161,7 +161,7 @@ async def sigterm(site: Site) -> str:
 
 async def _streamed(site: Site) -> str:
     """All that came of a stream that takes longer than a drain."""
-    body = {"model": site.base, "prompt": "x", "n": 32, "max_tokens": 1900, "ignore_eos": True}
+    body = {"model": site.base, "prompt": "x", "n": 60, "max_tokens": 1900, "ignore_eos": True}
     answer = await site.http.post("/v1/completions", json=body | {"stream": True, "temperature": 1})
     return answer.text
 
@@ -185,10 +185,10 @@ async def other_signals(site: Site) -> str:
 
 
 def small_disk(model: Path, folder: Path) -> Path:
-    """A data folder of 4 MiB. Raises CannotPlay without the right to mount."""
+    """A data folder of 16 MiB. Raises CannotPlay without the right to mount."""
     data = folder / "data"
     data.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(data)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(data)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         raise CannotPlay("needs the right to mount a file system")
     return model

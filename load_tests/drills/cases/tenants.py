@@ -56,9 +56,9 @@ async def around_the_door(site: Site) -> str:
     guarded = [path for path in paths if not path.startswith("/health")] + ["/docs", "/openapi.json", "/none"]
     tried: dict[int, int] = {}
     for path in guarded:
-        asked = [(f"{method} {spelt}",) for spelt in _spellings(path) for method in ("GET", "POST")]
-        asked += [(f"{method} {path}",) for method in ("HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")]
-        asked += [(f"GET {path}", header) for header in _STRANGE_HEADERS]
+        asked = [[f"{method} {spelt}"] for spelt in _spellings(path) for method in ("GET", "POST")]
+        asked += [[f"{method} {path}"] for method in ("HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")]
+        asked += [[f"GET {path}", header] for header in _STRANGE_HEADERS]
         for each in asked:
             status = await _status(site, *each)
             tried[status] = tried.get(status, 0) + 1
