@@ -247,7 +247,8 @@ def drills(
     fuzz: Annotated[
         int, typer.Option(min=1, help="Random bodies of case 101; a tenth as many files of case 102.")
     ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of cases 101 and 102.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0, help="Of the soak, case 103. 0: none.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of cases 101 to 103.")] = 0,
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Base model folder.")] = Path(
         "models/chorus-tiny"
     ),
@@ -258,24 +259,26 @@ def drills(
     """Play faults and abuse on a real server; exit status 1 when a promise was broken."""
     from load_tests.drills.play import play_all, write
 
-    cases = _cases(only, fuzz, seed)
+    cases = _cases(only, fuzz, minutes, seed)
     console = Console(stderr=True)
     results = []
     for result in play_all(cases, model, adapters, out):
         results.append(result)
         write(results, out)
         seen = "; ".join([result.seen, *result.leaks])
-        console.print(f"{result.number:3} {result.verdict}: {result.title} ({result.held} ms) {seen}")
+        console.print(f"{result.number:3} {result.verdict}: {result.title} ({result.hold} ms) {seen}")
     raise typer.Exit(int(any(result.verdict == "broken" for result in results)))
 
 
-def _cases(only: str, fuzz: int, seed: int) -> list[Case]:
+def _cases(only: str, fuzz: int, minutes: float, seed: int) -> list[Case]:
     """Of these numbers, or all."""
     from load_tests.drills import cases as _  # noqa: F401  (makes them known)
     from load_tests.drills.case import CASES
     from load_tests.drills.fuzz import fuzz_cases
+    from load_tests.drills.soak import soak_case
 
-    known = CASES | {case.number: case for case in fuzz_cases(fuzz, max(fuzz // 10, 1), seed)}
+    more = fuzz_cases(fuzz, max(fuzz // 10, 1), seed) + ([soak_case(minutes, seed)] if minutes else [])
+    known = CASES | {case.number: case for case in more}
     numbers = parsed(counts, only) if only else sorted(known)
     with judged():
         if unknown := [number for number in numbers if number not in known]:
