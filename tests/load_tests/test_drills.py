@@ -1,4 +1,4 @@
-"""The drills in short: some cases, a small fuzz, a soak of seconds on one real server; how faults are told."""
+"""The drills in short: some cases, a small fuzz and soak on one real server; and how faults are told."""
 
 from __future__ import annotations
 
