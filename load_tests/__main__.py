@@ -25,6 +25,7 @@ from load_tests.trace import (
 )
 
 if TYPE_CHECKING:
+    from load_tests.drills.case import Case
     from load_tests.runner import RunResult
 
 # `run`, `report` and those of benchmarks.py import aiohttp, matplotlib and torch themselves: `trace` and
@@ -243,6 +244,11 @@ def drills(
         Path, typer.Option(file_okay=False, help="Folder for drills.json, drills.md, server logs.")
     ],
     only: Annotated[str, typer.Option(help="Numbers of cases, as 1,7,40. Default: all.")] = "",
+    fuzz: Annotated[
+        int, typer.Option(min=1, help="Random bodies of case 101; a tenth as many files of case 102.")
+    ] = 10_000,
+    minutes: Annotated[float, typer.Option(min=0, help="Of the soak, case 103. 0: none.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of cases 101 to 103.")] = 0,
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Base model folder.")] = Path(
         "models/chorus-tiny"
     ),
@@ -251,24 +257,33 @@ def drills(
     ] = Path("adapters"),
 ) -> None:
     """Play faults and abuse on a real server; exit status 1 when a promise was broken."""
-    from load_tests.drills import cases as _  # noqa: F401  (makes them known)
-    from load_tests.drills.case import CASES
     from load_tests.drills.play import play_all, write
 
-    numbers = parsed(counts, only) if only else sorted(CASES)
-    with judged():
-        if unknown := [number for number in numbers if number not in CASES]:
-            raise ValueError(f"no case {unknown[0]}; there are {sorted(CASES)}")
+    cases = _cases(only, fuzz, minutes, seed)
     console = Console(stderr=True)
     results = []
-    for result in play_all([CASES[number] for number in numbers], model, adapters, out):
+    for result in play_all(cases, model, adapters, out):
         results.append(result)
         write(results, out)
         seen = "; ".join([result.seen, *result.leaks])
-        console.print(
-            f"{result.number:3} {result.verdict}: {result.title} ({result.longest_ms:.0f} ms) {seen}"
-        )
+        console.print(f"{result.number:3} {result.verdict}: {result.title} ({result.hold} ms) {seen}")
     raise typer.Exit(int(any(result.verdict == "broken" for result in results)))
+
+
+def _cases(only: str, fuzz: int, minutes: float, seed: int) -> list[Case]:
+    """Of these numbers, or all."""
+    from load_tests.drills import cases as _  # noqa: F401  (makes them known)
+    from load_tests.drills.case import CASES
+    from load_tests.drills.fuzz import fuzz_cases
+    from load_tests.drills.soak import soak_case
+
+    more = fuzz_cases(fuzz, max(fuzz // 10, 1), seed) + ([soak_case(minutes, seed)] if minutes else [])
+    known = CASES | {case.number: case for case in more}
+    numbers = parsed(counts, only) if only else sorted(known)
+    with judged():
+        if unknown := [number for number in numbers if number not in known]:
+            raise ValueError(f"no case {unknown[0]}; there are {sorted(known)}")
+    return [known[number] for number in numbers]
 
 
 if __name__ == "__main__":

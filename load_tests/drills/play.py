@@ -13,10 +13,9 @@ from typing import Literal
 
 from load_tests.drills.case import CannotPlay, Case, PromiseBroken
 from load_tests.drills.site import Books, Site
-from load_tests.drills.watch import Watch
+from load_tests.drills.watch import MOST_HELD_MS, Hold, Watch
 from load_tests.serving import chorus_serve
 
-MOST_HELD_MS = 50.0
 _SECOND_LOOK_S = 5.0
 
 Verdict = Literal["kept", "broken", "not played"]
@@ -24,22 +23,25 @@ Verdict = Literal["kept", "broken", "not played"]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case. `longest_ms`: the longest answer of `/health/live` meanwhile."""
+    """What came of one case. `hold`: of `/health/live` meanwhile."""
 
     number: int
     title: str
     promise: str
     verdict: Verdict
     seen: str
-    longest_ms: float = 0.0
+    hold: Hold = field(default_factory=Hold)
     memory_mib: tuple[int, int] = (0, 0)  # before and after
     leaks: list[str] = field(default_factory=list)
 
 
-def play_all(cases: Sequence[Case], model: Path, adapters: Path, out: Path) -> Iterator[Result]:
+def play_all(
+    cases: Sequence[Case], model: Path, adapters: Path, out: Path, most_held_ms: float = MOST_HELD_MS
+) -> Iterator[Result]:
     """One server for each set of flags, and one for each case that wants its own; yields as they end.
 
-    `out` gets the servers' logs and data folders.
+    `out` gets the servers' logs and data folders. A case that holds the loop longer than `most_held_ms` is
+    broken.
     """
     alone = [case for case in cases if case.own_server or case.model]
     shared = sorted((case for case in cases if case not in alone), key=_flags)
@@ -55,10 +57,12 @@ def play_all(cases: Sequence[Case], model: Path, adapters: Path, out: Path) -> I
             continue
         flags, data_dir = group[0].flags, folder / "data"
         with chorus_serve(served, data_dir, adapters, flags, folder / "serve.log") as server:
+            playing = _Playing(most_held_ms)
             for case in group:
                 scratch = folder / f"case-{case.number}"
                 scratch.mkdir()
-                yield asyncio.run(_play(case, Site(server, data_dir, scratch, _first(adapters))))
+                site = Site(server, data_dir, scratch, _first(adapters), _key(flags))
+                yield asyncio.run(playing.play(case, site))
 
 
 def _unplayed(case: Case, reason: CannotPlay) -> Result:
@@ -69,23 +73,42 @@ def _flags(case: Case) -> tuple[str, ...]:
     return case.flags
 
 
+def _key(flags: Sequence[str]) -> str | None:
+    return flags[flags.index("--api-key") + 1] if "--api-key" in flags else None
+
+
 def _first(adapters: Path) -> Path:
     return min(path.parent for path in adapters.glob("*/adapter_config.json"))
 
 
-async def _play(case: Case, site: Site) -> Result:
-    async with site:
-        await site.warm_up()
-        before = await site.books()
-        with Watch(site.host, site.port) as watch:
-            verdict, seen = await _verdict(case, site)
-        if case.own_server:  # it may be gone, or another
-            return Result(case.number, case.title, case.promise, verdict, seen, watch.longest_ms)
-        after = await site.books()
-        if after.leaks(before):  # a connection may still be on its way out
-            await asyncio.sleep(_SECOND_LOOK_S)
+class _Playing:
+    """Cases one after the other on one server."""
+
+    def __init__(self, most_held_ms: float) -> None:
+        self._most_held_ms = most_held_ms
+        self._books: Books | None = None  # as the last case left them
+
+    async def play(self, case: Case, site: Site) -> Result:
+        async with site:
+            before = self._books or await self._opened(site)
+            with Watch(site.host, site.port, site.server.pid) as watch:
+                verdict, seen = await _verdict(case, site)
+            if case.own_server:  # it may be gone, or another
+                return Result(case.number, case.title, case.promise, verdict, seen, watch.hold)
             after = await site.books()
-        return _judged(case, verdict, seen, watch.longest_ms, before, after)
+            if after.leaks(before):  # a connection may still be on its way out
+                await asyncio.sleep(_SECOND_LOOK_S)
+                after = await site.books()
+            self._books = after
+        leaks = after.leaks(before)
+        if verdict == "kept" and (leaks or watch.hold.loop_ms > self._most_held_ms):
+            verdict = "broken"
+        memory = before.memory_mib, after.memory_mib
+        return Result(case.number, case.title, case.promise, verdict, seen, watch.hold, memory, leaks)
+
+    async def _opened(self, site: Site) -> Books:
+        await site.warm_up()
+        return await site.books()
 
 
 async def _verdict(case: Case, site: Site) -> tuple[Verdict, str]:
@@ -100,16 +123,6 @@ async def _verdict(case: Case, site: Site) -> tuple[Verdict, str]:
         return "broken", f"{type(error).__name__}: {error}"
 
 
-def _judged(
-    case: Case, verdict: Verdict, seen: str, longest_ms: float, before: Books, after: Books
-) -> Result:
-    leaks = after.leaks(before)
-    if verdict == "kept" and (leaks or longest_ms > MOST_HELD_MS):
-        verdict = "broken"
-    memory = before.memory_mib, after.memory_mib
-    return Result(case.number, case.title, case.promise, verdict, seen, longest_ms, memory, leaks)
-
-
 def table(results: Sequence[Result]) -> str:
     """Markdown, a row each, by number."""
     lines = ["| # | case | promise | seen | longest hold, ms | memory, MiB | verdict |", "|" + "---|" * 7]
@@ -118,7 +131,7 @@ def table(results: Sequence[Result]) -> str:
         memory = f"{result.memory_mib[0]} → {result.memory_mib[1]}"
         lines.append(
             f"| {result.number} | {result.title} | {result.promise} | {seen} "
-            f"| {result.longest_ms:.0f} | {memory} | {result.verdict} |"
+            f"| {result.hold} | {memory} | {result.verdict} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -31,34 +33,42 @@ class Books:
     waiting: int
     kv_blocks_held: int
     staged: int  # entries of the data folder's staging
-    open_files: int  # of the face
+    open_files: tuple[str, ...]  # of the face, by what they lead to
     children: int  # processes
     memory_mib: int  # PSS of the face and its children
 
     def leaks(self, before: Books) -> list[str]:
         """What is more than before, in words."""
-        return [
+        told = [
             f"{field.name}: {getattr(before, field.name)} before, {getattr(self, field.name)} after"
             for field in fields(self)
-            if field.name != "memory_mib" and getattr(self, field.name) > getattr(before, field.name)
+            if field.type == "int" and field.name != "memory_mib"
+            if getattr(self, field.name) > getattr(before, field.name)
         ]
+        if len(self.open_files) > len(before.open_files):
+            more = Counter(self.open_files) - Counter(before.open_files)
+            told.append(f"{len(before.open_files)} open files before, after them {dict(more)} more")
+        return told
 
 
 class Site:
     """A server with the base model `base` and a folder of adapters, and ways to ill-treat it.
 
-    `http` keeps no connection open, so that each call is a client of its own.
+    `http` keeps no connection open, so that each call is a client of its own, and shows `key`.
     """
 
     base = "base"
 
-    def __init__(self, server: ServerProcess, data_dir: Path, scratch: Path, adapter: Path) -> None:
+    def __init__(
+        self, server: ServerProcess, data_dir: Path, scratch: Path, adapter: Path, key: str | None = None
+    ) -> None:
         self.server = server
         self.data_dir = data_dir
         self.scratch = scratch  # an empty folder for what a case writes
         self.adapter = adapter  # a sound one, a folder in PEFT layout
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits, headers=headers)
 
     async def __aenter__(self) -> Self:
         return self
@@ -174,7 +184,16 @@ class Site:
             waiting=int(metrics["vllm:num_requests_waiting"]),
             kv_blocks_held=round(metrics["vllm:kv_cache_usage_perc"] * 1e6),
             staged=len(os.listdir(self.data_dir / "staging")),
-            open_files=face.num_fds(),
+            open_files=tuple(_open_files(face.pid)),
             children=len(family) - 1,
             memory_mib=sum(process.memory_full_info().pss for process in family) // _MIB,
         )
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """What a process has open: names of files, else of what kind."""
+    folder = Path(f"/proc/{pid}/fd")
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            target = os.readlink(entry)
+            yield Path(target).name if target.startswith("/") else target.partition(":")[0]

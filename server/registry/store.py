@@ -184,7 +184,8 @@ class ContentStore:
                 f"{error.filename}: {error.strerror}: the data folder must be one that this server can read "
                 "and write; mend it, or choose another --data-dir."
             ) from error
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the counts alone: the event loop takes it, so no disk may hold it
+        self._moving = threading.Lock()  # around what brings content in or takes it out; taken first
         self._holders: Counter[str] = Counter()
         self._remover = ThreadPoolExecutor(1, thread_name_prefix="adapter-remover")
 
@@ -218,7 +219,7 @@ class ContentStore:
         try:
             with full_disk_is_refused():
                 target.parent.mkdir(mode=OWN_FOLDER, exist_ok=True)
-                with self._lock:  # against a removal of the same digest
+                with self._moving:  # against a removal of the same digest
                     if mend and target.exists():
                         target.rename(staging.spoilt)
                     if not target.exists():
@@ -242,7 +243,7 @@ class ContentStore:
         return there
 
     def drop(self, digest: str, then: Callable[[], None] | None = None) -> None:
-        """One holder fewer. With the last one the files go: out of sight at once, unlinked in a thread.
+        """One holder fewer. With the last one the files go, in a thread.
 
         `then` is called when that is done, from another thread, or at once when others hold it.
         """
@@ -251,7 +252,7 @@ class ContentStore:
             if self._holders[digest] <= 0:
                 del self._holders[digest]
                 if self._lock_fd >= 0:  # else closed: the folder may be another server's by now
-                    self._remove(digest, then)
+                    self._remover.submit(self._remove, digest, then)
                     return
         if then is not None:
             then()
@@ -279,16 +280,14 @@ class ContentStore:
         return (folder.name for folder in self.stored() if holds_all(folder, FILE_NAMES))
 
     def _remove(self, digest: str, then: Callable[[], None] | None) -> None:
+        """Out of sight at once, then file by file; unless somebody has come to hold it meanwhile."""
         trash = self._staging / uuid.uuid4().hex
-        with suppress(OSError):  # what cannot go now is swept at the next start
-            self.folder(digest).rename(trash)
-
-        def unlink() -> None:
-            shutil.rmtree(trash, ignore_errors=True)
-            if then is not None:
-                then()
-
-        self._remover.submit(unlink)
+        with self._moving, suppress(OSError):  # what cannot go now is swept at the next start
+            if not self.holds(digest):
+                self.folder(digest).rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        if then is not None:
+            then()
 
 
 def create_private(path: Path, flags: int = 0) -> int:

@@ -20,6 +20,7 @@ from load_tests.drills.archives import tarred, zipped
 from server.messages import ErrorCode
 from server.registry.store import Sink
 from tests.api.adapter_app import Site
+from tests.api.file_changes import changes_here
 from tests.registry import adapter_files
 from tests.registry.adapter_files import files, staged
 
@@ -675,3 +676,17 @@ async def until(condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  # what is awaited happens in threads and background tasks
             await asyncio.sleep(0.005)
+
+
+async def test_the_event_loop_changes_nothing_on_the_disk(site: Site) -> None:
+    """Even to make or rename a folder waits, some 50 ms, while others' uploads are synced."""
+    with changes_here() as changes:
+        assert (await site.upload("sql")).status_code == 201
+        assert (await site.upload("sql", files(seed=1), method="PUT")).status_code == 200
+        assert (await site.upload("sql")).status_code == 409
+        with site.registry.acquire("sql"):  # a request that outlives the name
+            assert (await site.client.delete("/v1/adapters/sql")).status_code == 202
+        async with asyncio.timeout(30):
+            while adapter_files.on_disk(site.data_dir) or staged(site.data_dir):  # noqa: ASYNC110  # a folder
+                await asyncio.sleep(0.01)
+    assert changes == []

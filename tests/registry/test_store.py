@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import time
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -85,10 +86,22 @@ def test_files_go_with_their_last_holder(store: ContentStore, data_dir: Path) ->
     assert adapter_files.on_disk(data_dir) == {digest}
     store.drop(digest)
     assert not store.holds(digest)
-    assert adapter_files.on_disk(data_dir) == set()  # out of sight at once
     store.close()
+    assert adapter_files.on_disk(data_dir) == set()
     assert adapter_files.staged(data_dir) == []
     assert store.hold_all([digest]) == set()
+
+
+def test_what_is_stored_again_before_its_files_went_stays(store: ContentStore, data_dir: Path) -> None:
+    other, digest = stored(store, 1), stored(store, 2)
+    busy, again = threading.Event(), threading.Event()
+    store.drop(other, then=lambda: (busy.set(), again.wait(10)))
+    assert busy.wait(10)
+    store.drop(digest)  # waits for the other
+    assert stored(store, 2) == digest
+    again.set()
+    store.close()
+    assert adapter_files.on_disk(data_dir) == {digest}
 
 
 def test_a_sweep_keeps_what_is_held_and_sets_the_rest_aside(store: ContentStore, data_dir: Path) -> None:

@@ -68,29 +68,26 @@ async def slow_senders(site: Site) -> str:
     limit_s=300,
 )
 async def unread_stream(site: Site) -> str:
-    asked = {
-        "model": site.base,
-        "prompt": "x",
-        "n": 64,
-        "max_tokens": 1500,
-        "ignore_eos": True,
-        "logprobs": 20,
-        "stream": True,
-        "temperature": 1,
-    }
-    before = (await site.books()).memory_mib
+    asked = {"model": site.base, "prompt": "x", "n": 64, "max_tokens": 1900, "ignore_eos": True}
+    before, told = (await site.books()).memory_mib, await _generated(site)
     reader, writer = await site.connect()
-    reader._limit = 1024  # type: ignore[attr-defined]  # asyncio stops reading at twice this
-    writer.write(site.posted(asked))
+    writer.write(site.posted(asked | {"stream": True, "temperature": 1}))
     began = time.monotonic()
-    await asyncio.sleep(1)
+    head = await asyncio.wait_for(reader.readuntil(b"data: "), 30)
     writer.transport.pause_reading()  # type: ignore[attr-defined]  # of the socket transport
+    expect(b" 200 " in head[:20], f"no stream: {head[:80]!r}")
     await site.until(site.idle, "the engine to be idle", 280)
-    seconds = time.monotonic() - began
+    seconds, tokens = time.monotonic() - began, await _generated(site) - told
     grown = (await site.books()).memory_mib - before
     writer.transport.abort()
-    expect(grown < 64, f"{grown} MiB more while it did not read")
-    return f"ended after {seconds:.0f} s, {grown} MiB more"
+    seen = f"ended after {seconds:.0f} s and {tokens:.0f} of {64 * 1900} tokens, {grown} MiB more"
+    expect(tokens < 64 * 1900 and grown < 64, seen)
+    return seen
+
+
+async def _generated(site: Site) -> float:
+    """Tokens since the start."""
+    return (await site.metrics())["vllm:generation_tokens_total"]
 
 
 @case(
@@ -105,7 +102,12 @@ async def disconnects(site: Site) -> str:
     async with connections(site, 12) as opened:
         for at, (_, writer) in enumerate(opened):
             writer.write(site.posted(stream | {"prompt": "word " * (1200 if at % 2 else 5)}))
-        await asyncio.sleep(0.4)
+
+        async def some_run_and_some_wait() -> bool:
+            metrics = await site.metrics()
+            return bool(metrics["vllm:num_requests_running"] and metrics["vllm:num_requests_waiting"])
+
+        await site.until(some_run_and_some_wait, "some that run and some that wait", 20)
     began = time.monotonic()
     await site.until(site.idle, "the engine to be idle", 10)
     return f"12 gone, idle after {time.monotonic() - began:.1f} s"
@@ -118,36 +120,41 @@ async def disconnects(site: Site) -> str:
     limit_s=240,
 )
 async def floods(site: Site) -> str:
-    reader, writer = await site.connect()
-    sent = 0
-    with contextlib.suppress(ConnectionError):
-        writer.write(site.head("GET /v1/models") + b"x: ")
-        while sent < 300 * _MIB and not reader.at_eof():
-            writer.write(b"y" * _MIB)
-            await asyncio.wait_for(writer.drain(), 10)
-            sent += _MIB
-    _, got = await ends(reader, 20)
-    writer.transport.abort()
-    expect(sent < 8 * _MIB, f"{sent // _MIB} MiB of a header were taken")
-    seen = [f"header refused after {sent // _MIB} MiB: {got[9:12].decode()}"]
-    reader, writer = await site.connect()
-    one = site.head("GET /health/live") + b"\r\n"
-    with contextlib.suppress(ConnectionError, TimeoutError):
-        for _ in range(400):
-            writer.write(one * 1000)
-            await asyncio.wait_for(writer.drain(), 5)
-    writer.transport.abort()
+    sent, _ = await _pour(site, site.head("GET /v1/models") + b"x: ", b"y" * _MIB, 300)
+    expect(sent < 8, f"{sent} MiB of a header were taken")
+    large, answer = await _pour(site, site.head("GET /v1/models") + b"x: ", b"y" * 2**10, 40)
+    expect(b" 431 " in answer[:20], f"a header of {large} KiB: {answer[:80]!r}")
+    seen = f"header cut after {sent} MiB, of 40 KiB 431"
+    taken, answers = await _pour(site, b"", (site.head("GET /v1/models") + b"\r\n") * 1000, 400)
+    expect(taken < 400, "400,000 pipelined requests were taken")
+    seen += f"; closed after {taken},000 pipelined requests and {answers.count(b' 200 OK')} answers"
     async with connections(site, 1500) as opened:
         for _ in range(20):
-            for _, each in opened:
-                each.write(b"G")
+            for reader, writer in opened:
+                if not reader.at_eof():
+                    writer.write(b"G")
             await asyncio.sleep(1)
         left = await _still_open([each for each, _ in opened])
     expect(left == 0, f"{left} of {len(opened)} dribbling connections are open after 20 s")
     expect(await site.ready(), "not ready afterwards")
-    return "; ".join(
-        [*seen, "pipelining survived", f"0 of {len(opened)} dribbling connections open after 20 s"]
-    )
+    return f"{seen}; 0 of {len(opened)} dribbling connections open after 20 s"
+
+
+async def _pour(site: Site, head: bytes, piece: bytes, most: int) -> tuple[int, bytes]:
+    """Sends `piece` after `head` until the server has enough: how many went out, and what it said."""
+    reader, writer = await site.connect()
+    answer = asyncio.create_task(ends(reader, 20))
+    sent = 0
+    writer.write(head)
+    with contextlib.suppress(ConnectionError):
+        while sent < most and not answer.done():
+            writer.write(piece)
+            await asyncio.wait_for(writer.drain(), 20)
+            await asyncio.sleep(0)
+            sent += 1
+    _, got = await answer
+    writer.transport.abort()
+    return sent, got
 
 
 @case(50, "cross-site form or text/plain POST; foreign Host", "415, 403, 421")
@@ -176,22 +183,14 @@ async def browser_pages(site: Site) -> str:
     return seen
 
 
-@case(
-    51, "n=64, logprobs=20, 1,500 tokens, not streamed", "refused by a cap, or encoded in pieces", limit_s=600
-)
-async def large_answer(site: Site) -> str:
-    answer = await site.http.post(
-        "/v1/completions",
-        json={
-            "model": site.base,
-            "prompt": "x",
-            "n": 64,
-            "max_tokens": 1500,
-            "ignore_eos": True,
-            "logprobs": 20,
-            "temperature": 1,
-        },
-        timeout=550,
-    )
-    expect(answer.status_code in (200, 400), answer.text[:200])
-    return f"{answer.status_code}, {len(answer.content) // 2**10} KiB"
+@case(51, "n=64, logprobs=20, 1,500 tokens, not streamed", "refused by a cap; encoded in pieces", limit_s=600)
+async def large_answers(site: Site) -> str:
+    many = {"prompt": "x", "n": 64, "ignore_eos": True, "temperature": 1}
+    beyond = await site.complete(**many, max_tokens=1500, logprobs=20)
+    expect(beyond.status_code == 400, f"beyond the cap: {beyond.status_code}")
+    seen = ["beyond the cap 400"]
+    for what, fields in {"as many logprobs as fit": {"logprobs": 20}, "without logprobs": {}}.items():
+        answer = await site.complete(**many, max_tokens=None if fields else 1500, **fields)
+        expect(answer.status_code == 200, f"{what}: {answer.status_code} {answer.text[:200]}")
+        seen.append(f"{what} {len(answer.content) // 2**10} KiB")
+    return ", ".join(seen)

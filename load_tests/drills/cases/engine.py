@@ -56,14 +56,17 @@ async def overflow(site: Site) -> str:
 @case(
     32,
     "more hot adapters than fit",
-    "queue, fair, no starvation",
+    "queue, fair, no starvation; pinned ones stay",
     "--arena-bytes",
-    "1MiB",
+    "2MiB",
     "--host-cache-bytes",
     "64MiB",
 )
 async def small_arena(site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]]
+    pinned = names[-1]
+    pin = await site.http.post(f"/v1/adapters/{pinned}/load", json={"pin": True})
+    expect(pin.status_code == 200, pin.text[:100])
     alone = {name: (await site.complete(name)).json() for name in names}
     answers = await asyncio.gather(*(site.complete(name) for name in names * 12))
     wrong = [
@@ -72,6 +75,10 @@ async def small_arena(site: Site) -> str:
         if answer.status_code != 200 or answer.json()["choices"] != alone[name]["choices"]
     ]
     expect(not wrong, f"{len(wrong)} wrong, as {wrong[:1]}")
+    where = {one["name"]: one["residency"] for one in (await site.http.get("/v1/adapters")).json()["data"]}
+    out = [name for name, place in where.items() if place != "arena"]
+    expect(out and where[pinned] == "arena", f"residency of {pinned}, which is pinned, and others: {where}")
+    await site.http.post(f"/v1/adapters/{pinned}/unload")
     return f"{len(answers)} requests for {len(names)} models, all as alone"
 
 
@@ -125,17 +132,38 @@ async def engine_hangs(site: Site) -> str:
     return f"not ready after {noticed:.1f} s, then {seen}; back after {noticed + seconds:.1f} s"
 
 
-@case(37, "SIGTERM under load", "not ready first, new ones 503, running ones finish; exit 0", own_server=True)
+@case(
+    37,
+    "SIGTERM under load",
+    "not ready first, new ones 503, running ones finish within the grace, then an error and [DONE]; exit 0",
+    "--shutdown-grace-s",
+    "10",
+    own_server=True,
+)
 async def sigterm(site: Site) -> str:
-    running = await streams(site, 4, tokens=200)
+    running = await streams(site, 4, tokens=40)
+    endless = asyncio.create_task(_streamed(site))
+    await asyncio.sleep(0.3)
     site.face.terminate()
     await asyncio.sleep(0.2)
-    late = await site.complete()
-    answers = await asyncio.gather(*running)
+    ready, late = await site.ready(), await site.complete()
+    answers, cut = await asyncio.gather(asyncio.gather(*running), endless)
+    expect(not ready, "it says that it is ready")
     expect({answer.status_code for answer in answers} == {200}, answers[0].text[:150])
+    last = cut[-400:].rpartition('data: {"error"')[2]
+    expect(
+        last != cut[-400:] and last.endswith("data: [DONE]\n\n"), f"the long one ended with {cut[-200:]!r}"
+    )
     code = await asyncio.to_thread(site.server.process.wait, 30)
     expect(code == 0, f"exit {code}")
-    return f"new ones {refused(late, 503)}; 4 finished; exit 0"
+    return f"not ready, new ones {refused(late, 503)}; 4 finished; a long one: error and [DONE]; exit 0"
+
+
+async def _streamed(site: Site) -> str:
+    """All that came of a stream that takes longer than a drain."""
+    body = {"model": site.base, "prompt": "x", "n": 60, "max_tokens": 1900, "ignore_eos": True}
+    answer = await site.http.post("/v1/completions", json=body | {"stream": True, "temperature": 1})
+    return answer.text
 
 
 @case(60, "SIGHUP; second SIGTERM", "drain; clean exit", own_server=True)
@@ -143,7 +171,7 @@ async def other_signals(site: Site) -> str:
     running = await streams(site, 1, tokens=1500)
     site.face.send_signal(signal.SIGHUP)
     await asyncio.sleep(0.5)
-    seen = refused(await site.complete(), 503)
+    seen = refused(await site.complete(), 503, code="shutting_down")
     upload = (await site.upload("late", site.adapter_files())).status_code
     expect(upload == 503, f"an upload while draining: {upload}")
     site.face.terminate()
@@ -152,14 +180,15 @@ async def other_signals(site: Site) -> str:
     await asyncio.gather(*running, return_exceptions=True)
     log = site.server.log_text()
     expect("Traceback" not in log, "a traceback in the log")
+    expect(code == 143, f"exit {code}")
     return f"draining: {seen}, upload 503; second signal: exit {code} after {time.monotonic() - began:.1f} s"
 
 
 def small_disk(model: Path, folder: Path) -> Path:
-    """A data folder of 4 MiB. Raises CannotPlay without the right to mount."""
+    """A data folder of 16 MiB. Raises CannotPlay without the right to mount."""
     data = folder / "data"
     data.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(data)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(data)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         raise CannotPlay("needs the right to mount a file system")
     return model

@@ -9,7 +9,6 @@ import httpx
 
 from load_tests.drills.case import case, expect
 from load_tests.drills.cases.adapters import scaled
-from load_tests.drills.cases.requests import refused
 from load_tests.drills.site import PROMPT, Site
 
 
@@ -38,23 +37,35 @@ async def all_at_once(site: Site) -> str:
     )
 
 
-@case(14, "10x overload, for a while", "429 or 503 with Retry-After; recovers", limit_s=300)
+@case(
+    14,
+    "10x overload, for a while",
+    "429 or 503 with Retry-After; admitted latency bounded; recovers",
+    limit_s=300,
+)
 async def overload(site: Site) -> str:
     statuses: dict[int, int] = {}
-    end = time.monotonic() + 15
+    longest, end = 0.0, time.monotonic() + 15
 
     async def client(at: int) -> None:
-        while time.monotonic() < end:
+        nonlocal longest
+        while (asked := time.monotonic()) < end:
             answer = await site.complete(prompt=[5 + at % 300], max_tokens=32, ignore_eos=True)
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            if answer.status_code != 200:
+            if answer.status_code == 200:
+                longest = max(longest, time.monotonic() - asked)
+            else:
                 await asyncio.sleep(min(float(answer.headers["retry-after"]), 1.0))
 
     await asyncio.gather(*(client(at) for at in range(640)))
-    expect(set(statuses) <= {200, 429, 503}, str(statuses))
+    expect(set(statuses) in ({200, 429}, {200, 503}), str(statuses))
+    expect(longest < 60, f"an admitted one took {longest:.0f} s")
     began = time.monotonic()
     expect((await site.complete()).status_code == 200, "no answer afterwards")
-    return f"{statuses}; then an answer in {time.monotonic() - began:.2f} s"
+    return (
+        f"{statuses}, admitted ones in up to {longest:.1f} s; then an answer in "
+        f"{time.monotonic() - began:.2f} s"
+    )
 
 
 @case(15, "deadline passes while queued", "a clear timeout error, never silence", "--max-num-seqs", "1")
@@ -69,53 +80,76 @@ async def deadline_in_the_queue(site: Site) -> str:
     return f"{answer.status_code} {answer.json()['error']['code']} after {seconds:.1f} s"
 
 
-@case(47, "pins fill the arena", "503; a share for pins", "--arena-bytes", "1MiB")
+@case(
+    47, "pins fill the arena", "refused beyond their share; the others are answered", "--arena-bytes", "2MiB"
+)
 async def pins_fill_the_arena(site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]][1:]
     statuses = [
         (await site.http.post(f"/v1/adapters/{name}/load", json={"pin": True})).status_code for name in names
     ]
-    expect(set(statuses) <= {200, 409, 503} and set(statuses) != {200}, str(statuses))
+    expect(set(statuses) == {200, 409}, str(statuses))
     answers = await asyncio.wait_for(asyncio.gather(*(site.complete(name) for name in names)), 60)
     seen = [answer.status_code for answer in answers]
-    expect(set(seen) <= {200, 503}, str(seen))
+    expect(set(seen) == {200}, str(seen))
     for name in names:
         await site.http.post(f"/v1/adapters/{name}/unload")
     return f"pins {statuses}; requests {seen}"
 
 
-@case(33, "out of accelerator memory on load", "503; clean; serving goes on", "--arena-bytes", "256KiB")
+@case(33, "out of accelerator memory on load", "503; clean; serving goes on", "--arena-bytes", "2MiB")
 async def no_room_on_load(site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]][1:]
-    answers = [await site.http.post(f"/v1/adapters/{name}/load") for name in names]
-    statuses = sorted({answer.status_code for answer in answers})
-    expect(set(statuses) <= {200, 400, 503}, str(statuses))
-    expect((await site.complete()).status_code == 200, "the base model does not answer")
-    return f"loads {statuses}; the base model answers"
+    in_use = asyncio.gather(*(site.complete(name, max_tokens=600, ignore_eos=True) for name in names))
+    statuses: list[int] = []
+    while 503 not in statuses and not in_use.done():
+        statuses += [(await site.http.post(f"/v1/adapters/{name}/load")).status_code for name in names]
+    served = {answer.status_code for answer in await in_use}
+    expect(503 in statuses and set(statuses) <= {200, 503}, str(statuses))
+    expect(served == {200}, f"those that use the arena: {served}")
+    later = [(await site.http.post(f"/v1/adapters/{name}/load")).status_code for name in names]
+    expect(set(later) == {200}, f"loads afterwards: {later}")
+    return f"loads {sorted(set(statuses))} while {len(names)} adapters are in use, which are served; then 200"
 
 
-@case(40, "100,000 adapter names come and go", "/metrics and memory stay flat", limit_s=600)
+_PASSING = 100_000
+_AT_A_TIME = 16  # requests that may wait on a connection
+
+
+async def _ask_unknown(site: Site) -> int:
+    """For as many models that there never were, many on each connection: how many were not found."""
+    reader, writer = await site.connect()
+    missed = 0
+    for start in range(0, _PASSING, _AT_A_TIME):
+        names = (f"name-{start + k}" for k in range(_AT_A_TIME))
+        writer.write(b"".join(site.posted({"model": name, "prompt": PROMPT}) for name in names))
+        for _ in range(_AT_A_TIME):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            body = await reader.readexactly(int(length.partition(b":")[2]))
+            missed += b" 404 " in head[:20] and b"model_not_found" in body
+    writer.close()
+    return missed
+
+
+@case(40, "100,000 adapter names come and go", "/metrics and memory stay flat", limit_s=900)
 async def many_names(site: Site) -> str:
     async def size() -> int:
         return len((await site.http.get("/metrics")).content)
 
-    before = await size()
-    async with httpx.AsyncClient(base_url=site.server.url, timeout=60) as http:
-        for start in range(0, 20_000, 100):
-            asked = [
-                http.post("/v1/completions", json={"model": f"name-{start + k}", "prompt": PROMPT})
-                for k in range(100)
-            ]
-            for answer in await asyncio.gather(*asked):
-                refused(answer, 404)
+    before, memory = await size(), (await site.books()).memory_mib
+    missed = await _ask_unknown(site)
+    expect(missed == _PASSING, f"{missed} of {_PASSING} were 404")
     files = site.adapter_files()
-    for k in range(100):
-        await site.upload(f"passing-{k}", scaled(files, 1 + k / 1000))
-        await site.complete(f"passing-{k}", max_tokens=1)
-        await site.http.delete(f"/v1/adapters/passing-{k}")
-    after = await size()
-    expect(after < before + 4096, f"/metrics {before} -> {after} bytes")
-    return f"20,000 unknown names and 100 adapters: /metrics {before} -> {after} bytes"
+    for k in range(200):
+        name = f"passing-{k}"
+        expect((await site.upload(name, scaled(files, 1 + k / 1000))).status_code == 201, "no upload")
+        expect((await site.complete(name, max_tokens=1)).status_code == 200, "no answer")
+        await site.http.delete(f"/v1/adapters/{name}")
+    after, grown = await size(), (await site.books()).memory_mib - memory
+    seen = f"{_PASSING:,} unknown names, 200 adapters: /metrics {before} -> {after} bytes, {grown} MiB more"
+    expect(after < before + 4096 and grown < 64, seen)
+    return seen
 
 
 @case(58, "6,000 adapters listed", "pages; /metrics under 20 kB", limit_s=900)

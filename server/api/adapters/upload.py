@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
@@ -57,8 +57,10 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
     expected = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     check_size(expected, face.settings.limits)
     tenant = caller_of(request).tenant
-    publication = registry.publication(create=True, replace=replace, expected_bytes=expected, tenant=tenant)
-    async with aclosing(request.stream()) as body:
+    begin = partial(
+        registry.publication, create=True, replace=replace, expected_bytes=expected, tenant=tenant
+    )
+    async with _begun(begin) as publication, aclosing(request.stream()) as body:
         try:
             if name is not None:
                 publication.begin(name)
@@ -68,8 +70,6 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
         except ChorusError:
             await _drain(body)
             raise
-        finally:
-            await in_thread(publication.close)
 
 
 def fetch(
@@ -86,6 +86,19 @@ def fetch(
         publication.begin(name)
         provenance = face.sources.fill(uri, publication.staging, face.settings.limits)
         return publication.publish(provenance, description=description)
+
+
+@asynccontextmanager
+async def _begun(begin: Callable[[], Publication]) -> AsyncIterator[Publication]:
+    """A publication, closed in any case. Both in a thread: even to make a folder waits for a disk that is
+    syncing what others have uploaded."""
+    begun: list[Publication] = []
+    try:
+        await in_thread(lambda: begun.append(begin()))
+        yield begun[0]
+    finally:
+        for publication in begun:
+            await in_thread(publication.close)
 
 
 async def in_thread(call: Callable[[], T], pool: Executor | None = None) -> T:
