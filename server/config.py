@@ -195,6 +195,11 @@ class Settings(BaseSettings):
     enforce_eager: bool = Field(
         False, description="On CUDA, run decode steps kernel by kernel, not as captured graphs."
     )
+    cuda_levers: Names = Field(
+        (),
+        description="On CUDA, which of rotate-write, shrink-beside and dependent-launch are on, separated by "
+        "commas; all; none. Default: the first two.",
+    )
     prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
     scheduling_policy: Literal["fair", "fcfs"] = Field(
         "fair", description="fair: by service had so far, of tenants and their adapters; fcfs: by arrival."

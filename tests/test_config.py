@@ -17,7 +17,7 @@ OPTIONS = [
     "adapters", "data_dir", "allowed_lora_roots", "max_upload_bytes", "upload_timeout_s",
     "max_unpacked_bytes", "max_header_bytes", "max_adapter_tensors", "max_lora_rank",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
-    "host_cache_bytes", "attention", "enforce_eager", "prefix_caching", "scheduling_policy",
+    "host_cache_bytes", "attention", "enforce_eager", "cuda_levers", "prefix_caching", "scheduling_policy",
     "max_pinned_share", "spare_engine",
     "host", "port", "api_key", "auth", "max_request_bytes", "allowed_hosts",
     "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",

@@ -28,14 +28,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from server.devices.cuda.attention import PagedTritonAttention
-from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate, rotate_write
+from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.lora import TritonKernels
 from server.devices.cuda.lora_work import lora_work
 from server.devices.cuda.sampling import triton_argmax, triton_draw
 from server.lora.kernels.interface import ArenaView, Modules, Part
 from server.lora.segments import Segments
 from server.messages import SamplingParams
-from server.model.attention.interface import AttentionOptions, AttentionPlan, LayerCache, LayerCacheSpec
+from server.model.attention.interface import (
+    AttentionOptions,
+    AttentionPlan,
+    LayerCache,
+    LayerCacheSpec,
+    paged_cache,
+)
 from server.model.layer_reader import Norm
 from server.model.sampling import Draws, SampleRow
 
@@ -70,6 +77,7 @@ KINDS = {
     "HMMA": r"\bHMMA",
     "LD.128": r"\b(?:LDG|LDGSTS)\.[\w.]*128",
     "local": r"\b(?:LDL|STL)\b",
+    "waits": r"\bACQBULK\b",  # for the kernel before (griddepcontrol.wait)
 }
 
 
@@ -79,6 +87,7 @@ def launch_lora(
     in_features: int = 4096,
     widths: tuple[int, ...] = (4096, 1024, 1024),  # Q, K and V
     longest: int | None = None,  # tokens of an item; None: as the lengths have it
+    levers: Levers = USUAL,
 ) -> None:
     segments = Segments.build([(((slot, 1.0),), length) for slot, length in enumerate(lengths)])
     assert segments is not None
@@ -90,7 +99,7 @@ def launch_lora(
     )
     x = torch.empty(sum(lengths), in_features, dtype=dtype)
     y = torch.empty(sum(lengths), sum(widths), dtype=dtype)
-    kernels = TritonKernels(programs=4 * MULTIPROCESSORS)
+    kernels = TritonKernels(programs=4 * MULTIPROCESSORS, levers=levers)
     prepared = kernels.prepare(segments)
     if longest is not None:
         prepared = replace(segments, work=lora_work(segments, longest))
@@ -105,6 +114,7 @@ def launch_attention(
     kv_heads: int = 8,
     ratio: int = 4,
     prompts: bool = False,  # as in a captured step with prompts
+    levers: Levers = USUAL,
     **options: Any,
 ) -> None:
     tokens = sum(queries)
@@ -124,7 +134,7 @@ def launch_attention(
     query, key, value = heads_THD.split([ratio * kv_heads, kv_heads, kv_heads], dim=1)
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(kv_heads * ratio, dtype=dtype)
-    backend = PagedTritonAttention([layer], dtype, 2 * MULTIPROCESSORS)
+    backend = PagedTritonAttention([layer], dtype, 2 * MULTIPROCESSORS, levers)
     backend.forward(query, key, value, cache, backend.prepare(plan), AttentionOptions(0.1, **options))
 
 
@@ -135,21 +145,25 @@ def launch_layer(
     dim: int = 128,
     rotary_dim: int = 128,
     per_head: bool | None = None,  # norms of Q and K; None: none
+    levers: Levers = USUAL,
 ) -> None:
     kv_heads, tokens, intermediate = 8, 64, 14336
     norm = Norm(torch.empty(hidden), 1e-6)
     x, residual = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, hidden)
     positions = torch.empty(tokens, dtype=torch.int64)
-    add_norm(x, residual, norm, x_norm=norm)
-    add_norm(x, residual, norm, rows_N=positions)
+    dependent = levers.dependent_launch
+    add_norm(x, residual, norm, x_norm=norm, dependent=dependent)
+    add_norm(x, residual, norm, rows_N=positions, dependent=dependent)
     width = (heads + kv_heads) * dim
     head_norm = None
     if per_head is not None:
         head_norm = HeadNorm(torch.empty(2 * dim if per_head else width), 1e-6, per_head)
     cos = torch.empty(4096, rotary_dim, dtype=dtype)
     qkv = torch.empty(tokens, width + kv_heads * dim, dtype=dtype)
-    norm_rotate(qkv, heads, kv_heads, dim, head_norm, (cos, cos), positions)
-    activate(torch.empty(tokens, 2 * intermediate, dtype=dtype), "gelu")
+    norm_rotate(qkv, heads, kv_heads, dim, head_norm, (cos, cos), positions, dependent=dependent)
+    cache = paged_cache(LayerCacheSpec(kv_heads, dim, dim, heads), 64, 16, dtype, torch.device("cpu"))
+    rotate_write(qkv, cache, positions, head_norm, (cos, cos), positions, dependent=dependent)
+    activate(torch.empty(tokens, 2 * intermediate, dtype=dtype), "gelu", dependent=dependent)
 
 
 def launch_sampling(dtype: torch.dtype, vocabulary: int = 128256, **cuts: float) -> None:
@@ -164,6 +178,7 @@ def launch_sampling(dtype: torch.dtype, vocabulary: int = 128256, **cuts: float)
 
 
 MIXED = [1] * 63 + [2000]
+ALL = Levers.of(["all"])
 CASES: dict[str, Callable[[], None]] = {
     "lora rows bf16": lambda: launch_lora([1] * 64, torch.bfloat16),
     "lora rows bf16, one": lambda: launch_lora([1], torch.bfloat16),
@@ -193,6 +208,10 @@ CASES: dict[str, Callable[[], None]] = {
     "layer fp32, odd widths": lambda: launch_layer(
         torch.float32, hidden=3000, heads=24, dim=80, rotary_dim=32, per_head=True
     ),
+    "layer bf16, dependent": lambda: launch_layer(torch.bfloat16, levers=ALL),
+    "lora rows bf16, dependent": lambda: launch_lora([1] * 64, torch.bfloat16, levers=ALL),
+    "lora tiles bf16, dependent": lambda: launch_lora(MIXED, torch.bfloat16, levers=ALL),
+    "decode bf16, dependent": lambda: launch_attention([1] * 4, torch.bfloat16, levers=ALL),
     "sampling bf16": lambda: launch_sampling(torch.bfloat16, top_k=50, top_p=0.9),
     "sampling fp32, whole": lambda: launch_sampling(torch.float32),
 }
@@ -243,6 +262,9 @@ def read(kernel: Any, *, instructions: bool = True) -> Compiled:
             else ""
             for option, asked in (("--dump-resource-usage", True), ("--dump-sass", instructions))
         )
+    counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in KINDS.items()}
+    before, waits, _ = sass.partition("ACQBULK")
+    counts["early"] = len(re.findall(r"\bLDG", before)) if waits else 0  # loads before it waits
     number = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Compiled(
         kernel.metadata.name,
@@ -250,7 +272,7 @@ def read(kernel: Any, *, instructions: bool = True) -> Compiled:
         number["REG"],
         number["STACK"],
         kernel.metadata.shared,
-        {kind: len(re.findall(pattern, sass)) for kind, pattern in KINDS.items()},
+        counts,
     )
 
 

@@ -19,8 +19,9 @@ import torch
 from load_tests.gpu.compiled import Compiled, compile_only, distinct, launch_attention, launch_lora, read
 from server.devices.cuda.graph_inputs import Kind
 from server.devices.cuda.graphs import kinds_of, prompt_kinds_of, prompt_sizes_up_to, sizes_up_to
-from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, rotate_write
 from server.devices.cuda.lora_work import SHARED
+from server.model.attention.interface import LayerCacheSpec, paged_cache
 from server.model.layer_reader import Activation, Norm
 
 Launch = Callable[[], None]
@@ -86,7 +87,9 @@ class Model:
             head_norm = HeadNorm(torch.empty(2 * self.dim if self.per_head else width), 1e-6, self.per_head)
         cos = torch.empty(64, self.dim, dtype=self.dtype)
         qkv = torch.empty(tokens, width + self.kv_heads * self.dim, dtype=self.dtype)
-        norm_rotate(qkv, self.heads, self.kv_heads, self.dim, head_norm, (cos, cos), rows)
+        spec = LayerCacheSpec(self.kv_heads, self.dim, self.dim, self.heads)
+        cache = paged_cache(spec, 64, 16, self.dtype, torch.device("cpu"))
+        rotate_write(qkv, cache, rows, head_norm, (cos, cos), rows)
         activate(torch.empty(tokens, 2 * self.intermediate, dtype=self.dtype), self.activation)
 
 

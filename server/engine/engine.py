@@ -344,7 +344,7 @@ def create_engine(settings: Settings) -> Engine:
     Raises UnsupportedModel when the model would be served wrongly, ValueError when memory is too small.
     """
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    device = open_device(settings.device)
+    device = open_device(settings.device, settings.cuda_levers)
     loaded = load(settings, device.torch_device)
     engine = Engine(settings, loaded, memory_sizes(settings, loaded, device), device)
     log.info("%s on %s, ready after %.1f s", loaded.model_type, loaded.device, loaded.load_seconds)

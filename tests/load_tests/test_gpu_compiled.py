@@ -15,6 +15,12 @@ triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on sm_90
+DEPENDENT = [
+    "layer bf16, dependent",
+    "lora rows bf16, dependent",
+    "lora tiles bf16, dependent",
+    "decode bf16, dependent",
+]
 CASES = [
     "lora rows bf16",
     "lora tiles bf16",
@@ -22,6 +28,7 @@ CASES = [
     "mixed bf16",
     "layer bf16",
     "layer bf16, widest",
+    *DEPENDENT,
     "sampling bf16",
     "sampling fp32, whole",
 ]
@@ -88,8 +95,8 @@ def compiled(cache: Path) -> dict[str, list[dict[str, Any]]]:
 def test_every_kernel_fits_the_chip(compiled: dict[str, list[dict[str, Any]]]) -> None:
     kernels = [kernel for case in compiled.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} == {
-        "shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles", "_write", "_attend", "_join",
-        "_add_norm", "_norm_rotate", "_activate", "_argmax", "_draw"
+        "shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles", "write", "attend", "join",
+        "_add_norm", "_norm_rotate", "_rotate_write", "_activate", "_argmax", "_draw"
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["stack"] == 0, f"{kernel} spills registers"
@@ -104,14 +111,28 @@ def test_tiles_use_the_tensor_cores(compiled: dict[str, list[dict[str, Any]]]) -
     }
     assert by_case["lora tiles bf16"]["shrink_tiles"]["HGMMA"] > 0
     assert by_case["lora tiles bf16"]["expand_tiles"]["HGMMA"] > 0
-    assert by_case["mixed bf16"]["_attend"]["HGMMA"] > 0
-    assert by_case["decode bf16, split"]["_attend"]["HMMA"] > 0
+    assert by_case["mixed bf16"]["attend"]["HGMMA"] > 0
+    assert by_case["decode bf16, split"]["attend"]["HMMA"] > 0
     for name in ("shrink_rows", "expand_rows"):
         assert by_case["lora rows bf16"][name]["LD.128"] > 0
-    for name in ("_add_norm", "_norm_rotate", "_activate"):
+    for name in ("_add_norm", "_norm_rotate", "_rotate_write", "_activate"):
         assert by_case["layer bf16"][name]["LD.128"] > 0
     for name in ("_argmax", "_draw"):
         assert by_case["sampling bf16"][name]["LD.128"] > 0
+
+
+def test_copies_of_several_steps_are_under_way(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """Attention has three buffers of 64 keys and values of 128 numbers in bfloat16, beside the query."""
+    for case in ("decode bf16, split", "mixed bf16"):
+        (attend,) = [kernel for kernel in compiled[case] if kernel["kernel"] == "attend"]
+        assert attend["shared"] >= 3 * 2 * 64 * 128 * 2, case
+
+
+def test_only_dependent_kernels_wait_for_the_one_before(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    for case, kernels in compiled.items():
+        for kernel in kernels:
+            assert (kernel["instructions"]["waits"] > 0) is (case in DEPENDENT), (case, kernel["kernel"])
+            assert kernel["instructions"]["early"] == 0, "it reads what the kernel before may still write"
 
 
 def test_a_start_compiles_few_kernels() -> None:

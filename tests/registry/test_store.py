@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path

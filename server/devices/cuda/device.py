@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,6 +15,7 @@ from server.devices.cuda.capture import cuda_capture
 from server.devices.cuda.copies import CudaCopies, begin_read
 from server.devices.cuda.graphs import CapturedSteps
 from server.devices.cuda.layers import triton_layers
+from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.lora import TritonKernels
 from server.devices.cuda.sampling import triton_argmax, triton_draw
 from server.lora.copies import Copies
@@ -26,12 +28,6 @@ from server.model.loader import LoadedModel
 from server.model.memory import token_budget
 from server.model.sampling import Draws
 
-# By name, the fastest first. A step with the reference is never captured: it waits for the device.
-_ATTENTION: Mapping[str, NewBackend] = {
-    "triton": lambda layers: PagedTritonAttention(layers.specs, layers.dtype),
-    "reference": lambda layers: PagedReferenceAttention(),
-}
-
 _USE = 0.90  # of what is free after the weights
 _ARENA = 0.20  # of what is left for KV and adapters
 _HOST = 0.10  # of the machine's free memory
@@ -39,8 +35,19 @@ _HOST_CAP = 32 * 2**30  # all of it is page-locked at start, which takes time
 _STEP_TOKENS = 8192
 
 
+def attention_backends(levers: Levers) -> Mapping[str, NewBackend]:
+    """By name, the fastest first. A step with the reference is never captured: it waits for the device."""
+    return {
+        "triton": lambda layers: PagedTritonAttention(layers.specs, layers.dtype, levers=levers),
+        "reference": lambda layers: PagedReferenceAttention(),
+    }
+
+
+@dataclass(frozen=True)
 class CudaOperators(PlainOperators):
     """Triton kernels between torch's matrix products."""
+
+    levers: Levers = USUAL
 
     def fuse(
         self,
@@ -48,7 +55,7 @@ class CudaOperators(PlainOperators):
         caches: Mapping[int, LayerCache],
         options: Mapping[int, AttentionOptions],
     ) -> DecoderLayers:
-        return triton_layers(layers, caches, options, self.attention)
+        return triton_layers(layers, caches, options, self.attention, self.levers)
 
     def argmax(self, scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return triton_argmax(scores_NV)
@@ -66,16 +73,18 @@ class CudaDevice:
     arena_slots = 4096  # when they grow, every graph is captured again
     runs_beside_host = True
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, levers: Levers = USUAL) -> None:
         self.torch_device = torch_device
+        self._levers = levers
 
     @cached_property
     def copies(self) -> Copies:
         return CudaCopies(self.torch_device)
 
     def operators(self, loaded: LoadedModel, attention: str = "auto") -> Operators:
-        backend = open_attention(attention, _ATTENTION, loaded.attention_layers)
-        return CudaOperators(backend, TritonKernels())
+        backends = attention_backends(self._levers)
+        backend = open_attention(attention, backends, loaded.attention_layers)
+        return CudaOperators(backend, TritonKernels(levers=self._levers), self._levers)
 
     def graphs(
         self, forward: Forward, prepare: Prepare, settings: Settings, max_model_len: int

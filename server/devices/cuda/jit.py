@@ -17,7 +17,17 @@ try:
 except ModuleNotFoundError:  # a CPU install: whoever launches a kernel says so
     triton = tl = None
 
-__all__ = ["constexpr", "jit", "power_of_2", "power_of_2_below", "tile_of", "tl", "triton"]
+__all__ = [
+    "after_the_last",
+    "constexpr",
+    "dependent",
+    "jit",
+    "power_of_2",
+    "power_of_2_below",
+    "tile_of",
+    "tl",
+    "triton",
+]
 
 
 def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
@@ -30,6 +40,23 @@ def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
 def constexpr(value: int) -> Any:
     """A number of the module that kernels read as a constant."""
     return value if tl is None else tl.constexpr(int(value))
+
+
+@jit()
+def after_the_last(PDL: tl.constexpr):
+    """First of all in a kernel, before it returns anywhere: the next kernel's programs may start, and this
+    one's wait until what the kernel before has written can be read (programmatic dependent launch).
+
+    Each kernel that is launched so waits for the one before, so that by then all before that are over too.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def dependent(on: bool) -> dict[str, bool]:
+    """Options of a launch whose kernel begins with `after_the_last`."""
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 @jit()

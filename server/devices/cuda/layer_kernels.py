@@ -1,4 +1,4 @@
-"""What a decoder layer computes between its matrix products on CUDA, in Triton: three kernels.
+"""What a decoder layer computes between its matrix products on CUDA, in Triton.
 
 As torch operations each of these is several launches, and its rows pass through memory in each. One program
 takes one token here, reads its row once and sums in float32; results are rounded once, where they are stored.
@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from server.devices.cuda.jit import jit, power_of_2, tl
+from server.devices.cuda.jit import after_the_last, jit, power_of_2, tl
+from server.devices.cuda.jit import dependent as options
+from server.model.attention.interface import LayerCache
+from server.model.decoder_layers import Tables
 from server.model.layer_reader import Activation, Norm
 
 
@@ -33,9 +36,10 @@ def _normed(x_W, weight, eps, mask_W, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def _add_norm(
     x, residual, out, rows, x_weight, weight, multiplier, x_eps, eps,
     WIDTH: tl.constexpr, BEGIN: tl.constexpr, ROWS: tl.constexpr, X_NORM: tl.constexpr, NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """residual += multiplier * norm(x); out = norm(residual). Grid (T,), or (N,) over `rows`."""
+    after_the_last(PDL)
     row = tl.program_id(0).to(tl.int64)
     token = row
     if ROWS:
@@ -56,28 +60,23 @@ def _add_norm(
 
 
 @jit()
-def _norm_rotate(
-    qkv, cos, sin, positions, weight, eps,
-    WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _turned(
+    at_H, h_H, heads, is_k, place, cos, sin, weight, eps,
+    Q_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    REST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Norms and rotates the heads of one token in place; grid (T, 2): Q, then K.
+    """Heads of Q or K from `at_H`, normed and rotated: HALF values, their HALF partners and, if REST, those
+    that are not rotated, which a norm wants too.
 
-    A head is HALF values, their HALF partners and DIM - 2 * HALF values that are not rotated. Each is loaded
-    once, and what takes its place is computed from it: no thread can find it overwritten.
+    Each is loaded once, and what takes its place is computed from it: no thread can find it overwritten.
     """
-    token, is_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    heads = tl.where(is_k == 1, K_HEADS, Q_HEADS)
-    h_H = tl.arange(0, BLOCK_H)[:, None]
     p_P, c_C = tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_C)[None, :]
-    at_H = qkv + token * WIDTH + is_k * (Q_HEADS * DIM) + h_H * DIM
     mask_HP = (h_H < heads) & (p_P < HALF)
+    mask_HC = (h_H < heads) & (c_C < DIM - 2 * HALF) & REST
     a_HP = tl.load(at_H + p_P, mask=mask_HP, other=0.0).to(tl.float32)
     b_HP = tl.load(at_H + HALF + p_P, mask=mask_HP, other=0.0).to(tl.float32)
+    c_HC = tl.load(at_H + 2 * HALF + c_C, mask=mask_HC, other=0.0).to(tl.float32)
     if NORM:
-        mask_HC = (h_H < heads) & (c_C < DIM - 2 * HALF)
-        c_HC = tl.load(at_H + 2 * HALF + c_C, mask=mask_HC, other=0.0).to(tl.float32)
         squares_H = tl.sum(a_HP * a_HP + b_HP * b_HP, axis=1) + tl.sum(c_HC * c_HC, axis=1)
         if PER_HEAD:
             scale_H = tl.rsqrt(squares_H / DIM + eps)[:, None]
@@ -88,9 +87,7 @@ def _norm_rotate(
         a_HP *= scale_H * tl.load(weight_H + p_P, mask=mask_HP, other=0.0)
         b_HP *= scale_H * tl.load(weight_H + HALF + p_P, mask=mask_HP, other=0.0)
         c_HC *= scale_H * tl.load(weight_H + 2 * HALF + c_C, mask=mask_HC, other=0.0)
-        tl.store(at_H + 2 * HALF + c_C, c_HC.to(qkv.dtype.element_ty), mask=mask_HC)
     if HALF > 0:
-        place = tl.load(positions + token) * (2 * HALF)
         mask_P = p_P < HALF
         cos_a_P = tl.load(cos + place + p_P, mask=mask_P, other=0.0).to(tl.float32)
         cos_b_P = tl.load(cos + place + HALF + p_P, mask=mask_P, other=0.0).to(tl.float32)
@@ -98,13 +95,93 @@ def _norm_rotate(
         sin_b_P = tl.load(sin + place + HALF + p_P, mask=mask_P, other=0.0).to(tl.float32)
         rotated_HP = a_HP * cos_a_P - b_HP * sin_a_P
         b_HP = b_HP * cos_b_P + a_HP * sin_b_P
-        tl.store(at_H + p_P, rotated_HP.to(qkv.dtype.element_ty), mask=mask_HP)
-        tl.store(at_H + HALF + p_P, b_HP.to(qkv.dtype.element_ty), mask=mask_HP)
+        a_HP = rotated_HP
+    return a_HP, b_HP, c_HC
 
 
 @jit()
-def _activate(gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _put(
+    to_H, h_H, heads, a_HP, b_HP, c_HC,
+    DIM: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What `_turned` gave, rounded."""
+    p_P, c_C = tl.arange(0, BLOCK_P)[None, :], tl.arange(0, BLOCK_C)[None, :]
+    mask_HP = (h_H < heads) & (p_P < HALF)
+    tl.store(to_H + p_P, a_HP.to(to_H.dtype.element_ty), mask=mask_HP)
+    tl.store(to_H + HALF + p_P, b_HP.to(to_H.dtype.element_ty), mask=mask_HP)
+    if REST:
+        mask_HC = (h_H < heads) & (c_C < DIM - 2 * HALF)
+        tl.store(to_H + 2 * HALF + c_C, c_HC.to(to_H.dtype.element_ty), mask=mask_HC)
+
+
+@jit()
+def _norm_rotate(
+    qkv, cos, sin, positions, weight, eps,
+    WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Norms and rotates the heads of one token in place; grid (T, 2): Q, then K."""
+    after_the_last(PDL)
+    token, is_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.where(is_k == 1, K_HEADS, Q_HEADS)
+    h_H = tl.arange(0, BLOCK_H)[:, None]
+    at_H = qkv + token * WIDTH + is_k * (Q_HEADS * DIM) + h_H * DIM
+    place = tl.load(positions + token) * (2 * HALF)
+    a_HP, b_HP, c_HC = _turned(
+        at_H, h_H, heads, is_k, place, cos, sin, weight, eps,
+        Q_HEADS, DIM, HALF, NORM, PER_HEAD, NORM, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    _put(at_H, h_H, heads, a_HP, b_HP, c_HC, DIM, HALF, NORM, BLOCK_P, BLOCK_C)
+
+
+@jit()
+def _rotate_write(
+    qkv, cos, sin, positions, weight, eps, k_cache, v_cache, slot_mapping,
+    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_norm_rotate` for Q; K goes into the cache alone, and V with it. Grid (T, 3): Q, K, V."""
+    after_the_last(PDL)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_k = tl.minimum(part, 1)
+    slot = tl.load(slot_mapping + token)
+    if part > 0 and slot < 0:
+        return
+    block, n = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    h_H = tl.arange(0, BLOCK_H)[:, None]
+    if part == 2:
+        e_E = tl.arange(0, BLOCK_E)[None, :]
+        mask_HE = (h_H < K_HEADS) & (e_E < V_DIM)
+        from_H = qkv + token * WIDTH + (Q_HEADS + K_HEADS) * DIM + h_H * V_DIM
+        v_HE = tl.load(from_H + e_E, mask=mask_HE)
+        to_H = v_cache + block * v_stride_b + h_H * v_stride_h + n * v_stride_n
+        tl.store(to_H + e_E, v_HE, mask=mask_HE)
+        return
+    heads = tl.where(is_k == 1, K_HEADS, Q_HEADS)
+    at_H = qkv + token * WIDTH + is_k * (Q_HEADS * DIM) + h_H * DIM
+    place = tl.load(positions + token) * (2 * HALF)
+    a_HP, b_HP, c_HC = _turned(
+        at_H, h_H, heads, is_k, place, cos, sin, weight, eps,
+        Q_HEADS, DIM, HALF, NORM, PER_HEAD, True, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    if part == 0:
+        _put(at_H, h_H, heads, a_HP, b_HP, c_HC, DIM, HALF, NORM, BLOCK_P, BLOCK_C)
+    else:
+        to_H = k_cache + block * k_stride_b + h_H * k_stride_h + n * k_stride_n
+        _put(to_H, h_H, heads, a_HP, b_HP, c_HC, DIM, HALF, True, BLOCK_P, BLOCK_C)
+
+
+@jit()
+def _activate(
+    gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """out = activation(gate) * up; grid (T, blocks of the intermediate size)."""
+    after_the_last(PDL)
     token = tl.program_id(0).to(tl.int64)
     i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_I = i_I < WIDTH
@@ -127,12 +204,13 @@ def add_norm(
     multiplier: float = 1.0,
     begin: bool = False,
     rows_N: torch.Tensor | None = None,
+    dependent: bool = False,
 ) -> torch.Tensor:
     """residual += multiplier * x_norm(x) in place -> norm(residual) [T, W], in the dtype of x.
 
     x: [T, W] contiguous; residual: [T, W] float32 contiguous; a norm that is None is left out. `begin`: the
     residual holds nothing yet and becomes x. `rows_N`: int64 [N], the tokens that are wanted -> [N, W]; the
-    residual is then left as it was.
+    residual is then left as it was. `dependent`: see `Levers.dependent_launch`, here and below.
     """
     tokens, width = x_TW.shape
     out = x_TW.new_empty(tokens if rows_N is None else rows_N.numel(), width)
@@ -142,7 +220,7 @@ def add_norm(
         residual_TW if x_norm is None else x_norm.weight, residual_TW if norm is None else norm.weight,
         float(multiplier), 0.0 if x_norm is None else x_norm.eps, 0.0 if norm is None else norm.eps,
         WIDTH=width, BEGIN=begin, ROWS=rows_N is not None, X_NORM=x_norm is not None, NORM=norm is not None,
-        BLOCK=block, num_warps=_warps(block),
+        BLOCK=block, num_warps=_warps(block), **options(dependent),
     )  # fmt: skip
     return out
 
@@ -162,8 +240,10 @@ def norm_rotate(
     kv_heads: int,
     dim: int,
     norm: HeadNorm | None,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    tables: Tables | None,
     positions_T: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Norms, then rotates (Su et al. 2021) Q and K in place; what has neither is left as it is.
 
@@ -172,28 +252,88 @@ def norm_rotate(
     head, of which value j is rotated with value j + rotary_dim / 2. `positions_T`: int64 [T], rows of the
     tables.
     """
-    rotary_dim = 0 if tables is None else tables[0].shape[1]
-    if norm is None and rotary_dim == 0:
+    turn = _Turn(qkv_TW, heads, kv_heads, dim, norm, tables)
+    if norm is None and turn.rotary_dim == 0:
         return
-    cos, sin = (qkv_TW, qkv_TW) if tables is None else tables
-    block_h, block_p = power_of_2(max(heads, kv_heads)), power_of_2(max(1, rotary_dim // 2))
     _norm_rotate[(len(qkv_TW), 2)](
-        qkv_TW, cos, sin, positions_T, cos if norm is None else norm.weight,
-        0.0 if norm is None else norm.eps,
-        WIDTH=qkv_TW.shape[1], Q_HEADS=heads, K_HEADS=kv_heads, DIM=dim, HALF=rotary_dim // 2,
-        NORM=norm is not None, PER_HEAD=norm is not None and norm.per_head,
-        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=power_of_2(max(1, dim - rotary_dim)),
-        num_warps=_warps(block_h * power_of_2(dim)),
+        qkv_TW, *turn.tables, positions_T, *turn.norm, **turn.shape, **options(dependent)
+    )
+
+
+def rotate_write(
+    qkv_TW: torch.Tensor,
+    cache: LayerCache,
+    slots_T: torch.Tensor,
+    norm: HeadNorm | None,
+    tables: Tables | None,
+    positions_T: torch.Tensor,
+    *,
+    dependent: bool = False,
+) -> None:
+    """As `norm_rotate` for Q; K, after the same, and V go into a `paged_cache`, at the slots int64 [T].
+
+    qkv: [T, W] contiguous, Q, K and V side by side; what is left in K's place is not to be read. A token
+    whose slot is negative goes nowhere.
+    """
+    spec = cache.spec
+    turn = _Turn(qkv_TW, spec.num_heads, spec.num_kv_heads, spec.k_head_dim, norm, tables)
+    _rotate_write[(len(qkv_TW), 3)](
+        qkv_TW, *turn.tables, positions_T, *turn.norm, cache.k, cache.v, slots_T,
+        *cache.k.stride()[:3], *cache.v.stride()[:3],
+        V_DIM=spec.v_head_dim, BLOCK_SIZE=cache.k.shape[2], BLOCK_E=power_of_2(spec.v_head_dim),
+        **turn.shape, **options(dependent),
     )  # fmt: skip
 
 
-def activate(gate_up_TW: torch.Tensor, activation: Activation) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Turn:
+    """What the kernels that rotate are told."""
+
+    qkv: torch.Tensor
+    heads: int
+    kv_heads: int
+    dim: int
+    head_norm: HeadNorm | None
+    cos_sin: Tables | None
+
+    @property
+    def rotary_dim(self) -> int:
+        return 0 if self.cos_sin is None else self.cos_sin[0].shape[1]
+
+    @property
+    def tables(self) -> Tables:
+        return self.cos_sin or (self.qkv, self.qkv)
+
+    @property
+    def norm(self) -> tuple[torch.Tensor, float]:
+        """Weight and epsilon."""
+        return (self.qkv, 0.0) if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        block_h, half = power_of_2(max(self.heads, self.kv_heads)), self.rotary_dim // 2
+        return {
+            "WIDTH": self.qkv.shape[1],
+            "Q_HEADS": self.heads,
+            "K_HEADS": self.kv_heads,
+            "DIM": self.dim,
+            "HALF": half,
+            "NORM": self.head_norm is not None,
+            "PER_HEAD": self.head_norm is not None and self.head_norm.per_head,
+            "BLOCK_H": block_h,
+            "BLOCK_P": power_of_2(max(1, half)),
+            "BLOCK_C": power_of_2(max(1, self.dim - self.rotary_dim)),
+            "num_warps": _warps(block_h * power_of_2(self.dim)),
+        }
+
+
+def activate(gate_up_TW: torch.Tensor, activation: Activation, *, dependent: bool = False) -> torch.Tensor:
     """activation(gate) * up (Shazeer 2020): [T, 2 * I] contiguous, gate then up -> [T, I]."""
     tokens, width = len(gate_up_TW), gate_up_TW.shape[1] // 2
     out_TI = gate_up_TW.new_empty(tokens, width)
     block = min(1024, power_of_2(width))
     _activate[(tokens, -(-width // block))](
-        gate_up_TW, out_TI, WIDTH=width, GELU=activation == "gelu", BLOCK=block
+        gate_up_TW, out_TI, WIDTH=width, GELU=activation == "gelu", BLOCK=block, **options(dependent)
     )
     return out_TI
 

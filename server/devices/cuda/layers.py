@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.attention import PagedTritonAttention
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate, rotate_write
+from server.devices.cuda.levers import Levers
 from server.lora.linear import LoraLinear
 from server.model.attention.interface import AttentionBackend, AttentionOptions, LayerCache
 from server.model.decoder_layers import DecoderLayers, Tables
@@ -73,9 +75,11 @@ def _plain(linear: LoraLinear) -> nn.Linear:
 class _TritonLayer:
     """One layer between two sums: `layer` says what it is."""
 
-    def __init__(self, layer: Layer, backend: AttentionBackend) -> None:
+    def __init__(self, layer: Layer, backend: AttentionBackend, levers: Levers) -> None:
         self.layer = layer
-        self._backend = backend
+        self._backend, self._dependent = backend, levers.dependent_launch
+        # whose cache `rotate_write` knows
+        self._triton = backend if isinstance(backend, PagedTritonAttention) and levers.rotate_write else None
         self._head_norm = _head_norm(layer)
         self._qkv, self._gate_up = _JointLinear(layer.qkv), _JointLinear(layer.gate_up)
 
@@ -83,22 +87,23 @@ class _TritonLayer:
         self, normed_TH: torch.Tensor, tables: Tables | None, positions_T: torch.Tensor, step: Step
     ) -> torch.Tensor:
         """The normed input -> what attention adds to the sum, before its own norm: both [T, hidden_size]."""
-        layer, spec = self.layer, self.layer.cache.spec
+        layer, norm, plan = self.layer, self._head_norm, step.attention
+        cache, spec, dependent = layer.cache, layer.cache.spec, self._dependent
         qkv_TW = self._qkv(normed_TH, step)
-        norm_rotate(
-            qkv_TW, spec.num_heads, spec.num_kv_heads, spec.k_head_dim, self._head_norm, tables, positions_T
-        )
-        attended = self._backend.forward(
-            *spec.split(qkv_TW),
-            layer.cache,
-            step.attention,
-            layer.options,
-        )
+        if self._triton is not None:
+            slots_T = plan.slot_mapping
+            rotate_write(qkv_TW, cache, slots_T, norm, tables, positions_T, dependent=dependent)
+            attended = self._triton.attend(spec.split(qkv_TW)[0], cache, plan, layer.options)
+        else:
+            heads = spec.num_heads, spec.num_kv_heads, spec.k_head_dim
+            norm_rotate(qkv_TW, *heads, norm, tables, positions_T, dependent=dependent)
+            attended = self._backend.forward(*spec.split(qkv_TW), cache, plan, layer.options)
         return layer.output.adapted(attended.flatten(1), step.lora)
 
     def mlp(self, normed_TH: torch.Tensor, step: Step) -> torch.Tensor:
         """The normed sum -> what the MLP adds to it, before its own norm: both [T, hidden_size]."""
-        activated_TI = activate(self._gate_up(normed_TH, step), self.layer.activation)
+        gate_up_TW = self._gate_up(normed_TH, step)
+        activated_TI = activate(gate_up_TW, self.layer.activation, dependent=self._dependent)
         return self.layer.down.adapted(activated_TI, step.lora)
 
 
@@ -124,9 +129,10 @@ class TritonLayers(DecoderLayers):
     products that read the layer's whole weights (decode) or compute for longer than it takes (prompts).
     """
 
-    def __init__(self, layers: Sequence[Layer], backend: AttentionBackend) -> None:
+    def __init__(self, layers: Sequence[Layer], backend: AttentionBackend, levers: Levers) -> None:
         super().__init__([layer.rotary for layer in layers], _plain(layers[0].qkv[0]).weight.dtype)
-        self._layers = [_TritonLayer(layer, backend) for layer in layers]
+        self._layers = [_TritonLayer(layer, backend, levers) for layer in layers]
+        self._dependent = levers.dependent_launch
         self._kept: list[Tables | None] = []
 
     def keep_positions(self, tables: Tables) -> None:
@@ -156,7 +162,7 @@ class TritonLayers(DecoderLayers):
         """
         residual_TH = torch.empty_like(hidden_TH, dtype=torch.float32)
         first = self._layers[0].layer
-        normed_TH = add_norm(hidden_TH, residual_TH, first.attention_in, begin=True)
+        normed_TH = add_norm(hidden_TH, residual_TH, first.attention_in, begin=True)  # after torch's work
         for index, run in enumerate(self._layers):
             layer, last = run.layer, index + 1 == len(self._layers)
             attended_TH = run.attention(normed_TH, tables[index], positions_T, step)
@@ -166,6 +172,7 @@ class TritonLayers(DecoderLayers):
                 layer.mlp_in,
                 x_norm=layer.attention_out,
                 multiplier=layer.residual_multiplier,
+                dependent=self._dependent,
             )
             normed_TH = add_norm(
                 run.mlp(normed_TH, step),
@@ -174,6 +181,7 @@ class TritonLayers(DecoderLayers):
                 x_norm=layer.mlp_out,
                 multiplier=layer.residual_multiplier,
                 rows_N=rows_N if last else None,
+                dependent=self._dependent,
             )
         return normed_TH
 
@@ -183,6 +191,7 @@ def triton_layers(
     caches: Mapping[int, LayerCache],
     options: Mapping[int, AttentionOptions],
     backend: AttentionBackend,
+    levers: Levers,
 ) -> TritonLayers:
     """`layers` as `TritonLayers`; its `slots` are for their place. Raises NotFusable.
 
@@ -191,4 +200,4 @@ def triton_layers(
     """
     reader = LayerReader()
     read = [reader.layer(layer, caches[i], options[i]) for i, layer in enumerate(layers)]
-    return TritonLayers(read, backend)
+    return TritonLayers(read, backend, levers)

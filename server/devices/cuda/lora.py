@@ -29,15 +29,21 @@ from functools import cache
 
 import torch
 
+from server.devices.cuda.jit import dependent as options
 from server.devices.cuda.jit import power_of_2, triton
+from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.lora_kernels import expand_rows, expand_tiles, shrink_rows, shrink_tiles
 from server.devices.cuda.lora_work import ROWS, TILES, longest_of, lora_work
+from server.devices.cuda.side_stream import SideStream
 from server.lora.kernels.interface import ArenaView, Begun, Modules
 from server.lora.segments import Segments, SegmentWork
 
 _MOST_SPLITS = 32
 _MOST_H_BYTES = 2**26  # of h, where it can be less by fewer splits
 _MOST_SHARERS = 4  # programs that share an adapter's rank
+# Room for items from which shrink runs beside the base's product. A fork and a join cost the device some 1.5
+# us; alone, shrink of one item of rank 16 takes 2.5, of which its neighbour would hide no more than 1.
+_LEAST_BESIDE = 8
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,17 @@ class TritonKernels:
     `finish`; only live columns are touched, and splits fall as tokens grow). A wider mix gives NaN.
     `programs` is how many programs fill the chip; default: four for each multiprocessor. Raises RuntimeError
     without Triton.
+
+    In captured steps with room for `_LEAST_BESIDE` items and more, shrink runs on a stream of its own, beside
+    what the caller enqueues between `begin` and `finish`: the base's product.
     """
 
-    def __init__(self, max_mix_rank: int = 512, programs: int | None = None) -> None:
+    def __init__(self, max_mix_rank: int = 512, programs: int | None = None, levers: Levers = USUAL) -> None:
         if triton is None:
             raise RuntimeError("the CUDA kernels need Triton, which is not installed: pip install triton")
         self._width = max_mix_rank
         self._programs = programs
+        self._levers, self._side = levers, SideStream()
 
     def max_mix_rank(self, tokens: int) -> int:
         """As much as there is room for in h."""
@@ -139,8 +149,11 @@ class TritonKernels:
             dtype=torch.float32,
             device=x_TI.device,
         )
-        begun = _Begun(h_STMR, modules, segments, work, arena, tiling, x_TI.shape[1], programs)
-        begun.shrink(x_TI)
+        beside = self._levers.shrink_beside and work.room >= _LEAST_BESIDE and self._side.is_open
+        side = self._side if beside else None
+        dependent = self._levers.dependent_launch
+        begun = _Begun(x_TI, h_STMR, modules, segments, work, arena, tiling, programs, side, dependent)
+        begun.start()
         return begun
 
 
@@ -148,30 +161,39 @@ class TritonKernels:
 class _Begun:
     """See `Begun`; h is on its way."""
 
+    x: torch.Tensor  # held until all is done: a stream beside may still read it
     h: torch.Tensor  # [splits, T, modules, max_mix_rank] float32
     modules: Modules
     segments: Segments
     work: SegmentWork
     arena: ArenaView
     tiling: Tiling
-    in_features: int
     programs: int
+    side: SideStream | None  # that shrink runs on
+    dependent: bool
 
-    def shrink(self, x: torch.Tensor) -> None:
-        tiling = self.tiling
+    def start(self) -> None:
         if not self._any:
             return
+        if self.side is None:
+            self._shrink()
+            return
+        with self.side.fork():
+            self._shrink()
+
+    def _shrink(self) -> None:
+        tiling, x = self.tiling, self.x
         grid, strides = (tiling.shrink_programs,), (x.stride(0), *self._h_strides)
         if tiling.block_t == ROWS:
             shrink_rows[grid](
                 x, self.h, *self._tables, *self._counts, *strides,
-                BLOCK_R=16, BLOCK_K=tiling.block_k, STAGES=3,
+                BLOCK_R=16, BLOCK_K=tiling.block_k, STAGES=3, **self._options,
             )  # fmt: skip
         else:
             shrink_tiles[grid](
                 x, self.h, *self._tables, *self._counts, *strides,
                 BLOCK_T=tiling.block_t, BLOCK_R=32, BLOCK_K=tiling.block_k, PRECISION=self._precision,
-                num_stages=3, num_warps=tiling.num_warps,
+                num_stages=3, num_warps=tiling.num_warps, **self._options,
             )  # fmt: skip
 
     def finish(self, y_TO: torch.Tensor) -> None:
@@ -179,6 +201,8 @@ class _Begun:
         if not self._any:
             return
         _check_output(y_TO, self.modules, self.segments)
+        if self.side is not None:
+            self.side.join()
         grid = (tiling.expand_programs,)
         sizes = *(*widths, 0, 0)[:3], y_TO.stride(0), *self._h_strides
         aligned = all(width % 16 == 0 for width in widths)
@@ -187,14 +211,20 @@ class _Begun:
                 y_TO, self.h, *self._tables, *self._counts, *sizes,
                 BLOCK_S=_MOST_SPLITS, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k, BLOCK_O=tiling.block_o,
                 ALIGNED=aligned, STAGES=2 if aligned else 1,  # values that lie anyhow are copied one by one
+                **self._options,
             )  # fmt: skip
         else:
             expand_tiles[grid](
                 y_TO, self.h, *self._tables, *self._counts, *sizes,
                 BLOCK_T=tiling.block_t, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k,
                 BLOCK_O=tiling.block_o, ALIGNED=aligned, PRECISION=self._precision,
-                num_stages=2, num_warps=tiling.num_warps,
+                num_stages=2, num_warps=tiling.num_warps, **self._options,
             )  # fmt: skip
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        """Of a launch: one beside a fork or a join has more than one to wait for."""
+        return options(self.dependent and self.side is None)
 
     @property
     def _any(self) -> bool:
@@ -212,7 +242,7 @@ class _Begun:
         modules = self.modules
         return (
             modules.first, self.arena.ranks.shape[1], len(modules.widths),
-            self.in_features, self.programs, self.tiling.most_splits,
+            self.x.shape[1], self.programs, self.tiling.most_splits,
         )  # fmt: skip
 
     @property

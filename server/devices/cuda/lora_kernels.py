@@ -15,7 +15,7 @@ Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits.
 
 from __future__ import annotations
 
-from server.devices.cuda.jit import constexpr, jit, tl
+from server.devices.cuda.jit import after_the_last, constexpr, jit, tl
 from server.lora.kernels.interface import Part
 
 A, B, GAIN, BIAS = constexpr(Part.A), constexpr(Part.B), constexpr(Part.GAIN), constexpr(Part.BIAS)
@@ -130,9 +130,10 @@ def shrink_rows(
     x, h, data, offsets, ranks, items, slots, weights,
     module, n_modules, modules, in_features, programs, most_splits,
     x_stride, h_stride_s, h_stride_t, h_width,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[s, t, m, columns] = weight * x_t A^T over split s of K."""
+    after_the_last(PDL)
     live = tl.load(items)
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
@@ -169,11 +170,12 @@ def expand_rows(
     module, n_modules, modules, in_features, programs, most_splits,
     width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
-    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out_t = (1 + gain) * out_t + bias + sum over entries and splits of h[s, t, m] B, gain and bias being
     weighted sums over entries too. `BLOCK_S` splits at most.
     """
+    after_the_last(PDL)
     live = tl.load(items)
     splits, _, _ = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     s_S = tl.arange(0, BLOCK_S)
@@ -224,8 +226,10 @@ def shrink_tiles(
     module, n_modules, modules, in_features, programs, most_splits,
     x_stride, h_stride_s, h_stride_t, h_width,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """As `shrink_rows`, for up to BLOCK_T tokens of one segment."""
+    after_the_last(PDL)
     live = tl.load(items)
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
@@ -269,12 +273,13 @@ def expand_tiles(
     module, n_modules, modules, in_features, programs, most_splits,
     width_0, width_1, width_2, out_stride, h_stride_s, h_stride_t, h_width,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `expand_rows`, for up to BLOCK_T tokens of one segment.
 
     h stays float32: B is widened, and at PRECISION tf32 a bfloat16 B loses nothing.
     """
+    after_the_last(PDL)
     live = tl.load(items)
     splits, _, _ = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     tasks = live * _blocks(width_0, width_1, width_2, BLOCK_O)

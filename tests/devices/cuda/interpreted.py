@@ -9,6 +9,7 @@ from server.devices.cuda.attention import PagedTritonAttention
 from server.devices.cuda.capture import Capture
 from server.devices.cuda.device import CudaOperators
 from server.devices.cuda.graphs import CapturedSteps
+from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.lora import TritonKernels
 from server.engine.engine import Engine
 from server.lora.kernels.interface import LoraKernels
@@ -23,9 +24,11 @@ class InterpretedOperators(CudaOperators):
     read = PlainOperators.read  # there is no page-locked memory
 
 
-def cuda_operators(loaded: LoadedModel, lora: LoraKernels | None = None) -> CudaOperators:
+def cuda_operators(
+    loaded: LoadedModel, lora: LoraKernels | None = None, levers: Levers = USUAL
+) -> CudaOperators:
     attention = PagedTritonAttention(loaded.cache_specs.values(), loaded.dtype)
-    return InterpretedOperators(attention, lora or TritonKernels(max_mix_rank=16))
+    return InterpretedOperators(attention, lora or TritonKernels(max_mix_rank=16), levers)
 
 
 class InterpretedCuda(CpuDevice):

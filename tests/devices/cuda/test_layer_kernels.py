@@ -6,13 +6,20 @@ import pytest
 import torch
 from torch.nn import functional
 
+from server.model.attention.interface import LayerCacheSpec, paged_cache
 from server.model.layer_reader import Activation, Norm
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles here: tests/gpu runs these kernels", allow_module_level=True)
 
-from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate  # noqa: E402  (after the skip)
+from server.devices.cuda.layer_kernels import (  # noqa: E402  (after the skip)
+    HeadNorm,
+    activate,
+    add_norm,
+    norm_rotate,
+    rotate_write,
+)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -97,6 +104,29 @@ def test_norm_rotate(heads: int, kv_heads: int, dim: int, rotary_dim: int, norm:
     tables = (cos, sin) if rotary_dim else None
     norm_rotate(qkv, heads, kv_heads, dim, head_norm, tables, positions)
     close(qkv, torch.cat([q.flatten(1), k.flatten(1), before[:, k_end:]], dim=1))
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 8, 12])
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+def test_what_is_rotated_is_written(rotary_dim: int, with_norm: bool) -> None:
+    """The same Q as `norm_rotate`'s, its K and V in the cache, a token without a place nowhere."""
+    spec = LayerCacheSpec(num_kv_heads=2, k_head_dim=12, v_head_dim=10, num_heads=6)
+    qkv = torch.randn(4, 6 * 12 + 2 * 12 + 2 * 10)
+    norm = HeadNorm(1 + torch.randn(24), 0.1, per_head=True) if with_norm else None
+    cos, sin = torch.randn(2, 11, rotary_dim)
+    tables = (cos, sin) if rotary_dim else None
+    positions, slots = torch.tensor([10, 0, 3, 5]), torch.tensor([13, -1, 2, 4])
+    want = qkv.clone()
+    norm_rotate(want, 6, 2, 12, norm, tables, positions)
+    query, key, value = spec.split(want)
+    cache = paged_cache(spec, 4, 4, torch.float32, torch.device("cpu"))
+    rotate_write(qkv, cache, slots, norm, tables, positions)
+    assert torch.equal(spec.split(qkv)[0], query)
+    kept = slots >= 0
+    for held, given in ((cache.k, key), (cache.v, value)):
+        by_slot = held.transpose(1, 2).flatten(0, 1)  # [blocks * block_size, kv_heads, dim]
+        assert torch.equal(by_slot[slots[kept]], given[kept])
+        assert int((by_slot != 0).any(-1).any(-1).sum()) == 3, "and nothing elsewhere"
 
 
 @pytest.mark.parametrize("width", [1, 56, 1024, 1500])

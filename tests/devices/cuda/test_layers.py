@@ -27,6 +27,7 @@ if not triton.knobs.runtime.interpret:
 
 from server.devices.cuda.graph_inputs import NO_SEQUENCES  # noqa: E402  (after the skip)
 from server.devices.cuda.layers import _JointLinear  # noqa: E402  (the same)
+from server.devices.cuda.levers import Levers  # noqa: E402  (the same)
 
 # With each: whether transformers' forward around the layers is left out too.
 MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -71,6 +72,12 @@ def test_mixed_batches_equal_transformers_and_peft(
     got = serve(engine, jobs)
     engine.close()
     assert got == expected(model, jobs)
+
+
+def test_without_the_levers_the_tokens_are_the_same(tmp_path: Path) -> None:
+    loaded = load(settings_for(build("qwen3", tmp_path / "model")))
+    operators = cuda_operators(loaded, ReferenceKernels(), Levers.of(["none"]))
+    assert Runner(loaded, operators, num_blocks=8, block_size=8).fused, "by the proof"
 
 
 def linears(*out_features: int, bias: tuple[bool, ...] = ()) -> tuple[LoraLinear, ...]:
