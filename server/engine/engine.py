@@ -103,8 +103,7 @@ class Engine:
             copies=device.copies,
             wake=self._wakeup.set,
         )
-        eos = loaded.eos_token_ids
-        self._guides = Guides(partial(open_vocabulary, settings, loaded.vocab_size, eos), self._wakeup.set)
+        self._guides = Guides(partial(open_vocabulary, settings, loaded), self._wakeup.set)
         self._batches = BatchBuilder(self._residency.slot, settings.block_size, loaded.eos_token_ids)
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
@@ -118,10 +117,8 @@ class Engine:
         )
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
-        self._arrivals = 0
-        self._steps = 0
+        self._arrivals = self._steps = self._step_tokens_sum = 0
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
-        self._step_tokens_sum = 0
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
         self._settled = True  # another step would change nothing until an adapter lands

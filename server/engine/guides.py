@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from huggingface_hub import hf_hub_download
 
@@ -119,7 +120,17 @@ def _give(matcher: Matcher, sequences: list[Sequence]) -> None:
         seq.guide = matcher
 
 
-def open_vocabulary(settings: Settings, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Vocabulary:
+class GuidedModel(Protocol):
+    """What must be known of a loaded model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+def open_vocabulary(settings: Settings, model: GuidedModel) -> Vocabulary:
     """Of the tokenizer that `settings` name. Raises InvalidGrammar where there is none."""
     folder = Path(settings.tokenizer or settings.model).expanduser()
     path = folder / "tokenizer.json"
@@ -132,4 +143,4 @@ def open_vocabulary(settings: Settings, vocab_size: int, eos_token_ids: tuple[in
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InvalidGrammar("the model has no tokenizer") from error
-    return Vocabulary.of(text, vocab_size, eos_token_ids)
+    return Vocabulary.of(text, model.vocab_size, model.eos_token_ids)

@@ -6,24 +6,32 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from server.api.inference.strict import Strict
-from server.errors import InvalidGrammar, InvalidRequest
+from server.errors import InvalidRequest
 from server.guidance import grammars
 
 MAX_ALTERNATIVES = 1024
 MAX_PATTERN_CHARACTERS = 16_384
 
 Schema = dict[str, Any] | bool
+
+
+def _schema_or_text(value: object) -> object:
+    if not isinstance(value, dict | str):
+        raise ValueError("must be a JSON schema, as an object or as text")
+    return value
+
+
+_SchemaOrText = Annotated[Any, PlainValidator(_schema_or_text, json_schema_input_type=dict[str, Any] | str)]
 _Pattern = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARACTERS)]
 _Alternatives = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     Field(min_length=1, max_length=MAX_ALTERNATIVES, fail_fast=True),
 ]
-_SchemaOrText = dict[str, Any] | str
 
 
 class NamedSchema(Strict):
@@ -43,34 +51,46 @@ class Structure(Strict):
     end: str = ""
 
 
+_Structures = Annotated[list[Structure], Field(min_length=1, max_length=128, fail_fast=True)]
+_Triggers = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
+
+
 class StructuralTag(Strict):
     """Free text in which tags hold what their schemas allow, as vLLM and SGLang have it."""
 
     type: Literal["structural_tag"] = "structural_tag"
-    structures: Annotated[list[Structure], Field(min_length=1, max_length=128, fail_fast=True)]
-    triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
-
-    def grammar(self) -> str:
-        tags = [(tag.begin, json.dumps(tag.schema_), tag.end) for tag in self.structures]
-        return grammars.of_tags(tags, self.triggers)
+    structures: _Structures
+    triggers: _Triggers
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+def _of_text(value: object) -> object:
+    """vLLM takes some objects as JSON text too."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {str(error)[:100]}") from error
 
 
-class ObjectFormat(Strict):
-    type: Literal["json_object"]
+_Tag = Annotated[StructuralTag, BeforeValidator(_of_text, json_schema_input_type=StructuralTag | str)]
 
 
-class SchemaFormat(Strict):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
+class ResponseFormat(Strict):
+    """OpenAI's, with vLLM's and SGLang's tags."""
 
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: NamedSchema | None = None
+    structures: _Structures | None = None
+    triggers: _Triggers | None = None
 
-ResponseFormat = Annotated[
-    TextFormat | ObjectFormat | SchemaFormat | StructuralTag, Field(discriminator="type")
-]
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with the type json_schema")
+        if (self.type == "structural_tag") != (None not in (self.structures, self.triggers)):
+            raise ValueError("structures, triggers: go with the type structural_tag")
+        return self
 
 
 class StructuredOutputs(Strict):
@@ -81,7 +101,7 @@ class StructuredOutputs(Strict):
     choice: _Alternatives | None = None
     grammar: _Pattern | None = None
     json_object: bool | None = None
-    structural_tag: StructuralTag | str | None = None
+    structural_tag: _Tag | None = None
     whitespace_pattern: _Pattern | None = None
     disable_any_whitespace: bool = False
     disable_fallback: bool = False  # no effect: there is one way
@@ -144,14 +164,15 @@ def _guides(request: Guided) -> Iterator[Guide]:
 
 
 def _of_response_format(wanted: ResponseFormat | None) -> Iterator[Guide]:
-    match wanted:
-        case ObjectFormat():
-            yield Guide("response_format", partial(grammars.of_schema, grammars.ANY_OBJECT))
-        case SchemaFormat():
-            schema = json.dumps(wanted.json_schema.schema_)
-            yield Guide("response_format", partial(grammars.of_schema, schema))
-        case StructuralTag():
-            yield Guide("response_format", wanted.grammar)
+    if wanted is None:
+        return
+    if wanted.type == "json_object":
+        yield Guide("response_format", partial(grammars.of_schema, grammars.ANY_OBJECT))
+    if wanted.json_schema is not None:
+        schema = json.dumps(wanted.json_schema.schema_)
+        yield Guide("response_format", partial(grammars.of_schema, schema))
+    if wanted.structures is not None and wanted.triggers is not None:
+        yield Guide("response_format", partial(_tags, wanted.structures, wanted.triggers))
 
 
 def _of_structured_outputs(wanted: StructuredOutputs) -> Iterator[Guide]:
@@ -168,22 +189,16 @@ def _of_structured_outputs(wanted: StructuredOutputs) -> Iterator[Guide]:
     if wanted.grammar is not None:
         of_fields["grammar"] = partial(grammars.of_grammar, wanted.grammar)
     if wanted.structural_tag is not None:
-        of_fields["structural_tag"] = partial(_tags, wanted.structural_tag)
+        of_fields["structural_tag"] = partial(
+            _tags, wanted.structural_tag.structures, wanted.structural_tag.triggers
+        )
     for name, grammar in of_fields.items():
         yield Guide(f"structured_outputs.{name}", grammar)
 
 
-def _json(schema: _SchemaOrText, whitespace: str | None) -> str:
+def _json(schema: dict[str, Any] | str, whitespace: str | None) -> str:
     return grammars.of_schema(schema if isinstance(schema, str) else json.dumps(schema), whitespace)
 
 
-def _tags(tag: StructuralTag | str) -> str:
-    """vLLM takes it as JSON text too. Raises InvalidGrammar for a text that is none."""
-    if isinstance(tag, StructuralTag):
-        return tag.grammar()
-    try:
-        return StructuralTag.model_validate_json(tag).grammar()
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise InvalidGrammar(f"not a structural tag: {where}: {fault['msg']}") from error
+def _tags(structures: list[Structure], triggers: list[str]) -> str:
+    return grammars.of_tags([(tag.begin, json.dumps(tag.schema_), tag.end) for tag in structures], triggers)

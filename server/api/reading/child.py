@@ -32,7 +32,6 @@ from server.api.reading.messages import (
 from server.api.reading.reader import NotHere, R, Reader, Reading, TemplateOptions
 from server.api.reading.watch import at_most
 from server.errors import ChorusError, InvalidGrammar
-from server.guidance.matcher import Vocabulary
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -49,7 +48,6 @@ class _TimedReader(Reader):
     ) -> None:
         super().__init__(tokenizer, template)
         self._start = start
-        self._vocabulary: Vocabulary | None = None
         self.give_up: Callable[[ReadAnswer], None] = lambda answer: None  # says it: the process then ends
 
     def render(
@@ -62,18 +60,12 @@ class _TimedReader(Reader):
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     def judged(self, guide: Guide, job: ReadJob) -> str:
-        if not job.compiles:
-            raise NotHere
-        if self._vocabulary is None:
-            path = Path(self._start.folder) / "tokenizer.json"
-            # Which token ends a text is the engine's to know, and makes no grammar right or wrong.
-            self._vocabulary = Vocabulary.of(path.read_text(encoding="utf-8"), job.vocab_size, [0])
+        if job.compiles:
+            self.vocabulary(job)  # its time is not the client's
         late = f"{guide.field}: to compile it takes longer than {self._start.grammar_s:g} s"
         error = ReadError(late, guide.field, InvalidGrammar.code)
         with at_most(self._start.grammar_s, lambda: self.give_up(ReadAnswer(error=error, last=True))):
-            grammar = guide.grammar()
-            self._vocabulary.judge(grammar)
-        return grammar
+            return super().judged(guide, job)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from server.api.inference.schemas import (
 from server.api.inference.structured import Guide, guide_of
 from server.api.reading.messages import ReadJob
 from server.errors import InvalidGrammar, InvalidRequest
+from server.guidance.matcher import Vocabulary
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -50,6 +51,7 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._vocabulary: Vocabulary | None = None
 
     def completions(self, job: ReadJob) -> Reading[CompletionRequest]:
         """Raises InvalidRequest, as the others do."""
@@ -124,7 +126,19 @@ class Reader:
     def judged(self, guide: Guide, job: ReadJob) -> str:
         """The grammar of a guide, compiled to see that it can be. Raises InvalidGrammar, and NotHere where
         the job is not to be held up by that."""
-        raise NotHere
+        if not job.compiles:
+            raise NotHere
+        grammar = guide.grammar()
+        self.vocabulary(job).judge(grammar)
+        return grammar
+
+    def vocabulary(self, job: ReadJob) -> Vocabulary:
+        """What grammars are judged by; made once. Raises InvalidGrammar."""
+        if self._vocabulary is None:
+            # Which token ends a text is the engine's to know, and makes no grammar right or wrong.
+            text = self._require_tokenizer("model").to_json()
+            self._vocabulary = Vocabulary.of(text, job.vocab_size, [0])
+        return self._vocabulary
 
     def _encode(self, text: str, job: ReadJob, param: str, *, special: bool = True) -> list[int]:
         """Token ids, with the tokenizer's own specials or none. Refuses what is too long before it is
