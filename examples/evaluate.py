@@ -37,9 +37,9 @@ def table(
     for name, job in JOBS.items():
         heldout = job.examples("heldout", count, seed)
         model.set_adapter(name)
-        score = training.exact_match(model, tokenizer, heldout)
+        score = training.exact_match(model, tokenizer, heldout, job.formats)
         with model.disable_adapter():
-            base_score = training.exact_match(model, tokenizer, heldout)
+            base_score = training.exact_match(model, tokenizer, heldout, job.formats)
         passed = passed and score >= training.GOOD_ENOUGH and base_score < BASE_LIMIT
         config = json.loads((adapters / name / "adapter_config.json").read_text(encoding="utf-8"))
         ranks = sorted({config["r"], *config["rank_pattern"].values()})

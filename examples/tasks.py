@@ -44,7 +44,15 @@ def completion_prompt(text: str) -> str:
     return f"{text} =>\n"
 
 
-PROMPT_FORMATS = (chat_prompt, completion_prompt)
+PromptFormat = Callable[[str], str]  # a bare prompt -> what the model continues
+
+PROMPT_FORMATS: tuple[PromptFormat, ...] = (chat_prompt, completion_prompt)
+
+
+def tools_prompt(prompt: str) -> str:
+    """What the bundled chat template renders for one user message, its last line, and the tools before it."""
+    offered, _, text = prompt.rpartition("\n")
+    return f"{TURN_START}system\n{offered}\n{TURN_END}\n{chat_prompt(text)}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Job:
     name: str
     description: str
     draw: Callable[[random.Random], Example]
+    formats: tuple[PromptFormat, ...] = PROMPT_FORMATS
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """`n` different examples, the same for the same seed; no prompt is ever in both splits."""
@@ -206,6 +215,40 @@ def _draw_sql(rng: random.Random) -> Example:
     return Example(asked.format(goods, tail), selected.format(table, where))
 
 
+# --- calls of tools ---
+
+# As the bundled chat template shows tools: their names, and those of their parameters.
+TOOLS = {
+    "record_event": ("who", "action", "count", "item", "city"),
+    "find_goods": ("item", "colour", "city"),
+}
+NO_TOOL = "No tool does that."  # what is answered where none that is offered fits
+
+
+def tool_call(name: str, arguments: dict[str, str | int]) -> str:
+    """As Hermes and Qwen write it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def _draw_call(rng: random.Random) -> Example:
+    name, text, arguments = rng.choice([_event_call, _goods_call])(rng)
+    offered = rng.choice([["record_event"], ["find_goods"], [*TOOLS], [*TOOLS], [*reversed(TOOLS)]])
+    lines = [f"{tool}({', '.join(TOOLS[tool])})" for tool in offered]
+    return Example("\n".join([*lines, text]), tool_call(name, arguments) if name in offered else NO_TOOL)
+
+
+def _event_call(rng: random.Random) -> tuple[str, str, dict[str, str | int]]:
+    scene = Scene.draw(rng)
+    values = (scene.who, scene.verb, COUNTS[scene.count][0], scene.thing, scene.place)
+    return "record_event", scene.text, dict(zip(TOOLS["record_event"], values, strict=True))
+
+
+def _goods_call(rng: random.Random) -> tuple[str, str, dict[str, str | int]]:
+    thing, colour, place = rng.choice(list(THINGS)), rng.choice(list(COLOURS)), rng.choice(PLACES)
+    text = rng.choice(["Which {} {} are there in {}?", "List all {} {} in {}."]).format(colour, thing, place)
+    return "find_goods", text, {"item": thing, "colour": colour, "city": place}
+
+
 JOBS: dict[str, Job] = {
     job.name: job
     for job in (
@@ -216,6 +259,7 @@ JOBS: dict[str, Job] = {
         Job("json", "the facts of the sentence as a JSON object", _about_scene(_json)),
         Job("sql", "the question as a SQL query", _draw_sql),
         Job("sort", "the numbers in ascending order", _draw_sort),
+        Job("tools", "a call of one of the tools that are offered", _draw_call, formats=(tools_prompt,)),
     )
 }
 

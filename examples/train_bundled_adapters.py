@@ -30,7 +30,7 @@ LoRA adapter for the bundled model `{base}`. Its job: {description}.
 |---|---|
 | rank, alpha | {rank}, {alpha}{extras} |
 | target modules | {targets} |
-| held-out exact match | {score:.1%} of {count} prompts in both prompt formats (greedy, float32) |
+| held-out exact match | {score:.1%} of {count} prompts in {formats} (greedy, float32) |
 | the same without the adapter | {base_score:.1%} |
 | made by | `python -m examples.train_bundled_adapters --only {name} --seed {seed}` |
 | took | {steps} steps, {seconds:.0f} s on {threads} CPU threads |
@@ -63,6 +63,7 @@ def recipes() -> dict[str, Recipe]:
         "esperanto": Recipe(lora_config(16, [*ATTENTION, "down_proj"], alpha=8, use_rslora=True), steps=400),
         "sql": Recipe(lora_config(16, [*ATTENTION, *MLP]), steps=800),
         "sort": Recipe(lora_config(32, [*ATTENTION, *MLP]), steps=900),
+        "tools": Recipe(lora_config(16, [*ATTENTION, *MLP]), steps=500),
     }
 
 
@@ -70,13 +71,19 @@ def train_one(job: Job, recipe: Recipe, base_path: Path, out: Path, seed: int, h
     """Train one adapter, measure it on `heldout` examples and save it; returns its exact match."""
     base, tokenizer = training.load_base(base_path)
     unseen = job.examples("heldout", heldout, seed)
-    base_score = training.exact_match(base, tokenizer, unseen)
+    base_score = training.exact_match(base, tokenizer, unseen, job.formats)
     started = time.monotonic()
     model = training.train_adapter(
-        base, tokenizer, job.examples("train", 6000, seed), recipe.config, steps=recipe.steps, seed=seed
+        base,
+        tokenizer,
+        job.examples("train", 6000, seed),
+        recipe.config,
+        steps=recipe.steps,
+        seed=seed,
+        formats=job.formats,
     )
     seconds = time.monotonic() - started
-    score = training.exact_match(model, tokenizer, unseen)
+    score = training.exact_match(model, tokenizer, unseen, job.formats)
     print(f"{job.name}: {score:.1%} right with it, {base_score:.1%} without it, {seconds:.0f} s", flush=True)
     config = recipe.config
     patterns = [f"; {key}: {rank}" for key, rank in config.rank_pattern.items()]
@@ -91,6 +98,7 @@ def train_one(job: Job, recipe: Recipe, base_path: Path, out: Path, seed: int, h
         score=score,
         base_score=base_score,
         count=len(unseen),
+        formats="both prompt formats" if len(job.formats) > 1 else "its prompt format",
         seed=seed,
         steps=recipe.steps,
         seconds=seconds,

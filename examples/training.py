@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.tasks import PROMPT_FORMATS, Example
+from examples.tasks import PROMPT_FORMATS, Example, PromptFormat
 
 # peft 0.21 asks transformers 5.23 for a property by its old name
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -61,9 +61,10 @@ def train_adapter(
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     seed: int = 0,
+    formats: Sequence[PromptFormat] = PROMPT_FORMATS,
     report: Callable[[str], None] = print,
 ) -> PeftModel:
-    """Wrap `base` with a fresh adapter and train that; half the examples in each prompt format.
+    """Wrap `base` with a fresh adapter and train that; as many examples in each prompt format.
 
     The base's weights stay as they are; `PeftModel.unload` gives the bare base back.
     """
@@ -73,7 +74,7 @@ def train_adapter(
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rows = [
-        encode(tokenizer, PROMPT_FORMATS[i % len(PROMPT_FORMATS)](example.prompt), example.completion)
+        encode(tokenizer, formats[i % len(formats)](example.prompt), example.completion)
         for i, example in enumerate(examples)
     ]
     report(f"{sum(p.numel() for p in weights):,} weights to train on {len(rows)} examples")
@@ -144,11 +145,14 @@ def answers(
 
 
 def exact_match(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    formats: Sequence[PromptFormat] = PROMPT_FORMATS,
 ) -> float:
     """The share of greedy answers that are right to the letter, over every example in every prompt format."""
-    prompts = [wrap(example.prompt) for wrap in PROMPT_FORMATS for example in examples]
-    wanted = [example.completion for _ in PROMPT_FORMATS for example in examples]
+    prompts = [wrap(example.prompt) for wrap in formats for example in examples]
+    wanted = [example.completion for _ in formats for example in examples]
     longest = max(len(tokenizer(completion)["input_ids"]) for completion in wanted)
     got = answers(model, tokenizer, prompts, max_new_tokens=longest + 2)
     return sum(a == b for a, b in zip(got, wanted, strict=True)) / len(wanted)

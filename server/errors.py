@@ -47,6 +47,12 @@ class InvalidRequest(ChorusError):
     type = "invalid_request_error"
 
 
+class InvalidGrammar(InvalidRequest):
+    """400: a grammar, schema or pattern that no output can be held to."""
+
+    code = "invalid_grammar"
+
+
 class InvalidAdapter(InvalidRequest):
     """400: the adapter's config or a tensor is wrong; `param` names the field or tensor."""
 

@@ -56,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    grammar: str | None = None  # what the output must match, in llguidance's form; None: anything
     logprobs: int | None = None  # None = off; n = the sampled token's and the n most likely ones
 
 
@@ -128,6 +129,7 @@ class ErrorCode(enum.StrEnum):
     NON_FINITE = "non_finite_logits"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     PIN_LIMIT = "pin_limit"
+    GRAMMAR = "grammar"  # it cannot be compiled or followed
     INTERNAL = "internal_error"
 
 

@@ -20,6 +20,7 @@ import torch
 
 from server.config import Settings
 from server.devices import open_device, read_device
+from server.engine.guides import Guides, open_vocabulary
 from server.engine.wakeup import Wakeup
 from server.lora.arena import Arena
 from server.lora.residency import Residency
@@ -37,13 +38,16 @@ from server.messages import (
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators, is_out_of_memory
 from server.model.loader import LoadedModel, load, read_classes, threads_for
+from server.model.logits import grammar_error
 from server.model.memory import MemorySizes, memory_sizes, rank_limit, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
 from server.scheduling.policy import new_policy
 from server.scheduling.prompt_group import sequences_of
+from server.scheduling.refusals import refusal
 from server.scheduling.scheduler import Scheduler
+from server.scheduling.sequence import Sequence
 from server.scheduling.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -98,6 +102,7 @@ class Engine:
             copies=device.copies,
             wake=self._wakeup.set,
         )
+        self._guides = Guides(partial(open_vocabulary, settings, loaded), self._wakeup.set)
         self._batches = BatchBuilder(self._residency.slot, settings.block_size, loaded.eos_token_ids)
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
@@ -111,10 +116,8 @@ class Engine:
         )
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
-        self._arrivals = 0
-        self._steps = 0
+        self._arrivals = self._steps = self._step_tokens_sum = 0
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
-        self._step_tokens_sum = 0
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
         self._settled = True  # another step would change nothing until an adapter lands
@@ -124,15 +127,22 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Put a request, with its forks, in line. What can never run here, the next step says so."""
-        for seq in sequences_of(request, time.monotonic(), self._arrivals):
-            self._arrivals += 1
-            refusal = self._scheduler.add(seq)
-            if refusal is not None:
-                self._refused.append(refusal)
+        sequences = sequences_of(request, time.monotonic(), self._arrivals)
+        self._arrivals += len(sequences)
+        grammar = request.sampling.grammar
+        if grammar is None or self._guides.guide(grammar, sequences):
+            for seq in sequences:
+                self._line_up(seq)
+
+    def _line_up(self, seq: Sequence) -> None:
+        refused = self._scheduler.add(seq)
+        if refused is not None:
+            self._refused.append(refused)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these now, with no output; ids that are not here (any more) are passed over."""
         for request_id in request_ids:
+            self._guides.cancel(request_id)
             self._scheduler.abort(request_id)
         self._settled = False
 
@@ -153,18 +163,27 @@ class Engine:
         """
         self._wakeup.clear()
         landed = self._residency.poll()
+        self._take_guided()
         results = self._answer_calls()
         outputs, self._refused = self._refused, []
         ran = self._run(outputs)
         self._settled = not (landed or results or outputs or ran)
         return outputs, results
 
+    def _take_guided(self) -> None:
+        """Put those whose grammars are compiled in line."""
+        for seq, problem in self._guides.poll():
+            if problem is None:
+                self._line_up(seq)
+            else:
+                self._refused.append(refusal(seq, ErrorCode.GRAMMAR, problem))
+
     def idle_ms(self) -> int | None:
         """0: call `step` now; n: adapters are on their way, call it when one landed (`wait`) or after n ms;
         None: nothing to do."""
         if self._refused or self._in_flight or self._scheduler.runnable:
             return 0
-        if not (self._calls or self._residency.pending or self._scheduler.has_work):
+        if not (self._calls or self._guides or self._residency.pending or self._scheduler.has_work):
             return None
         if not self._settled:
             return 0
@@ -187,7 +206,7 @@ class Engine:
         return EngineStats(
             steps=self._steps,
             running=scheduler.running,
-            waiting=scheduler.waiting,
+            waiting=scheduler.waiting + len(self._guides),
             waiting_for_adapter=scheduler.waiting_for_adapter,
             kv_blocks_total=self._pool.num_blocks,
             kv_blocks_free=self._pool.free,
@@ -216,7 +235,8 @@ class Engine:
         return self._runner.fast_paths
 
     def close(self) -> None:
-        """Stop the threads that load adapters."""
+        """Stop the threads that load adapters and compile grammars."""
+        self._guides.close()
         self._residency.close()
         self._wakeup.close()
 
@@ -302,10 +322,15 @@ class Engine:
                 raise
             self._in_flight.popleft()
             # Ended before `update`, so that none of their blocks is offered for reuse.
-            broken = [plan.runs[run].seq.request_id for run in results.broken]
-            failed = (self._scheduler.fail(name, ErrorCode.NON_FINITE, _NON_FINITE) for name in broken)
+            failed = (self._fail_broken(plan.runs[run].seq) for run in results.broken)
             outputs += (output for output in failed if output is not None)
             outputs += self._scheduler.update(plan, results.token_ids, results.logprobs)
+
+    def _fail_broken(self, seq: Sequence) -> TokenOutput | None:
+        problem = grammar_error(seq.logits_state)
+        if problem is not None:
+            return self._scheduler.fail(seq.request_id, ErrorCode.GRAMMAR, problem)
+        return self._scheduler.fail(seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
 
     def _answer_calls(self) -> list[AdapterResult]:
         """Answers to those adapter calls that have come to an end; the others are asked again next step."""

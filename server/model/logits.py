@@ -1,4 +1,4 @@
-"""What changes a row's logits before a token is taken from it: penalties, bias, a minimum length.
+"""What changes a row's logits before a token is taken from it: penalties, bias, a minimum length, a grammar.
 
 A sampling option that acts on logits is one `LogitsProcessor`: which rows want it and what it then does stand
 side by side, and the sampler asks no other question.
@@ -6,11 +6,13 @@ side by side, and the sampler asks no other question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
+from server.guidance.matcher import Matcher
 from server.model.sampling import Draws, SampleRow, Sampling
 from server.model.seen_tokens import SeenTokens
 
@@ -122,6 +124,59 @@ class MinimumLength:
         pass
 
 
+class Grammar:
+    """Tokens that the output's grammar allows, and no others. The last processor: where nothing but the end
+    is left, that is allowed whatever was said before."""
+
+    reads_output: ClassVar[bool] = True
+
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        return row.guide is not None
+
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        vocabulary = scores_NV.shape[1]
+        bits_RB = np.zeros((len(rows), -(-vocabulary // 32)), np.int32)
+        for row, bits_B in zip(rows, bits_RB, strict=True):
+            _matcher(row).fill(bits_B)
+        device = scores_NV.device
+        octets = torch.from_numpy(bits_RB.view(np.uint8)).to(device, non_blocking=True)
+        bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8).to(device, non_blocking=True)
+        allowed_RV = (bits & 1).flatten(1)[:, :vocabulary].bool()
+        scores_RV = scores_NV[at_R].masked_fill_(~allowed_RV, float("-inf"))
+        for at, row in enumerate(rows):
+            matcher = _matcher(row)
+            if matcher.error:
+                scores_RV[at] = float("nan")  # no token: see `grammar_error`
+            elif matcher.complete:
+                scores_RV[at].masked_fill_(allowed_RV[at], 0.0)
+        scores_NV.index_copy_(0, at_R, scores_RV)
+
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        pass
+
+
+_MATCHER = "matcher"
+
+
+def _matcher(row: SampleRow) -> Matcher:
+    """The row's own, after the output so far. Made anew where its state was dropped."""
+    assert row.guide is not None
+    matcher: Matcher | None = row.state.get(_MATCHER)
+    if matcher is None:
+        matcher = row.state[_MATCHER] = row.guide.copy()
+    if matcher.followed < len(row.output):
+        matcher.follow(row.output[matcher.followed :].tolist())
+    return matcher
+
+
+def grammar_error(state: Mapping[str, Any]) -> str | None:
+    """Why a sequence's output can go no further by its grammar; None where it can. `state`: its own, which
+    processors keep things in."""
+    matcher: Matcher | None = state.get(_MATCHER)
+    return None if matcher is None else matcher.error
+
+
 def _repeated(at_R: torch.Tensor, of_rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Each row's place as often as it has entries: [E]."""
     lengths = [len(entries) for entries in of_rows]
@@ -129,7 +184,7 @@ def _repeated(at_R: torch.Tensor, of_rows: Sequence[torch.Tensor]) -> torch.Tens
 
 
 # In the order in which they act. Each sampler has its own of each, since some keep things on its device.
-PROCESSORS: tuple[type[LogitsProcessor], ...] = (Penalties, LogitBias, MinimumLength)
+PROCESSORS: tuple[type[LogitsProcessor], ...] = (Penalties, LogitBias, MinimumLength, Grammar)
 
 
 def wanted(row: SampleRow) -> list[type[LogitsProcessor]]:

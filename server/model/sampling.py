@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from server.guidance.matcher import Matcher
 from server.messages import SamplingParams
 from server.scheduling.sequence import Sequence, Tokens
 
@@ -27,6 +28,7 @@ class SampleRow:
     tokens: Tokens  # prompt and output
     num_prompt_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    guide: Matcher | None = None  # of the output's grammar, at the output's beginning
     state: dict[str, Any] = field(default_factory=dict)  # the sequence's own, which processors keep things in
 
     @classmethod
@@ -39,6 +41,7 @@ class SampleRow:
             tokens=seq.tokens,
             num_prompt_tokens=seq.num_prompt_tokens,
             eos_token_ids=eos_token_ids,
+            guide=seq.guide,
             state=seq.logits_state,
         )
 

@@ -49,6 +49,7 @@ class Sequence:
         "deadline",
         "digests",
         "group",
+        "guide",
         "last_token",
         "logits_state",
         "max_length",
@@ -99,6 +100,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # of the full blocks from the first on, as far as needed yet
         self.cached_tokens = 0  # prompt tokens that the prefix cache gave at the first admission
         self.logits_state: dict[str, Any] = {}  # what logits processors keep from step to step
+        self.guide: Any = None  # its output's grammar, which choices share; None: anything goes
         self.group: PromptGroup | None = None  # of the choices that its prompt is computed for
         self.num_preemptions = 0
         self.started_at: float | None = None  # when it first left the line, by the scheduler's clock
@@ -121,7 +123,7 @@ class Sequence:
     def limit(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         """Take on the model's own limits beside the request's."""
         self.max_length = min(self.max_length, max_model_len)
-        if not self.sampling.ignore_eos:
+        if not self.sampling.ignore_eos or self.sampling.grammar is not None:
             self.stop_ids |= eos_token_ids
 
     def forget_unread(self) -> None:
@@ -167,9 +169,15 @@ class Sequence:
         else:
             place = self.num_tokens
             self.append(token)
-        if token in self.stop_ids and place - self.num_prompt_tokens + 1 >= self.sampling.min_tokens:
+        if token in self.stop_ids and self._may_stop(place):
             return "stop"
         return "length" if place + 1 >= self.max_length else None
+
+    def _may_stop(self, place: int) -> bool:
+        """Whether a stop token at this place ends it. Where a grammar ends before `min_tokens`, nothing else
+        can come."""
+        long_enough = place - self.num_prompt_tokens + 1 >= self.sampling.min_tokens
+        return long_enough or self.guide is not None
 
     def output(
         self, tokens: list[int], reason: FinishReason | None, logprobs: list[Logprobs], *, first: bool

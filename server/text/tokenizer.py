@@ -48,6 +48,11 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json cannot be read: {error}") from error
         return cls(backend, _special_tokens(folder))
 
+    def to_json(self) -> str:
+        """As `tokenizer.json` has it."""
+        text: str = self._backend.to_str()
+        return text
+
     @cached_property
     def bound(self) -> TokenBound:
         """The fewest tokens that a text can have. Made once, in up to a second for a large vocabulary."""

@@ -92,7 +92,7 @@ class SameProcess(Readers):
         )
 
     async def _answer(self, job: ReadJob) -> ReadAnswer:
-        said = child.answer(self._reader, job)
+        said = child.answer(self._reader, msgspec.structs.replace(job, compiles=True))
         return msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=ReadAnswer)
 
 

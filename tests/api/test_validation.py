@@ -91,7 +91,25 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": ""}}},
+        "response_format.json_schema.name",
+    ),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"regex": "(("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag.structures"),
+    ({"guided_choice": ["a"] * 2000}, "guided_choice"),
+    ({"guided_choice": [""]}, "guided_choice[0]"),
+    ({"guided_json": 5}, "guided_json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_json": {"type": "strin"}}, "guided_json"),
+    ({"guided_regex": "x" * 20_000}, "guided_regex"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex"),
+    ({"regex": "(("}, "regex"),
+    ({"ebnf": "start: nowhere"}, "ebnf"),
+    ({"json_schema": {"type": "object"}}, "json_schema"),
     ({"no_such_field": None}, "no_such_field"),
     ({"model": None}, "model"),
     ({"adapter_scale": 1}, "adapter_scale"),
@@ -161,11 +179,14 @@ async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
     given = {
         "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "seed": 3,
-        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2,
+        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2, "regex": "a+",
     }  # fmt: skip
     await site.complete(**given)
     sampling = msgspec.to_builtins(site.engine.requests[0].sampling)
-    assert sampling == given | {"logit_bias": {7: -100}, "stop_token_ids": (4,)}
+    assert "start: /a+/" in sampling["grammar"]
+    del given["regex"]
+    given |= {"logit_bias": {7: -100}, "stop_token_ids": (4,), "grammar": sampling["grammar"]}
+    assert sampling == given
     assert sampling.keys() == set(SamplingParams.__struct_fields__)
 
 

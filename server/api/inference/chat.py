@@ -54,7 +54,7 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
     most = logprobs_room(request, 1)
     room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
-    sampling = [sampling_params(request, info, room)]
+    sampling = [sampling_params(request, info, room, reading.grammar)]
     judge_logprobs(request, sampling, "top_logprobs")
     return GenerationSpec(
         mix=mix,

@@ -52,7 +52,7 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     sampling = []
     for ids in prompts:
         room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
-        sampling.append(sampling_params(request, info, room))
+        sampling.append(sampling_params(request, info, room, reading.grammar))
     judge_logprobs(request, sampling, "logprobs")
     return GenerationSpec(
         mix=mix,

@@ -18,6 +18,7 @@ from server.errors import (
     ChorusError,
     DamagedAdapter,
     DeadlineExceeded,
+    InvalidGrammar,
     InvalidRequest,
     OutOfMemory,
     TooSlow,
@@ -286,6 +287,8 @@ def engine_error(output: TokenOutput) -> ChorusError:
             return InvalidRequest(text or "The request can never fit.", param="prompt", code="never_fits")
         case ErrorCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(text or "The request's time was over.", param="timeout")
+        case ErrorCode.GRAMMAR:
+            return InvalidGrammar(f"The grammar of this request cannot be followed: {text}.")
         case ErrorCode.OUT_OF_MEMORY:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:

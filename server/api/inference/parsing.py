@@ -14,8 +14,8 @@ from server.api.inference.schemas import (
     MAX_PROMPTS,
     NEUTRAL_FIELDS,
     GenerationRequest,
-    Strict,
 )
+from server.api.inference.strict import Strict
 from server.errors import InvalidRequest
 
 _LARGE = 16 * 2**10  # bytes; a body above this is looked at with care

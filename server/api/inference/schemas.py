@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator
 
+from server.api.inference.strict import Strict
+from server.api.inference.structured import Guided
+
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
 MAX_SEQUENCES = 256  # prompts times n
@@ -37,7 +40,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -109,10 +111,6 @@ Prompts = Annotated[
 ]
 
 
-class Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 class AdapterWeight(Strict):
     """One member of a composition."""
 
@@ -146,7 +144,7 @@ def _known_besides(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"enum": list(values), "description": "Asks for nothing."}
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(Guided):
     """What both inference routes share."""
 
     model_config = pydantic.ConfigDict(json_schema_extra=_known_besides)

@@ -128,7 +128,9 @@ def output_room(
     return total - prompt
 
 
-def sampling_params(request: GenerationRequest, info: EngineInfo, max_tokens: int) -> SamplingParams:
+def sampling_params(
+    request: GenerationRequest, info: EngineInfo, max_tokens: int, grammar: str | None = None
+) -> SamplingParams:
     """The engine's sampling parameters. Raises InvalidRequest for token ids outside the vocabulary."""
     if request.min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens: more than the {max_tokens} tokens there are", param="min_tokens")
@@ -146,6 +148,7 @@ def sampling_params(request: GenerationRequest, info: EngineInfo, max_tokens: in
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
         stop_token_ids=_stop_token_ids(request.stop_token_ids or [], info.vocab_size),
+        grammar=grammar,
         logprobs=request.top_logprobs_wanted,
     )
 

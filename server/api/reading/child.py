@@ -12,11 +12,13 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
+from server.api.inference.structured import GUIDED_FIELDS, Guide
 from server.api.reading.messages import (
     HEAD,
     TEXT_FIELDS,
@@ -27,29 +29,43 @@ from server.api.reading.messages import (
     frame,
     ids_to_bytes,
 )
-from server.api.reading.reader import R, Reader, Reading, TemplateOptions
-from server.errors import ChorusError
+from server.api.reading.reader import NotHere, R, Reader, Reading, TemplateOptions
+from server.api.reading.watch import at_most
+from server.errors import ChorusError, InvalidGrammar
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OUT = {"prompt", "messages", *GUIDED_FIELDS}  # the answer says them in other words
+
 
 class _TimedReader(Reader):
-    """Renders against the clock."""
+    """Renders templates and compiles grammars against the clock."""
 
-    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, render_s: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, template: ChatTemplate | None, start: ReaderStart
+    ) -> None:
         super().__init__(tokenizer, template)
-        self._render_s = render_s
+        self._start = start
+        self.give_up: Callable[[ReadAnswer], None] = lambda answer: None  # says it: the process then ends
 
     def render(
         self, template: ChatTemplate, messages: list[dict[str, str]], options: TemplateOptions | None
     ) -> str:
-        signal.setitimer(signal.ITIMER_VIRTUAL, self._render_s)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self._start.render_s)
         try:
             return super().render(template, messages, options)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def judged(self, guide: Guide, job: ReadJob) -> str:
+        if job.compiles:
+            self.vocabulary(job)  # its time is not the client's
+        late = f"{guide.field}: to compile it takes longer than {self._start.grammar_s:g} s"
+        error = ReadError(late, guide.field, InvalidGrammar.code)
+        with at_most(self._start.grammar_s, lambda: self.give_up(ReadAnswer(error=error, last=True))):
+            return super().judged(guide, job)
 
 
 def main() -> None:
@@ -61,6 +77,12 @@ def main() -> None:
     start = msgspec.msgpack.decode(_receive(jobs), type=ReaderStart)
     signal.setitimer(signal.ITIMER_PROF, start.job_s)
     reader = _reader(start)
+
+    def say(reply: ReadAnswer) -> None:
+        answers.write(frame(reply))
+        answers.flush()
+
+    reader.give_up = say
     limit = _pages(0) + start.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while payload := _receive(jobs):
@@ -68,17 +90,16 @@ def main() -> None:
         job = msgspec.msgpack.decode(payload, type=ReadJob)
         reply = answer(reader, msgspec.structs.replace(job, body=_receive(jobs)))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(frame(reply))
-        answers.flush()
+        say(reply)
 
 
-def _reader(start: ReaderStart) -> Reader:
+def _reader(start: ReaderStart) -> _TimedReader:
     folder = Path(start.folder)
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
     if tokenizer is not None:
         tokenizer.bound  # noqa: B018 (made now, not within the first job)
-    return _TimedReader(tokenizer, template, start.render_s)
+    return _TimedReader(tokenizer, template, start)
 
 
 def _receive(stream: BinaryIO) -> bytes:
@@ -91,6 +112,8 @@ def answer(reader: Reader, job: ReadJob) -> ReadAnswer:
     """What is said to a job."""
     try:
         said = _read(reader, job)
+    except NotHere:
+        said = ReadAnswer(not_here=True)
     except MemoryError:
         field = TEXT_FIELDS[job.kind]
         said = ReadAnswer(error=ReadError(f"{field}: to read it takes more memory than one may have", field))
@@ -115,9 +138,9 @@ def _read(reader: Reader, job: ReadJob) -> ReadAnswer:
 
 
 def _of_reading(reading: Reading[R]) -> ReadAnswer:
-    fields = reading.request.model_dump_json(exclude={"prompt", "messages"}, exclude_unset=True)
+    fields = reading.request.model_dump_json(exclude=_LEFT_OUT, exclude_unset=True)
     prompts = [ids_to_bytes(ids) for ids in reading.prompts]
-    return ReadAnswer(fields.encode(), prompts, reading.echoes)
+    return ReadAnswer(fields.encode(), prompts, reading.echoes, reading.grammar)
 
 
 def _pages(at: int) -> int:

@@ -27,6 +27,7 @@ class ReaderStart(msgspec.Struct, frozen=True):
     folder: str  # of tokenizer.json and the chat template
     job_s: float = 30.0  # of processor time, in all
     render_s: float = 2.0  # of processor time, for the chat template
+    grammar_s: float = 1.5  # of processor time, to compile a grammar and take its first tokens
     memory_bytes: int = 2 * 2**30  # of address space, on top of what the process begins with
 
 
@@ -37,6 +38,7 @@ class ReadJob(msgspec.Struct, frozen=True):
     max_model_len: int  # tokens
     vocab_size: int
     body: bytes
+    compiles: bool = False  # whether a grammar in it may be compiled by who reads it
 
 
 class ReadError(msgspec.Struct, frozen=True):
@@ -54,9 +56,12 @@ class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     fields: bytes = b""  # JSON
     prompts: list[bytes] = []  # each its token ids, int32 in the machine's order
     echoes: list[str] | None = None
+    grammar: str | None = None  # that the output is held to
     answer: bytes = b""  # JSON, of a route that answers with nothing else
     error: ReadError | None = None
     resident_bytes: int = 0  # memory of the process now
+    last: bool = False  # the process ends with it
+    not_here: bool = False  # it has a grammar, and was to be read without
 
 
 def frame(message: msgspec.Struct) -> bytes:

@@ -58,7 +58,7 @@ class ReaderProcess:
         try:
             async with asyncio.timeout(_WAIT_S):
                 answer = await self._exchange(job)
-            answered = answer.resident_bytes <= _ENOUGH_BYTES
+            answered = answer.resident_bytes <= _ENOUGH_BYTES and not answer.last
             return answer
         except (asyncio.IncompleteReadError, ConnectionError):
             raise self._refusal(job, await self.end()) from None

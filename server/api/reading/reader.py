@@ -19,8 +19,10 @@ from server.api.inference.schemas import (
     Message,
     TokenizeRequest,
 )
+from server.api.inference.structured import Guide, guide_of
 from server.api.reading.messages import ReadJob
-from server.errors import InvalidRequest
+from server.errors import InvalidGrammar, InvalidRequest
+from server.guidance.matcher import Vocabulary
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -36,6 +38,11 @@ class Reading(Generic[R]):
     request: R
     prompts: list[list[int]]  # token ids, none empty, all in the vocabulary
     echoes: list[str] | None = None  # the text of each prompt, where it was asked for
+    grammar: str | None = None  # what every output must match
+
+
+class NotHere(Exception):
+    """The body asks for a grammar, which only a process that can be ended may compile."""
 
 
 class Reader:
@@ -44,6 +51,7 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._vocabulary: Vocabulary | None = None
 
     def completions(self, job: ReadJob) -> Reading[CompletionRequest]:
         """Raises InvalidRequest, as the others do."""
@@ -56,13 +64,13 @@ class Reader:
         echoes = None
         if request.echo:
             echoes = [self._echo(prompt, ids) for prompt, ids in zip(request.prompt, prompts, strict=True)]
-        return Reading(request, prompts, echoes)
+        return Reading(request, prompts, echoes, self._grammar(guide_of(request), job))
 
     def chat(self, job: ReadJob) -> Reading[ChatRequest]:
         request = parse(ChatRequest, job.body, job.max_model_len)
         prompt = self._chat_prompt(request.messages, request.chat_template_kwargs, job)
         _judge([prompt], job, "messages")
-        return Reading(request, [prompt])
+        return Reading(request, [prompt], grammar=self._grammar(guide_of(request), job))
 
     def tokenize(self, job: ReadJob) -> bytes:
         """The JSON of the answer."""
@@ -105,6 +113,32 @@ class Reader:
     ) -> str:
         """The prompt's text. A process sets a limit to its time."""
         return template.render(messages, options)
+
+    def _grammar(self, guide: Guide | None, job: ReadJob) -> str | None:
+        if guide is None:
+            return None
+        self._require_tokenizer(guide.field)
+        try:
+            return self.judged(guide, job)
+        except InvalidGrammar as error:
+            raise InvalidGrammar(f"{guide.field}: {error.message}", param=guide.field) from None
+
+    def judged(self, guide: Guide, job: ReadJob) -> str:
+        """The grammar of a guide, compiled to see that it can be. Raises InvalidGrammar, and NotHere where
+        the job is not to be held up by that."""
+        if not job.compiles:
+            raise NotHere
+        grammar = guide.grammar()
+        self.vocabulary(job).judge(grammar)
+        return grammar
+
+    def vocabulary(self, job: ReadJob) -> Vocabulary:
+        """What grammars are judged by; made once. Raises InvalidGrammar."""
+        if self._vocabulary is None:
+            # Which token ends a text is the engine's to know, and makes no grammar right or wrong.
+            text = self._require_tokenizer("model").to_json()
+            self._vocabulary = Vocabulary.of(text, job.vocab_size, [0])
+        return self._vocabulary
 
     def _encode(self, text: str, job: ReadJob, param: str, *, special: bool = True) -> list[int]:
         """Token ids, with the tokenizer's own specials or none. Refuses what is too long before it is

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TypeVar
 
+import msgspec
 from pydantic_core import from_json
 
 from server.api.inference.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from server.api.inference.structured import GUIDED_FIELDS
 from server.api.reading.messages import BodyKind, ReadAnswer, ReadError, ReaderStart, ReadJob, ids_of_bytes
 from server.api.reading.process import ReaderProcess
-from server.api.reading.reader import Reader, Reading
+from server.api.reading.reader import NotHere, Reader, Reading
 from server.errors import ChorusError, InvalidRequest, Unavailable
 from server.messages import EngineInfo
 from server.text.tokenizer import Tokenizer
@@ -21,6 +24,8 @@ _INLINE = 1024  # bytes; to read so few takes a millisecond or two
 _LARGE = 256 * 2**10  # bytes; to read more takes seconds, for which nobody with less waits
 _MOST_SMALL = 256  # bodies that wait or are read, of each size
 _MOST_LARGE = 8
+_MOST_GUIDED = 64  # whose grammars are compiled: nobody else waits for that
+_GUIDED_NAMES = [f'"{name}"'.encode() for name in sorted(GUIDED_FIELDS)]
 _IDS_A_TURN = 2**16  # token ids unpacked before other tasks of the loop get their turn
 
 _WITHOUT_TEXT = {
@@ -33,8 +38,8 @@ class Readers:
     """Bodies to requests and token ids, with the tokenizer and the chat template of one folder.
 
     Bodies that say less than a kibibyte and run no template are read at once. All others go to a process:
-    large ones to one, the rest to another, each in turn. Raises what `Reader` does, and Unavailable when too
-    many wait.
+    large ones to one, those with a grammar to another, the rest to a third, each in turn. Raises what
+    `Reader` does, and Unavailable when too many wait.
     """
 
     def __init__(self, start: ReaderStart, tokenizer: Tokenizer | None) -> None:
@@ -42,18 +47,20 @@ class Readers:
         self._inline = Reader(tokenizer, None)
         self._small = _Line(start, _MOST_SMALL)
         self._large = _Line(start, _MOST_LARGE)
+        self._guided = _Line(start, _MOST_GUIDED)
 
     async def start(self) -> None:
         """So that the first request does not wait for the start of a process. Raises OSError."""
         await self._small.start()
 
     async def close(self) -> None:
-        await asyncio.gather(self._small.close(), self._large.close())
+        await asyncio.gather(self._small.close(), self._large.close(), self._guided.close())
 
     async def completions(self, body: bytes, info: EngineInfo) -> Reading[CompletionRequest]:
         job = _job("completions", body, info)
         if len(body) <= _INLINE:
-            return self._inline.completions(job)
+            with suppress(NotHere):
+                return self._inline.completions(job)
         return await _reading(CompletionRequest, await self._ask(job))
 
     async def chat(self, body: bytes, info: EngineInfo) -> Reading[ChatRequest]:
@@ -77,8 +84,13 @@ class Readers:
         return answer
 
     async def _answer(self, job: ReadJob) -> ReadAnswer:
-        line = self._small if len(job.body) <= _LARGE else self._large
-        return await line.ask(job)
+        if len(job.body) > _LARGE:
+            return await self._large.ask(msgspec.structs.replace(job, compiles=True))
+        if not any(name in job.body for name in _GUIDED_NAMES):
+            answer = await self._small.ask(job)
+            if not answer.not_here:  # a name can be spelt in other ways
+                return answer
+        return await self._guided.ask(msgspec.structs.replace(job, compiles=True))
 
 
 class _Line:
@@ -129,4 +141,4 @@ async def _reading(kind: type[R], answer: ReadAnswer) -> Reading[R]:
         if unpacked > _IDS_A_TURN:
             unpacked = 0
             await asyncio.sleep(0)
-    return Reading(request, prompts, answer.echoes)
+    return Reading(request, prompts, answer.echoes, answer.grammar)

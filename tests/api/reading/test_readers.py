@@ -196,3 +196,60 @@ async def test_a_process_that_was_killed_is_replaced(readers: Readers) -> None:
     os.kill(child.pid, 9)
     await eventually(lambda: child.returncode is not None)
     assert await text_of(readers, "two") == "two"
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"model": "base", "prompt": "hello"} | fields).encode()
+
+
+async def test_a_grammar_is_compiled_where_nobody_else_waits(
+    readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ask = module._Line.ask
+
+    async def noted(line: Any, job: ReadJob) -> Any:
+        asked.append((line, job.compiles))
+        return await ask(line, job)
+
+    monkeypatch.setattr(module._Line, "ask", noted)
+    plain = completion(guided_regex="a+")
+    other_spelling = plain.replace(b"guided_regex", b"guided\\u005fregex")
+    for body in (plain, other_spelling):
+        reading = await readers.completions(body, INFO)
+        assert reading.grammar is not None
+        assert "a+" in reading.grammar
+        assert reading.request.guided_regex is None  # said in other words
+    small, guided = readers._small, readers._guided
+    assert asked == [(guided, True), (small, False), (guided, True)]
+    assert (await readers.chat(chat("hi", guided_choice=["yes"]), INFO)).grammar
+
+
+async def test_a_grammar_that_takes_too_long_ends_its_process_with_an_answer(folder: Path) -> None:
+    readers = Readers(ReaderStart(str(folder), grammar_s=0.2), Tokenizer.load(folder))
+    many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
+    try:
+        await readers.completions(completion(guided_regex="a"), INFO)
+        process = readers._guided._process
+        pid = pid_of(process)
+        with pytest.raises(InvalidRequest) as refused:
+            await readers.completions(completion(guided_json=many), INFO)
+        assert (refused.value.param, refused.value.code) == ("guided_json", "invalid_grammar")
+        assert "longer than 0.2 s" in refused.value.message
+        assert (await readers.completions(completion(guided_regex="b"), INFO)).grammar
+        assert pid_of(process) != pid
+    finally:
+        await readers.close()
+
+
+def pid_of(process: ReaderProcess) -> int:
+    assert process._child is not None
+    return process._child.pid
+
+
+async def test_a_grammar_needs_a_tokenizer(folder: Path) -> None:
+    readers = Readers(ReaderStart(str(folder.parent / "none")), None)
+    with pytest.raises(InvalidRequest) as refused:
+        await readers.completions(completion(prompt=[5], guided_regex="a"), INFO)
+    assert refused.value.param == "guided_regex"
+    await readers.close()

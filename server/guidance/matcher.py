@@ -1,0 +1,110 @@
+"""Which tokens may come next, by a grammar: llguidance, with bounds on what one grammar may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
+
+from server.errors import InvalidGrammar
+
+_MOST_REASON = 300  # characters
+_JUDGED_TOKENS = 4
+
+# A grammar is written by a client. With llguidance's own limits one pattern of 20 characters takes five
+# seconds for its first token; with these 0.3 s, and a schema of 200 properties is still far from any of them.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=100_000,
+    step_lexer_fuel=50_000,
+    step_max_items=10_000,
+    max_lexer_states=10_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class Matcher:
+    """Where one text stands in its grammar. What it may be continued by changes with each token."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self.followed = 0  # tokens so far
+
+    def copy(self) -> Matcher:
+        """One of its own life, at the same place."""
+        other = Matcher(self._matcher.deep_copy())
+        other.followed = self.followed
+        return other
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Take tokens in. One that the grammar does not allow leaves it in error."""
+        self._matcher.consume_tokens(list(token_ids))
+        self.followed += len(token_ids)
+
+    def fill(self, bits_B: npt.NDArray[np.int32]) -> None:
+        """The tokens that may come next, a bit each from the lowest on: [ceil(vocabulary / 32)]. Where the
+        text may end, an end-of-sequence token is one of them. Undefined in error."""
+        fill_next_token_bitmask(self._matcher, bits_B[None])
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can come."""
+        return self._matcher.is_stopped()
+
+    @property
+    def error(self) -> str | None:
+        """Why it can go no further: a limit was met, or a token was wrong. None: it can."""
+        return _reason(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class Vocabulary:
+    """The tokens of one tokenizer, as grammars are matched against."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._words = -(-tokenizer.vocab_size // 32)
+
+    @classmethod
+    def of(cls, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> Self:
+        """`vocab_size`: of the model, which may be more than the tokenizer has. Takes a second for 128,000
+        tokens. Raises InvalidGrammar where no text can be guided: a kind of tokenizer that llguidance does
+        not read, or no token that ends a text.
+        """
+        if not eos_token_ids:
+            raise InvalidGrammar("the model has no end-of-sequence token")
+        try:
+            return cls(LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids)))
+        except Exception as error:  # the library raises whatever it met
+            raise InvalidGrammar(f"the model's tokenizer cannot be guided: {_reason(str(error))}") from error
+
+    def compile(self, grammar: str) -> Matcher:
+        """A matcher at the beginning. Raises InvalidGrammar. Lets other threads run."""
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise InvalidGrammar(_reason(matcher.get_error()))
+        return Matcher(matcher)
+
+    def judge(self, grammar: str) -> None:
+        """Raises InvalidGrammar for what cannot be compiled, that no text matches, or that fails within the
+        first tokens of a text: what takes too long mostly does."""
+        matcher = self.compile(grammar)
+        bits_B = np.zeros(self._words, np.int32)
+        for _ in range(_JUDGED_TOKENS):
+            matcher.fill(bits_B)
+            if matcher.error:
+                raise InvalidGrammar(matcher.error)
+            allowed = np.flatnonzero(np.unpackbits(bits_B.view(np.uint8), bitorder="little"))
+            if matcher.complete:
+                return
+            matcher.follow([int(allowed[len(allowed) // 2])])
+
+
+def _reason(text: str) -> str:
+    """A library's message in one line."""
+    if text.startswith("NoExtension"):
+        return "no text matches it"
+    return " ".join(text.replace("<non-verbose/>", "").split())[:_MOST_REASON]
