@@ -23,7 +23,9 @@ def lines() -> Iterator[Any]:
     logger = logging.getLogger("test.log")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-    logger.propagate = False  # half a pair of surrogates is no text that pytest could pass from process to process
+    logger.propagate = (
+        False  # half a pair of surrogates is no text that pytest could pass from process to process
+    )
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     logger.propagate = True
     logger.removeHandler(handler)
