@@ -43,7 +43,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one sequence is sampled. Validated by the face; the engine trusts it."""
 
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is computed, and that is all
     temperature: float = 1.0  # 0, or next to it = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0
@@ -58,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     grammar: str | None = None  # what the output must match, in llguidance's form; None: anything
     logprobs: int | None = None  # None = off; n = the sampled token's and the n most likely ones
+    processed_logprobs: bool = False  # of the distribution that is drawn from, not of the model's own
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first, by the model's own
 
 
 class Fork(msgspec.Struct, frozen=True):
@@ -134,11 +136,12 @@ class ErrorCode(enum.StrEnum):
 
 
 class Logprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of one position, from the unmodified logits."""
+    """Log-probabilities of one position."""
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]  # most likely first
+    rank: int = 0  # of the token, 1 is the likeliest; counted for prompt tokens only
 
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -152,6 +155,8 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache, on the first output
     logprobs: list[Logprobs] | None = None
+    # Of the next prompt tokens, from the second on; in outputs without token ids, before the first of those.
+    prompt_logprobs: list[Logprobs] | None = None
     started_at: float | None = None  # on the first output: when it first left the line, time.monotonic()
     waited_for_adapter: bool = False  # on the first output: its adapters were what kept it in the line
 

@@ -39,7 +39,7 @@ from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators, is_out_of_memory
 from server.model.loader import LoadedModel, load, read_classes, threads_for
 from server.model.logits import grammar_error
-from server.model.memory import MemorySizes, memory_sizes, rank_limit, token_budget
+from server.model.memory import MemorySizes, memory_sizes, rank_limit, scored_tokens, token_budget
 from server.model.runner import Pending, Runner
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
@@ -111,6 +111,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=tokens,
             max_model_len=loaded.max_model_len,
+            max_scored_tokens=scored_tokens(loaded.vocab_size),
             eos_token_ids=loaded.eos_token_ids,
             policy=new_policy(settings.scheduling_policy, tokens),
         )
@@ -300,7 +301,9 @@ class Engine:
         batch = self._batches.build(plan.runs, plan.copies, unread)
         self._in_flight.append((plan, self._runner.launch(batch, self._arena.view())))
         self._count_step(sum(run.num_tokens for run in plan.runs))
-        if not self._runs_beside_host or batch.sampling.must_be_read or max(batch.rows) > 1:
+        if not self._runs_beside_host or batch.sampling.must_be_read:
+            return False
+        if max(batch.rows) > 1 or batch.scored is not None:
             return False
         self._scheduler.launched(plan)
         return True
@@ -324,7 +327,9 @@ class Engine:
             # Ended before `update`, so that none of their blocks is offered for reuse.
             failed = (self._fail_broken(plan.runs[run].seq) for run in results.broken)
             outputs += (output for output in failed if output is not None)
-            outputs += self._scheduler.update(plan, results.token_ids, results.logprobs)
+            outputs += self._scheduler.update(
+                plan, results.token_ids, results.logprobs, results.prompt_logprobs
+            )
 
     def _fail_broken(self, seq: Sequence) -> TokenOutput | None:
         problem = grammar_error(seq.logits_state)

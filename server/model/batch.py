@@ -13,6 +13,7 @@ import torch
 from server.lora.segments import Segments
 from server.model.attention.interface import AttentionPlan
 from server.model.logits import sampling_of
+from server.model.prompt_logprobs import ScoredRows
 from server.model.sampling import SampleRow, Sampling
 from server.scheduling.sequence import MixKey
 from server.scheduling.step_plan import ScheduledRun
@@ -42,12 +43,13 @@ class Batch:
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
-    sample_rows: torch.Tensor  # [N] int64, indices into T
+    sample_rows: torch.Tensor  # [N] int64, indices into T; those sampled and those scored
     attention: AttentionPlan
     segments: Segments | None  # over the T tokens
     sample_segments: Segments | None  # over the N rows
-    sampling: Sampling  # of the N rows
-    rows: list[int]  # how many of the N rows are each run's
+    sampling: Sampling  # of the N rows but those scored
+    rows: list[int]  # how many of the sampled rows are each run's
+    scored: ScoredRows | None = None  # those of the N rows that give no token
     # [B, 2] int64: blocks to copy before anything is computed, from and to
     copies: torch.Tensor | None = None
     carried: Carried | None = None
@@ -170,10 +172,14 @@ class BatchBuilder:
         before_S = rows_S.cumsum() - rows_S  # rows of the runs before
         run_N = np.repeat(np.arange(len(runs)), rows_S)
         rows_N = (query_starts[1:] - rows_S - before_S)[run_N] + np.arange(len(run_N))
+        scored = ScoredRows.of(runs)
+        if scored is not None:
+            rows_N = np.sort(np.concatenate([rows_N, scored.places(runs, query_starts)]))
         segments = self._segments([(run.mix, run.num_tokens) for run in runs])
         sample_segments = segments
         if len(rows_N) < query_starts[-1]:  # not every token's logits are wanted
-            sample_segments = self._segments([(run.mix, run.rows) for run in runs if run.rows])
+            wanted = ((run.mix, run.rows + len(run.scored)) for run in runs)
+            sample_segments = self._segments([(mix, count) for mix, count in wanted if count])
 
         rows = [SampleRow.of(runs[s].seq, self._eos_token_ids) for s in run_N.tolist()]
         return Batch(
@@ -195,6 +201,7 @@ class BatchBuilder:
             sample_segments=sample_segments,
             sampling=sampling_of(rows),
             rows=rows_S.tolist(),
+            scored=scored,
         )
 
     def _segments(self, runs: abc.Iterable[tuple[MixKey, int]]) -> Segments | None:

@@ -13,6 +13,7 @@ from server.model.device import Device
 from server.model.loader import LoadedModel
 
 _RANKS = 1024  # room for compositions on small models
+_SCORED_BYTES = 2**28  # of logits in float32, of the prompt tokens that a step scores
 _ACTIVATIONS_IN_FLIGHT = 4  # float32 copies of the logits that sampling holds
 
 
@@ -57,6 +58,11 @@ def token_budget(settings: Settings, device: Device) -> int:
     return settings.max_num_batched_tokens or device.step_tokens(settings.max_num_seqs)
 
 
+def scored_tokens(vocab_size: int) -> int:
+    """Of how many prompt tokens a step may have logits."""
+    return max(_SCORED_BYTES // (4 * vocab_size), 1)
+
+
 def rank_limit(settings: Settings, targets: Sequence[LoraTarget], servable: int) -> int:
     """Most that the ranks of one request's adapters may add up to on a module.
 
@@ -80,7 +86,8 @@ def _activation_bytes(settings: Settings, loaded: LoadedModel, tokens: int) -> i
     width = max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
     logits: int = settings.max_num_seqs * loaded.vocab_size * 4
     activations: int = 8 * tokens * width * loaded.dtype.itemsize
-    return activations + _ACTIVATIONS_IN_FLIGHT * logits + 2**29
+    scored: int = min(scored_tokens(loaded.vocab_size), tokens) * loaded.vocab_size * loaded.dtype.itemsize
+    return activations + _ACTIVATIONS_IN_FLIGHT * logits + scored + 2**29
 
 
 def _available_host_bytes() -> int:

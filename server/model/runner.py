@@ -23,6 +23,7 @@ from server.model.device import Forward, NotCapturable, Operators, Prepare, Step
 from server.model.flat_model import FlatModel
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
+from server.model.prompt_logprobs import PromptLogprobs, PromptScores
 from server.model.proof import LENGTHS, PagedProbe, relative_error
 from server.model.sampler import Sampled, Sampler
 from server.model.step import Step
@@ -37,6 +38,7 @@ class StepResults:
     token_ids: list[list[int]]
     logprobs: list[list[Logprobs]]  # empty where no run asks for them
     broken: list[int]  # runs whose logits held NaN or +Inf: no tokens there
+    prompt_logprobs: list[list[Logprobs]]  # of scored tokens; empty where there are none
 
 
 class Pending:
@@ -45,16 +47,20 @@ class Pending:
     `token_ids`: [N] int64 on the device, what it takes from each row; a later batch may carry them on.
     """
 
-    def __init__(self, sampled: Sampled, rows: list[int], operators: Operators) -> None:
+    def __init__(
+        self, sampled: Sampled, rows: list[int], scores: PromptScores | None, operators: Operators
+    ) -> None:
         """`rows`: how many are each run's."""
         self.token_ids = sampled.token_ids
-        self._sampled, self._rows = sampled, rows
-        self._read = operators.read(sampled.tensors())
+        self._sampled, self._rows, self._scores = sampled, rows, scores
+        self._tensors = sampled.tensors()
+        self._read = operators.read(self._tensors + (scores.tensors() if scores else []))
 
     @torch.inference_mode()
     def collect(self) -> StepResults:
         """Its results; waits for this step, not for one launched since."""
-        sampled = self._sampled.on_host(self._read())
+        tensors = self._read()
+        sampled = self._sampled.on_host(tensors[: len(self._tensors)])
         ends = list(accumulate(self._rows, initial=0))
         of_runs = [slice(first, last) for first, last in pairwise(ends)]
         logprobs: list[list[Logprobs]] = []
@@ -63,7 +69,11 @@ class Pending:
         broken: list[int] = []
         if not all(sampled.finite):
             broken = [run for run, rows in enumerate(of_runs) if not all(sampled.finite[rows])]
-        return StepResults([sampled.token_ids[rows] for rows in of_runs], logprobs, broken)
+        scores = PromptLogprobs([], [])
+        if self._scores is not None:
+            scores = self._scores.on_host(tensors[len(self._tensors) :])
+        broken += (run for run in scores.broken if run not in broken)
+        return StepResults([sampled.token_ids[rows] for rows in of_runs], logprobs, broken, scores.of_runs)
 
 
 class Runner:
@@ -159,8 +169,11 @@ class Runner:
         """Begin the step of a batch on the host: the device has its work when this returns."""
         if batch.copies is not None:
             self._copy_blocks(batch.copies.to(self._device, non_blocking=True))
-        logits_NV = self.logits(batch, arena)
-        return Pending(self._sampler.sample(logits_NV, batch.sampling), batch.rows, self._operators)
+        logits_NV, scores = self.logits(batch, arena), None
+        if batch.scored is not None:
+            logits_NV, scores = batch.scored.split(logits_NV)
+        sampled = self._sampler.sample(logits_NV, batch.sampling)
+        return Pending(sampled, batch.rows, scores, self._operators)
 
     def _copy_blocks(self, copies_C2: torch.Tensor) -> None:
         """K and V of whole blocks, in all layers."""

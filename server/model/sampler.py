@@ -14,9 +14,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from server.messages import Logprobs
+from server.messages import Logprobs, SamplingParams
 from server.model.logits import PROCESSORS, LogitsProcessor
-from server.model.sampling import Draws, SampleRow, Sampling
+from server.model.sampling import SMALLEST_TEMPERATURE, Draws, SampleRow, Sampling
+
+_NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Sampled:
             asked = zip(self.logprobs.rows, self.logprobs.counts, *of_logprobs, strict=True)
             for row, count, chosen, top, top_ids in asked:
                 if finite[row]:
-                    likeliest = list(zip(top_ids[:count], top[:count], strict=True))
+                    likeliest = [
+                        pair for pair in zip(top_ids[:count], top[:count], strict=True) if pair[1] > _NEVER
+                    ]
                     logprobs[row] = Logprobs(token_ids[row], chosen, likeliest)
         return SampledTokens(token_ids, finite, logprobs)
 
@@ -119,7 +123,7 @@ class Sampler:
             token_ids_N.index_copy_(0, at_D, self._operators.draw(scores_NV, sampling.draws))
         for processor, at_R, rows in changes:
             processor.taken(token_ids_N[at_R], rows)
-        return Sampled(token_ids_N, finite_N, _logprobs(logits_NV, token_ids_N, sampling))
+        return Sampled(token_ids_N, finite_N, _logprobs(logits_NV, scores_NV, token_ids_N, sampling))
 
     def _changes(
         self, sampling: Sampling, device: torch.device
@@ -135,8 +139,9 @@ class Sampler:
 
 
 def _logprobs(
-    logits_NV: torch.Tensor, token_ids_N: torch.Tensor, sampling: Sampling
+    logits_NV: torch.Tensor, scores_NV: torch.Tensor, token_ids_N: torch.Tensor, sampling: Sampling
 ) -> SampledLogprobs | None:
+    """`scores_NV`: the logits after the processors."""
     rows_L = sampling.with_logprobs
     if not rows_L:
         return None
@@ -144,8 +149,39 @@ def _logprobs(
     at_L = torch.tensor(rows_L).to(logits_NV.device, non_blocking=True)
     logprobs_LV = logits_NV[at_L].float().log_softmax(dim=-1)
     chosen_L1 = logprobs_LV.gather(1, token_ids_N[at_L][:, None])
+    processed = [at for at, n in enumerate(rows_L) if sampling.rows[n].params.processed_logprobs]
+    if processed:
+        at_P = torch.tensor(processed).to(logits_NV.device, non_blocking=True)
+        params = [sampling.rows[rows_L[at]].params for at in processed]
+        token_ids_P1 = token_ids_N[at_L[at_P]][:, None]
+        left_PV, chosen_P1 = _processed(scores_NV[at_L[at_P]].float(), token_ids_P1, params)
+        logprobs_LV.index_copy_(0, at_P, left_PV)
+        chosen_L1.index_copy_(0, at_P, chosen_P1)
     top = logprobs_LV.topk(min(max(counts), logits_NV.shape[1]))
     return SampledLogprobs(rows_L, counts, chosen_L1[:, 0], top.values, top.indices)
+
+
+def _processed(
+    scores_PV: torch.Tensor, token_ids_P1: torch.Tensor, params: Sequence[SamplingParams]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the distribution that each row is drawn from, -inf for what is left out; and those
+    of the tokens that were drawn. Greedy rows have a temperature of 1, and leave nothing out."""
+    limits = [
+        (row.temperature, row.top_k, row.top_p, row.min_p)
+        if row.temperature >= SMALLEST_TEMPERATURE
+        else (1.0, 0, 1.0, 0.0)
+        for row in params
+    ]
+    of_rows = torch.tensor(limits, dtype=torch.float32).to(scores_PV.device, non_blocking=True)
+    temperature_P1, *cuts = of_rows[:, :, None].unbind(1)
+    scores_PV = scores_PV / temperature_P1
+    weights_PV = (scores_PV - scores_PV.amax(dim=-1, keepdim=True)).exp()
+    left_out_PV = _cut(weights_PV, *cuts) == 0
+    never = float("-inf")
+    total_P1 = scores_PV.masked_fill(left_out_PV, never).logsumexp(dim=-1, keepdim=True)
+    # The kernels that draw may round a limit otherwise: a drawn token has a finite one all the same.
+    chosen_P1 = scores_PV.gather(1, token_ids_P1) - total_P1
+    return (scores_PV - total_P1).masked_fill(left_out_PV, never), chosen_P1
 
 
 def torch_argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

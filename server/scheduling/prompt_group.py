@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from server.messages import Request
 from server.scheduling.block_pool import BlockPool
-from server.scheduling.sequence import PromptGroup, Sequence
+from server.scheduling.sequence import PromptGroup, Sequence, State
 
 
 def sequences_of(request: Request, arrival: float, order: int) -> list[Sequence]:
@@ -37,11 +37,16 @@ class SharedPrompts:
     def must_wait(self, seq: Sequence) -> bool:
         """Whether another computes its prompt for it."""
         group = seq.group
-        return group is not None and group.leader is not None and seq in group.waiting
+        if group is None or seq not in group.waiting:
+            return False
+        first = group.first
+        scores = first is not seq and first.num_unscored > 0 and first.state is not State.FINISHED
+        return scores or group.leader is not None
 
     def prompt_of(self, seq: Sequence) -> list[int]:
-        """The kept blocks of its prompt, where it is yet to start; else none."""
-        return seq.group.block_ids if seq.group is not None and seq in seq.group.waiting else []
+        """The kept blocks of its prompt, where it is yet to start and has no use for logits; else none."""
+        group = seq.group
+        return [] if group is None or seq not in group.waiting or seq.num_unscored else group.block_ids
 
     def copy(self, seq: Sequence, source: int, target: int) -> None:
         """Before the next step, `source` into `target`, which is the sequence's own."""

@@ -23,13 +23,13 @@ def never_fits(seq: Sequence, pool: BlockPool, max_model_len: int) -> str:
     """Why it can never run here; nothing where it can."""
     if seq.num_prompt_tokens == 0:
         return "The prompt has no tokens."
-    if seq.num_prompt_tokens >= max_model_len:
+    if seq.num_prompt_tokens + int(not seq.is_prompt_alone) > max_model_len:
         return (
             f"The prompt has {seq.num_prompt_tokens} tokens; with one to generate that is more than the "
             f"{max_model_len} that this server allows."
         )
-    # The last token is given out, never computed.
-    if pool.blocks_for(seq.max_length - 1) > pool.num_blocks:
+    # The last token is given out, never computed, unless it is the prompt's.
+    if pool.blocks_for(max(seq.max_length - 1, seq.num_prompt_tokens)) > pool.num_blocks:
         return (
             f"Prompt and output of {seq.max_length} tokens can never fit into the KV cache of "
             f"{pool.num_blocks * pool.block_size} tokens."

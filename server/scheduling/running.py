@@ -12,8 +12,9 @@ from server.scheduling.step_plan import ScheduledRun
 class Running:
     """Keeps at hand what a plan asks for each step, so that no plan looks at every sequence twice."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, max_scored: int) -> None:
         self._block_size = block_size
+        self._max_scored = max_scored  # prompt tokens of a step whose logits are wanted
         self._sequences: dict[Sequence, None] = {}  # in order of admission
         self._mixes: dict[MixKey, list[Sequence]] = {}  # those that use adapters
         self._base: list[Sequence] = []  # those that use none
@@ -89,16 +90,25 @@ class Running:
             if known == 1:
                 if not seq.is_full:
                     runs.append(ScheduledRun(seq, seq.mix_key, start, 1, rows=1))
+                elif seq.is_prompt_alone:
+                    runs.append(ScheduledRun(seq, seq.mix_key, start, 1, rows=0))
             elif seq in chunks:
-                ends = chunks[seq] == known
-                runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], rows=int(ends)))
+                ends = chunks[seq] == known and not seq.is_prompt_alone
+                scored = _scored(seq, chunks[seq])
+                runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], int(ends), scored))
         return runs
 
     def _chunks(self, tokens: int) -> dict[Sequence, int]:
-        chunks = {}
+        chunks, scored = {}, self._max_scored
         for seq in self._prefilling:
-            chunks[seq] = min(seq.num_tokens - seq.num_computed, tokens)
-            tokens -= chunks[seq]
+            size = min(seq.num_tokens - seq.num_computed, tokens)
+            if seq.num_unscored > scored:  # so that no step has the logits of a long prompt at once
+                size = min(size, max(seq.num_scored - seq.num_computed, 0) + scored)
+            if not size:
+                continue
+            chunks[seq] = size
+            tokens -= size
+            scored -= len(_scored(seq, size))
             if not tokens:
                 break
         return chunks
@@ -118,3 +128,11 @@ class Running:
         """It has a further token to compute: see whether that needs a block."""
         if not seq.is_full and seq.num_computed == len(seq.block_ids) * self._block_size:
             self._growing.append(seq)
+
+
+def _scored(seq: Sequence, size: int) -> range:
+    """The positions among its next `size` tokens whose logits give a log-probability to be told."""
+    start, end = seq.num_computed, seq.num_computed + size
+    if not seq.num_unscored:
+        return range(0)
+    return range(max(start, seq.num_scored), max(min(end, seq.num_prompt_tokens - 1), start, seq.num_scored))

@@ -29,12 +29,12 @@ from server.scheduling.waiting_line import WaitingLine
 class Scheduler:
     """Decides what runs, and keeps count of blocks and adapter references for it.
 
-    Every added sequence gets exactly one terminal TokenOutput (from `add`, `plan`, `update` or `fail`),
-    except one that is aborted, which gets none. A plan that is never updated, because its step failed, is
-    simply planned again.
+    Every added sequence gets exactly one terminal TokenOutput (from `add`, `plan`, `update` or `fail`), one
+    that is aborted none. A plan that is never updated, because its step failed, is simply planned again.
 
     max_num_batched_tokens: tokens of one step. At most that many sequences run, so that each gets one.
-    patience_s: how long a sequence may be passed over for want of arena room before others wait for it.
+    max_scored_tokens: of a step, those whose logits are wanted for the prompt's own sake.
+    patience_s: how long one may be passed over for want of arena room before others wait for it.
     eos_token_ids: tokens that end any sequence that does not ignore them.
     """
 
@@ -46,6 +46,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_scored_tokens: int = 2**31,
         eos_token_ids: abc.Iterable[int] = (),
         policy: Policy | None = None,
         patience_s: float = 2.0,
@@ -65,7 +66,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # all that have not ended
         self._deadlines = Deadlines(self._sequences)
         self._line = WaitingLine(patience_s, self._policy)
-        self._running = Running(pool.block_size)
+        self._running = Running(pool.block_size, max_scored_tokens)
         self._prompts = SharedPrompts(pool)
         self._blocks = SequenceBlocks(pool, self._prompts)
         self._in_flight: list[tuple[StepPlan, list[bool]]] = []  # oldest first, with the runs that count
@@ -124,8 +125,7 @@ class Scheduler:
 
     @property
     def runnable(self) -> bool:
-        """Whether `plan` may have something to run. If not, all there is waits for adapters: plan again
-        when a copy has landed, or after a moment."""
+        """Whether `plan` may have something to run. If not, all there is waits for adapters."""
         return bool(self._running) or len(self._line) > self._line.for_adapter
 
     @property
@@ -354,11 +354,11 @@ class Scheduler:
         plan: StepPlan,
         token_ids: abc.Sequence[abc.Sequence[int]],
         logprobs: abc.Sequence[abc.Sequence[Logprobs]] | None = None,
+        prompt_logprobs: abc.Sequence[list[Logprobs]] | None = None,
     ) -> list[TokenOutput]:
-        """Take in what a step computed: for each run, in plan order, the tokens that it gave its sequence
-        (none where a prompt goes on), and their log-probabilities where any were asked for. What belongs
-        to sequences ended since the plan is ignored. Returns one output for each sequence that got tokens.
-        Raises ValueError when there are not as many lists as runs."""
+        """Take in what a step computed: for each run, in plan order, the tokens that it gave its sequence,
+        and their and the prompt's log-probabilities where any were asked for. What belongs to sequences ended
+        since the plan is ignored. Raises ValueError when there are not as many lists as runs."""
         if len(token_ids) != len(plan.runs):
             raise ValueError(f"{len(token_ids)} tokens for {len(plan.runs)} runs")
         if not self._in_flight:
@@ -370,8 +370,13 @@ class Scheduler:
         for at, run in enumerate(plan.runs):
             if counts[at] and run.seq.state is State.RUNNING:
                 self._blocks.offer(run)
+                if prompt_logprobs and prompt_logprobs[at]:
+                    outputs += run.seq.scored(prompt_logprobs[at])
                 if token_ids[at]:
                     outputs.append(self._sampled(run, token_ids[at], logprobs[at] if logprobs else ()))
+                elif run.seq.is_prompt_alone and run.start + run.num_tokens == run.seq.num_tokens:
+                    self._end(run.seq)
+                    outputs.append(run.seq.output([], "length", [], first=True))
         return outputs
 
     def _sampled(

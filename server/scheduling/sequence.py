@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import secrets
-from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
@@ -17,6 +16,7 @@ from server.messages import AdapterRef, FinishReason, Fork, Logprobs, Request, S
 Tokens = npt.NDArray[np.int64]
 MixKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter; () is the base model
 
+_SCORES_AN_OUTPUT = 32  # tokens: who reads them does other things between two outputs
 UNREAD = -1  # stands for a token that is not known yet
 
 
@@ -57,6 +57,7 @@ class Sequence:
         "num_computed",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_scored",
         "num_tokens",
         "num_unread",
         "order",
@@ -91,6 +92,8 @@ class Sequence:
 
         self._buffer: Tokens = np.array(request.prompt_token_ids, dtype=np.int64)
         self.num_prompt_tokens = self.num_tokens = len(self._buffer)
+        # Prompt tokens whose next one's log-probability was told; all but the last where nobody asks.
+        self.num_scored = 0 if self.sampling.prompt_logprobs is not None else self.num_prompt_tokens - 1
         self.num_unread = 0  # tokens at the end that the device has taken and the host has not read
         self.last_token: int = request.prompt_token_ids[-1] if request.prompt_token_ids else -1
 
@@ -116,7 +119,7 @@ class Sequence:
         """Another choice of the same request, as new as this one still is."""
         other = copy(self)
         other.request_id, other.seed, other.order = choice.request_id, _seed(choice.seed), order
-        other._buffer = self._buffer.copy()
+        other._buffer, other.num_scored = self._buffer.copy(), self.num_prompt_tokens - 1
         other.block_ids, other.block_hashes, other.logits_state = [], [], {}
         return other
 
@@ -140,6 +143,16 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_unscored(self) -> int:
+        """How many log-probabilities of prompt tokens are still to be told."""
+        return self.num_prompt_tokens - 1 - self.num_scored
+
+    @property
+    def is_prompt_alone(self) -> bool:
+        """Whether it ends with its prompt."""
+        return self.sampling.max_tokens == 0
 
     @property
     def is_full(self) -> bool:
@@ -199,6 +212,15 @@ class Sequence:
             waited_for_adapter=self.waited_for_adapter,
         )
 
+    def scored(self, logprobs: list[Logprobs]) -> list[TokenOutput]:
+        """What is told of the next prompt tokens' log-probabilities, a few in each output."""
+        self.num_scored += len(logprobs)
+        starts = range(0, len(logprobs), _SCORES_AN_OUTPUT)
+        return [
+            TokenOutput(self.request_id, [], prompt_logprobs=logprobs[at : at + _SCORES_AN_OUTPUT])
+            for at in starts
+        ]
+
     def append(self, token: int) -> None:
         """Add a generated token."""
         if self.num_tokens == len(self._buffer):
@@ -213,12 +235,14 @@ class Sequence:
 class PromptGroup:
     """The choices of one request.
 
+    `first`: the one that is told the prompt's log-probabilities, where anybody asks for them.
     `leader`: the running sequence that computes the prompt while others wait; None when nobody does.
     `block_ids`: of the whole prompt, computed, with a reference to each for the group; empty when there are
     none, or when the room was needed: the next one to start is then the leader.
     """
 
-    def __init__(self, sequences: Iterable[Sequence]) -> None:
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.first = sequences[0]
         self.leader: Sequence | None = None
         self.block_ids: list[int] = []
         self.waiting = set(sequences)  # that have not started yet

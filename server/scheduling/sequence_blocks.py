@@ -34,8 +34,10 @@ class SequenceBlocks:
 
     def _try(self, seq: Sequence, running: int) -> bool:
         pool = self._pool
-        # The last token is always computed: its logits give the next one.
-        most = (seq.num_tokens - 1) // pool.block_size
+        # The last token is always computed: its logits give the next one. So are those that the prompt's
+        # log-probabilities are still to come from.
+        known = seq.num_scored if seq.num_unscored else seq.num_tokens - 1
+        most = known // pool.block_size
         prompt = self._prompts.prompt_of(seq)
         if prompt:
             hits = prompt[:most]
@@ -52,7 +54,8 @@ class SequenceBlocks:
             self._prompts.copy(seq, prompt[most], seq.block_ids[most])
             seq.num_computed = seq.num_tokens - 1
         elif not seq.num_preemptions:
-            self.looked_up_tokens += seq.num_prompt_tokens if pool.prefix_caching else 0
+            looked_up = pool.prefix_caching and not seq.num_unscored
+            self.looked_up_tokens += seq.num_prompt_tokens if looked_up else 0
             seq.cached_tokens = seq.num_computed
             self.cached_tokens += seq.num_computed
         return True

@@ -12,8 +12,9 @@ from server.scheduling.sequence import MixKey, Sequence
 class ScheduledRun:
     """Tokens [start, start + num_tokens) of one sequence, whose blocks are there, under one adapter mix.
 
-    `rows`: how many of the last of them give logits: none of a prompt that goes on in a later step, one
-    where the next token is sampled.
+    `rows`: how many of the last of them give tokens: none of a prompt that goes on in a later step, one
+    where the next token is sampled. `scored`: the positions, of prompt tokens, whose logits give the
+    log-probability of the next prompt token.
     """
 
     seq: Sequence
@@ -21,6 +22,7 @@ class ScheduledRun:
     start: int
     num_tokens: int
     rows: int
+    scored: range = range(0)
 
 
 @dataclass

@@ -39,6 +39,18 @@ def engine_info(**fields: object) -> EngineInfo:
     return EngineInfo(**values | fields)  # type: ignore[arg-type]  # fields of many types
 
 
+def _of_prompt(request: Request) -> list[TokenOutput]:
+    """Two tokens at a time, each a little less likely than the one before."""
+    top = [(token, -0.125) for token in range(2, 2 + (request.sampling.prompt_logprobs or 0))]
+    entries = [
+        Logprobs(token, -0.25 * at, top, rank=at) for at, token in enumerate(request.prompt_token_ids) if at
+    ]
+    return [
+        TokenOutput(request.request_id, [], prompt_logprobs=entries[at : at + 2])
+        for at in range(0, len(entries), 2)
+    ]
+
+
 class FakeEngine:
     """Gives each request `tokens`, one an output, then the end-of-sequence token.
 
@@ -108,6 +120,9 @@ class FakeEngine:
         assert self.running.isdisjoint(ids)
         self.running.update(ids)
         try:
+            if request.sampling.prompt_logprobs is not None:
+                for output in _of_prompt(request):
+                    yield output
             for at, turn in enumerate(zip_longest(*map(self._outputs, choices))):
                 if self.pause_after is not None and at >= self.pause_after:
                     await self._wait()
@@ -162,7 +177,7 @@ class FakeEngine:
         if sampling.ignore_eos:
             tokens = (self.tokens or [5]) * sampling.max_tokens
         tokens = tokens[: sampling.max_tokens]
-        made = []
+        made = [] if tokens else [TokenOutput(request.request_id, [], "length")]
         for at in range(0, len(tokens), self.per_output):
             ids = tokens[at : at + self.per_output]
             stop = EOS if ids[-1] == EOS and not sampling.ignore_eos else None

@@ -42,12 +42,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": True}, "n"),
     ({"n": 128, "prompt": ["a", "b", "c"]}, "n"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"min_tokens": 20}, "min_tokens"),
     ({"logprobs": VOCABULARY}, "logprobs"),
-    ({"logprobs": 1, "echo": True}, "logprobs"),
     ({"prompt": ["a"] * 10**4}, "prompt"),
     ({"prompt": [[5]] * 257}, "prompt"),
     ({"prompt": []}, "prompt"),
@@ -179,15 +178,17 @@ async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
     given = {
         "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "seed": 3,
-        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2, "regex": "a+",
+        "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2, "prompt_logprobs": 3,
+        "regex": "a+",
     }  # fmt: skip
-    await site.complete(**given)
+    await site.complete(**given, logprobs_mode="processed")
     sampling = msgspec.to_builtins(site.engine.requests[0].sampling)
     assert "start: /a+/" in sampling["grammar"]
+    assert sampling.pop("processed_logprobs") is True
     del given["regex"]
     given |= {"logit_bias": {7: -100}, "stop_token_ids": (4,), "grammar": sampling["grammar"]}
     assert sampling == given
-    assert sampling.keys() == set(SamplingParams.__struct_fields__)
+    assert {*sampling, "processed_logprobs"} == set(SamplingParams.__struct_fields__)
 
 
 async def test_log_probabilities_of_one_answer_are_bounded(

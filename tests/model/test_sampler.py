@@ -147,6 +147,49 @@ def test_eos_is_banned_until_the_minimum_length() -> None:
     assert sample(sure, [row(min_tokens=2, ignore_eos=True)]).token_ids == [1]
 
 
+def processed(batch: torch.Tensor, **params: object) -> tuple[int, float, dict[int, float]]:
+    """Token, log-probability, those of all that can come; beside a row that asks for the model's own."""
+    rows = [row(logprobs=VOCAB, **params), row(logprobs=VOCAB, processed_logprobs=True, **params)]
+    raw, found = sample(batch.expand(2, -1), rows).logprobs
+    assert raw is not None
+    assert found is not None
+    assert dict(raw.top) == pytest.approx(dict(enumerate(batch[0].log_softmax(-1).tolist())), abs=1e-5)
+    return found.token_id, found.logprob, dict(found.top)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.5},
+        {"temperature": 1.7, "top_k": 5},
+        {"temperature": 0.8, "top_p": 0.7, "min_p": 0.05},
+        {"temperature": 1.3, "top_k": 1},
+        {"temperature": 0.9, "top_p": 0.9, "logit_bias": {3: 2.0}},
+    ],
+)
+def test_processed_logprobs_are_of_the_distribution_that_is_drawn_from(params: dict[str, object]) -> None:
+    batch = logits(seed=9)
+    token, logprob, top = processed(batch, **params)
+    assert top[token] == pytest.approx(logprob, abs=1e-5)
+    want = frequencies(batch[0], **params)
+    assert set(top) >= set(want.nonzero()[:, 0].tolist())  # what can hardly come may not have
+    got = torch.tensor([np.exp(top.get(i, -np.inf)) for i in range(VOCAB)])
+    assert float(got.sum()) == pytest.approx(1, abs=1e-5)
+    assert (got - want).abs().max() < 0.015
+
+
+def test_processed_logprobs_of_a_greedy_row_are_after_penalties_and_bias() -> None:
+    batch = logits(seed=9)
+    changes = {"presence_penalty": 1.5, "logit_bias": {3: 2.0}, "prompt": [5], "output": [4]}
+    token, logprob, top = processed(batch, temperature=0.0, top_k=3, **changes)
+    want = batch[0].clone()
+    want[3] += 2.0
+    want[4] -= 1.5
+    assert token == int(want.argmax())
+    assert logprob == pytest.approx(float(want.log_softmax(-1)[token]), abs=1e-5)
+    assert top == pytest.approx(dict(enumerate(want.log_softmax(-1).tolist())), abs=1e-5)
+
+
 def test_logprobs_are_of_the_unmodified_logits() -> None:
     batch = logits(4)
     found = sample(batch, [row(temperature=0.0, logprobs=3, logit_bias={11: 100.0})]).logprobs[0]

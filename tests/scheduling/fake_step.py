@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
-from server.messages import AdapterRef, ErrorCode, Request, SamplingParams, TokenOutput
+from server.messages import AdapterRef, ErrorCode, Logprobs, Request, SamplingParams, TokenOutput
 from server.scheduling.adapter_gate import Acquire, AcquireStatus
 from server.scheduling.block_pool import BlockPool
 from server.scheduling.policy import Policy
 from server.scheduling.prompt_group import sequences_of
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.sequence import MixKey, Sequence
-from server.scheduling.step_plan import StepPlan
+from server.scheduling.step_plan import ScheduledRun, StepPlan
 
 EOS = 0
 VOCABULARY = 9
@@ -99,6 +99,11 @@ class FakeGate:
             self.resident[digest] = None
 
 
+def scores_of(run: ScheduledRun) -> list[Logprobs]:
+    """That tell where they are from."""
+    return [Logprobs(int(run.seq.tokens[at + 1]), float(-at), []) for at in run.scored]
+
+
 class Clock:
     """Seconds that pass only when told to."""
 
@@ -170,7 +175,7 @@ def alone(request: Request, max_model_len: int) -> tuple[list[int], str]:
     tokens = list(request.prompt_token_ids)
     output: list[int] = []
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
-    while True:
+    while sampling.max_tokens:
         token = next_token(tokens, mix)
         tokens.append(token)
         output.append(token)
@@ -178,6 +183,7 @@ def alone(request: Request, max_model_len: int) -> tuple[list[int], str]:
             return output, "stop"
         if len(output) >= sampling.max_tokens or len(tokens) >= max_model_len:
             return output, "length"
+    return output, "length"
 
 
 def request(
@@ -207,6 +213,7 @@ class Harness:
         max_num_batched_tokens: int = 32,
         max_model_len: int = 256,
         patience_s: float = 2.0,
+        max_scored_tokens: int = 5,
         ahead: bool = False,
         policy: Policy | None = None,
     ) -> None:
@@ -222,12 +229,13 @@ class Harness:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            max_scored_tokens=max_scored_tokens,
             eos_token_ids=[EOS],
             policy=policy,
             patience_s=patience_s,
             clock=self.clock,
         )
-        self.ahead = ahead
+        self.ahead, self.max_scored_tokens = ahead, max_scored_tokens
         self.in_flight: list[tuple[StepPlan, list[list[int]]]] = []
         self.sequences: dict[str, Sequence] = {}
         self.requests: dict[str, Request] = {}
@@ -264,18 +272,22 @@ class Harness:
             self.started.setdefault(run.seq.request_id, self.clock())
         self.collect(plan.failed)
         tokens = self.model(plan)
-        if self.ahead:
+        scored = [run for run in plan.runs if run.scored]
+        assert sum(len(run.scored) for run in scored) <= self.max_scored_tokens
+        ahead = self.ahead and not scored  # as the engine does
+        if ahead:
             self.scheduler.launched(plan)
         self.read()
         self.in_flight.append((plan, tokens))
-        if not self.ahead:
+        if not ahead:
             self.read()
         return plan
 
     def read(self) -> None:
         """What the steps in flight gave."""
         while self.in_flight:
-            self.collect(self.scheduler.update(*self.in_flight.pop(0)))
+            plan, tokens = self.in_flight.pop(0)
+            self.collect(self.scheduler.update(plan, tokens, None, [scores_of(run) for run in plan.runs]))
 
     def drain(self, limit: int = 2000) -> int:
         """Step until nothing is left; returns how many steps that took."""

@@ -94,7 +94,8 @@ class TraceHarness(Harness):
             name,
             [rng.choice([1, 1, 2]) for _ in range(rng.randint(1, 30))],
             *(AdapterRef(digest, "/", rng.choice([1.0, 1.0, 0.5])) for digest in sorted(mix)),
-            max_tokens=rng.randint(1, 12),
+            max_tokens=rng.choice([0, *range(1, 13)]),
+            prompt_logprobs=rng.choice([None, None, 2]),
             ignore_eos=rng.random() < 0.5,
             min_tokens=rng.randint(0, 4),
             stop_token_ids=(4,) if rng.random() < 0.2 else (),
@@ -223,6 +224,10 @@ def test_books_balance_and_everyone_ends_once(life: Life) -> None:
     assert h.scheduler.generated_tokens == fed
     for name, item in h.requests.items():
         ends = [output.finish_reason for output in h.outputs[name] if output.finish_reason]
+        scored = [entry.token_id for output in h.outputs[name] for entry in output.prompt_logprobs or ()]
+        asked = item.sampling.prompt_logprobs is not None and name == item.request_id
+        in_whole = item.prompt_token_ids[1:] if asked else []
+        assert scored == (in_whole if ends not in ([], ["error"]) else in_whole[: len(scored)])
         assert len(ends) == (0 if name in h.gone else 1)
         if ends and ends != ["error"]:
             assert (h.tokens(name), ends[0]) == alone(item, h.max_model_len)
@@ -250,7 +255,7 @@ def test_every_token_is_computed_or_taken_from_the_cache_once(life: Life) -> Non
             of_prompt = h.model.computed_of_prompt[name]
             # all but the last token may be another choice's
             assert of_prompt + taken == prompt or (seq.group is not None and of_prompt == 1)
-            for_nothing = h.model.computed[name] - of_prompt - (len(h.tokens(name)) - 1)
+            for_nothing = h.model.computed[name] - of_prompt - max(len(h.tokens(name)) - 1, 0)
             assert for_nothing in ((0, 1) if life.ahead and h.reason(name) == "stop" else (0,))
             computed += of_prompt
             cached += taken

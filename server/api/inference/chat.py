@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
@@ -11,17 +14,16 @@ from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import (
+    Answer,
     Chat,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
-    ChatLogprob,
     ChatLogprobs,
     ChatMessage,
-    TopLogprob,
 )
-from server.api.inference.reply import Reply
+from server.api.inference.reply import AnyChoice, Piece, Reply
 from server.api.inference.schemas import ChatRequest
 from server.api.inference.spec import (
     GenerationSpec,
@@ -35,7 +37,6 @@ from server.api.inference.sse import generate
 from server.api.operation import Operation
 from server.errors import InvalidRequest
 from server.messages import EngineInfo
-from server.text.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -52,10 +53,10 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     mix = AdapterMix.of(request, face.base.name)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    most = logprobs_room(request, 1)
+    most = logprobs_room(request, prompts)
     room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
     sampling = [sampling_params(request, info, room, reading.grammar)]
-    judge_logprobs(request, sampling, "top_logprobs")
+    judge_logprobs(request, prompts, sampling, "top_logprobs")
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
@@ -84,6 +85,7 @@ class ChatReply(Reply):
     operation = "chat"
     whole = Chat
     part = ChatChunk
+    _said_prompt = False
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> ChatChunkChoice:
         role: str | UnsetType = "assistant" if first else UNSET
@@ -97,14 +99,19 @@ class ChatReply(Reply):
     def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
         return ChatChoice(choice.index, ChatMessage(text), UNSET, choice.finish_reason)
 
+    def head_of_part(self, choices: list[AnyChoice]) -> Answer:
+        head = super().head_of_part(choices)
+        assert isinstance(head, ChatChunk)
+        head.prompt_token_ids = UNSET
+        if self.token_ids_wanted and not self._said_prompt:
+            self._said_prompt = True
+            head.prompt_token_ids = self.choices[0].request.prompt_token_ids
+        return head
+
+    def beside_choices(self) -> Iterator[Piece]:
+        if self.token_ids_wanted:
+            yield b',"prompt_token_ids":' + msgspec.json.encode(self.choices[0].request.prompt_token_ids)
+        yield from self.prompt_logprobs(0)
+
     def logprobs(self, entries: list[TokenLogprobs]) -> ChatLogprobs:
-        return ChatLogprobs([_logprob(self.tokenizer, entry) for entry in entries])
-
-
-def _logprob(tokenizer: Tokenizer | None, entry: TokenLogprobs) -> ChatLogprob:
-    raw = tokenizer.token_bytes(entry.values.token_id) if tokenizer else b""
-    top = []
-    for token_id, value in entry.values.top:
-        top_raw = tokenizer.token_bytes(token_id) if tokenizer else b""
-        top.append(TopLogprob(top_raw.decode(errors="replace"), value, list(top_raw)))
-    return ChatLogprob(raw.decode(errors="replace"), entry.values.logprob, list(raw), top)
+        return self.names.chat(entries)

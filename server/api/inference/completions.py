@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 
 from fastapi import APIRouter
 from msgspec import UNSET
@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
+from server.api.inference.logprobs import Columns, EchoedPrompt, joined
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import Completion, CompletionChoice, CompletionLogprobs
-from server.api.inference.reply import Reply
+from server.api.inference.reply import Piece, Reply
 from server.api.inference.schemas import CompletionRequest
 from server.api.inference.spec import (
     GenerationSpec,
@@ -25,9 +26,7 @@ from server.api.inference.spec import (
 )
 from server.api.inference.sse import generate
 from server.api.operation import Operation
-from server.errors import InvalidRequest
-from server.messages import EngineInfo
-from server.text.tokenizer import Tokenizer
+from server.messages import EngineInfo, Logprobs
 
 router = APIRouter()
 
@@ -44,16 +43,12 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     reading = await face.readers.completions(body, info)
     request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
-    if request.echo and request.logprobs is not None:
-        raise InvalidRequest(
-            "logprobs: not supported together with echo", param="logprobs", code="unsupported"
-        )
     judge_choices(len(prompts), request.n)
     sampling = []
     for ids in prompts:
         room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
         sampling.append(sampling_params(request, info, room, reading.grammar))
-    judge_logprobs(request, sampling, "logprobs")
+    judge_logprobs(request, prompts, sampling, "logprobs")
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
@@ -77,37 +72,65 @@ class CompletionReply(Reply):
     def __init__(self, request: CompletionRequest, face: Face, echoes: list[str] | None) -> None:
         super().__init__(request, face)
         self._echoes = echoes
+        self._echoed_logprobs = request.echoed_logprobs
+        self._echoed: dict[int, EchoedPrompt] = {}  # by prompt, where its log-probabilities are shown
+        self._columns: dict[int, Columns] = {}  # of those
+
+    def start(self, adapter_version: str | None, choices: list[Choice]) -> None:
+        super().start(adapter_version, choices)
+        for choice in choices:
+            choice.begin_after(len(self._echo(choice)))
+            if self._echoed_logprobs is not None and choice.prompt_index not in self._echoed:
+                self._begin_echo(choice, self._echoed_logprobs)
+
+    def _begin_echo(self, choice: Choice, most: int) -> None:
+        at, columns = choice.prompt_index, Columns()
+        echoed = EchoedPrompt(self.names, self.tokenizer, choice.request.prompt_token_ids, most)
+        columns.add(echoed.first)
+        self._echoed[at], self._columns[at] = echoed, columns
+
+    def chunks(self, delta: Delta) -> Iterator[bytes]:
+        """Of a prompt's log-probabilities, a chunk for each of its choices."""
+        at = delta.choice.prompt_index
+        if delta.prompt_logprobs is None or at not in self._echoed:
+            yield from super().chunks(delta)
+            return
+        columns = self._echoed[at].columns(delta.prompt_logprobs)
+        for choice in self.choices:
+            if choice.prompt_index == at:
+                shown = CompletionChoice(choice.index, "", columns)
+                self._begin(choice, shown, first=not self.has_started(choice))
+                yield self.chunk(choice, [], shown)
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> CompletionChoice:
-        return CompletionChoice(
-            delta.choice.index,
-            self._echo(delta.choice) + delta.text if first else delta.text,
-            self.logprobs(delta.logprobs) if delta.logprobs else None,
-            delta.finish_reason,
-        )
+        logprobs = self.logprobs(delta.logprobs) if delta.logprobs else None
+        shown = CompletionChoice(delta.choice.index, delta.text, logprobs, delta.finish_reason)
+        self._begin(delta.choice, shown, first=first)
+        return shown
+
+    def _begin(self, choice: Choice, shown: CompletionChoice, *, first: bool) -> None:
+        """The first chunk of a choice begins with what is echoed."""
+        if first:
+            shown.text = self._echo(choice) + shown.text
+            if echoed := self._echoed.get(choice.prompt_index):
+                shown.logprobs = joined(echoed.first, shown.logprobs or None)
 
     def choice_of_whole(self, choice: Choice, text: str) -> CompletionChoice:
         return CompletionChoice(choice.index, self._echo(choice) + text, UNSET, choice.finish_reason)
 
+    def add_prompt(self, prompt_index: int, piece: list[Logprobs]) -> None:
+        super().add_prompt(prompt_index, piece)
+        if echoed := self._echoed.get(prompt_index):
+            self._columns[prompt_index].add(echoed.columns(piece))
+
+    def columns_of_prompt(self, prompt_index: int) -> Columns:
+        return self._columns.get(prompt_index) or super().columns_of_prompt(prompt_index)
+
+    def within_choice(self, choice: Choice) -> Iterator[Piece]:
+        yield from self.prompt_logprobs(choice.prompt_index)
+
     def logprobs(self, entries: list[TokenLogprobs]) -> CompletionLogprobs:
-        name = partial(_name, self.tokenizer)
-        return CompletionLogprobs(
-            tokens=[name(entry.values.token_id) for entry in entries],
-            token_logprobs=[entry.values.logprob for entry in entries],
-            top_logprobs=[{name(i): value for i, value in entry.values.top} for entry in entries],
-            text_offset=[entry.text_offset for entry in entries],
-        )
+        return self.names.completion(entries)
 
     def _echo(self, choice: Choice) -> str:
         return self._echoes[choice.prompt_index] if self._echoes else ""
-
-
-def _name(tokenizer: Tokenizer | None, token_id: int) -> str:
-    """A token as text; `bytes:\\xe2` where it is a part of a character, so that names do not collide."""
-    if tokenizer is None:
-        return f"token_id:{token_id}"
-    raw = tokenizer.token_bytes(token_id)
-    try:
-        return raw.decode() if raw else f"token_id:{token_id}"
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -52,13 +52,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delta(msgspec.Struct, gc=False):
-    """News of one choice: at least one token, or its end. `text` can lag behind `token_ids`."""
+    """News of one choice: at least one token, or its end. `text` can lag behind `token_ids`.
+
+    Or of its prompt, for all choices of that: the log-probabilities of the next tokens, and nothing else.
+    """
 
     choice: Choice
     text: str
     token_ids: list[int]
     finish_reason: ChoiceFinishReason | None
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[Logprobs] | None = None
 
 
 class Choice:
@@ -84,12 +88,18 @@ class Choice:
             else None
         )
         self._stops = StopStrings(options.stops, include=options.include_stop)
-        self._characters = 0  # decoded so far, shown or held back
+        self._characters = 0  # before its own, and decoded so far, shown or held back
+
+    def begin_after(self, characters: int) -> None:
+        """So many are shown before its own."""
+        self._characters = characters
 
     def advance(self, output: TokenOutput) -> Delta:
         """Takes one engine output in. Raises the error that the engine ended the sequence with."""
         if output.error is not None or output.finish_reason in ("error", "abort"):
             raise engine_error(output)
+        if output.prompt_logprobs is not None:
+            return Delta(self, "", [], None, None, output.prompt_logprobs)
         if output.cached_tokens:
             self.cached_tokens = output.cached_tokens
         taken, pieces, offsets = 0, [], []
@@ -143,14 +153,14 @@ def size_of(delta: Delta) -> int:
     size = _DELTA_BYTES + len(delta.text) + _TOKEN_BYTES * len(delta.token_ids)
     if delta.logprobs is not None:
         size += _LOGPROB_BYTES * sum(1 + len(token.values.top) for token in delta.logprobs)
-    return size
+    return size + _LOGPROB_BYTES * sum(1 + len(token.top) for token in delta.prompt_logprobs or ())
 
 
 class Generation:
     """Runs the choices side by side; hands out what is ready, many deltas at a time.
 
-    `async with` starts it and, on every way out, ends what still runs in the engine. While the taker hands
-    over what it took, at most `most_waiting` bytes, about, are kept for it; then it all fails with TooSlow.
+    `async with` starts it and, on every way out, ends what still runs in the engine. While the taker waits
+    for the client to read, at most `most_waiting` bytes, about, are kept; then it all fails with TooSlow.
     """
 
     def __init__(
@@ -169,7 +179,7 @@ class Generation:
         self._ready: list[Delta] = []
         self._waiting = 0  # bytes of `_ready`
         self._most_waiting = most_waiting
-        self._handing_over = False  # the taker is at work with what it took
+        self._handing_over = False  # the taker waits for the client
         self._patience: asyncio.Timeout | None = None
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
@@ -211,9 +221,14 @@ class Generation:
         finally:
             self._patience = None
 
+    async def hand_over(self, sending: Awaitable[None]) -> None:
+        """Wait for the client to be sent what it is told."""
+        self._handing_over = True
+        await sending
+        self._handing_over = False
+
     async def take(self) -> list[Delta]:
         """All that is ready, waiting for at least one; empty at the end. Raises what ended it early."""
-        self._handing_over = False
         while not self._ready:
             if self._failure is not None:
                 raise self._failure
@@ -224,7 +239,6 @@ class Generation:
         if isinstance(self._failure, ClientGone):
             raise self._failure
         ready, self._ready, self._waiting = self._ready, [], 0
-        self._handing_over = True
         return ready
 
     async def _follow(self, choices: list[Choice]) -> None:

@@ -34,12 +34,26 @@ class Answer(msgspec.Struct, gc=False):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Columns: entry i of each is of token i. `text_offset` counts characters from the choice's beginning."""
+    """Columns: entry i of each is of token i. `text_offset` counts characters from the choice's beginning.
+
+    Of the first token of an echoed prompt nothing is known.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct, gc=False):
+    """Of one token in a place of the prompt. `rank`: 1 is the likeliest there."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; nothing of the first
 
 
 class CompletionChoice(msgspec.Struct, gc=False):
@@ -49,6 +63,7 @@ class CompletionChoice(msgspec.Struct, gc=False):
     finish_reason: ChoiceFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Answer, gc=False):
@@ -109,11 +124,14 @@ class Chat(Answer, gc=False):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatChunk(Answer, gc=False):
     choices: list[ChatChunkChoice]
     object: str = "chat.completion.chunk"
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in the first chunk
 
 
 class Model(msgspec.Struct, frozen=True):

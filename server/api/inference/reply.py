@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from server.api.face import Face
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
+from server.api.inference.logprobs import Columns, TokenNames
 from server.api.inference.replies import (
     Answer,
     ChatChoice,
@@ -23,6 +24,7 @@ from server.api.inference.replies import (
     Usage,
 )
 from server.api.inference.schemas import GenerationRequest
+from server.messages import Logprobs
 
 AnyChoice = CompletionChoice | ChatChoice | ChatChunkChoice
 
@@ -33,41 +35,18 @@ _NO_CHOICES, _CHOICES = b'"choices":[]', b'"choices":['
 
 
 class _Kept:
-    """What one choice has said so far, for an answer in one body.
-
-    Log-probabilities are many: they are kept as the JSON that they become, made as they come.
-    """
+    """What one choice has said so far, for an answer in one body."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
         self.token_ids = array("i")
-        self.columns: dict[str, bytearray] = {}  # JSON of each list of the route's struct, without brackets
-        self.rest: dict[str, object] = {}  # its other fields
+        self.logprobs = Columns()
 
     def add(self, delta: Delta, logprobs: msgspec.Struct | None) -> None:
         self.text.append(delta.text)
         self.token_ids.extend(delta.token_ids)
-        for name in logprobs.__struct_fields__ if logprobs is not None else ():
-            value = getattr(logprobs, name)
-            if not isinstance(value, list):
-                self.rest[name] = value
-                continue
-            column = self.columns.setdefault(name, bytearray())
-            if column:
-                column += b","
-            column += _ENCODER.encode(value)[1:-1]
-
-    def logprobs(self) -> Iterator[Piece]:
-        """The JSON of the whole struct."""
-        separator = b"{"
-        for name, column in self.columns.items():
-            yield separator + _ENCODER.encode(name) + b":["
-            yield column
-            yield b"]"
-            separator = b","
-        for name, value in self.rest.items():
-            yield separator + _ENCODER.encode(name) + b":" + _ENCODER.encode(value)
-        yield b"}"
+        if logprobs is not None:
+            self.logprobs.add(logprobs)
 
 
 class Reply(ABC):
@@ -80,8 +59,10 @@ class Reply(ABC):
 
     def __init__(self, request: GenerationRequest, face: Face) -> None:
         self.tokenizer = face.tokenizer
+        self.names = TokenNames(face.tokenizer, as_ids=request.return_tokens_as_token_ids)
         self._usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
-        self._token_ids_wanted = request.return_token_ids
+        self.token_ids_wanted = request.return_token_ids
+        self._prompt_logprobs_wanted = request.prompt_logprobs
         self._head = self.part(
             id=f"{self.id_prefix}-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -90,8 +71,9 @@ class Reply(ABC):
             choices=[],
             usage=None if self._usage_wanted else UNSET,
         )
-        self._choices: list[Choice] = []
+        self.choices: list[Choice] = []
         self._kept: list[_Kept] = []
+        self._prompt_logprobs: dict[int, bytearray] = {}  # JSON of each prompt's, without the brackets
         self._started: set[int] = set()
 
     @property
@@ -117,53 +99,80 @@ class Reply(ABC):
 
     def start(self, adapter_version: str | None, choices: list[Choice]) -> None:
         self._head.adapter_version = adapter_version
-        self._choices = choices
+        self.choices = choices
         self._kept = [_Kept() for _ in choices]
+        if self._prompt_logprobs_wanted is not None:
+            self._prompt_logprobs = {choice.prompt_index: bytearray(b"null") for choice in choices}
 
-    def chunk(self, delta: Delta) -> bytes:
-        """The JSON of one chunk; empty when the delta shows nothing."""
-        first = delta.choice.index not in self._started
-        says_more = self._token_ids_wanted or delta.logprobs or delta.finish_reason
-        if not (delta.text or says_more or first):
-            return b""
-        self._started.add(delta.choice.index)
-        shown = self.choice_of_part(delta, first=first)
-        if self._token_ids_wanted:
-            shown.token_ids = delta.token_ids
-            shown.prompt_token_ids = delta.choice.request.prompt_token_ids if first else UNSET
-        self._head.choices = [shown]
-        return _ENCODER.encode(self._head)
+    def chunks(self, delta: Delta) -> Iterator[bytes]:
+        """The JSON of each chunk; none when the delta shows nothing."""
+        if delta.prompt_logprobs is not None:
+            return
+        first = not self.has_started(delta.choice)
+        says_more = self.token_ids_wanted or delta.logprobs or delta.finish_reason
+        if delta.text or says_more or first:
+            yield self.chunk(delta.choice, delta.token_ids, self.choice_of_part(delta, first=first))
+
+    def has_started(self, choice: Choice) -> bool:
+        """Whether there was a chunk of it."""
+        return choice.index in self._started
+
+    def chunk(self, choice: Choice, token_ids: list[int], shown: AnyChoice) -> bytes:
+        """The JSON of a chunk with what is `shown` of this choice."""
+        first = not self.has_started(choice)
+        self._started.add(choice.index)
+        if self.token_ids_wanted:
+            shown.token_ids = token_ids
+            shown.prompt_token_ids = choice.request.prompt_token_ids if first else UNSET
+        return _ENCODER.encode(self.head_of_part([shown]))
+
+    def head_of_part(self, choices: list[AnyChoice]) -> Answer:
+        """A chunk with these choices; used before the next is asked for."""
+        self._head.choices = choices
+        return self._head
 
     def usage_chunk(self) -> bytes | None:
         """The JSON of the usage chunk, where it was asked for."""
         if not self._usage_wanted:
             return None
-        usage = usage_of(self._choices)
+        usage = usage_of(self.choices)
         return _ENCODER.encode(msgspec.structs.replace(self._head, choices=[], usage=usage))
 
     def add(self, delta: Delta) -> None:
         """Keeps a delta for `body`."""
+        if delta.prompt_logprobs is not None:
+            self.add_prompt(delta.choice.prompt_index, delta.prompt_logprobs)
+            return
         logprobs = self.logprobs(delta.logprobs) if delta.logprobs else None
         self._kept[delta.choice.index].add(delta, logprobs)
+
+    def add_prompt(self, prompt_index: int, piece: list[Logprobs]) -> None:
+        """Keeps what is known of the prompt's next tokens."""
+        if self._prompt_logprobs_wanted is not None:
+            most = self._prompt_logprobs_wanted
+            entries = [self.names.prompt_entry(values, most) for values in piece]
+            self._prompt_logprobs[prompt_index] += b"," + _ENCODER.encode(entries)[1:-1]
 
     def body(self) -> Iterator[Piece]:
         """The JSON of the whole answer, in pieces that were made already or are small."""
         head = self._head
-        usage = usage_of(self._choices)
+        usage = usage_of(self.choices)
         whole = self.whole(head.id, head.created, head.model, head.adapter_version, [], usage)
         before, after = _ENCODER.encode(whole).split(_NO_CHOICES, 1)
         yield before + _CHOICES
         prompts: dict[int, bytes] = {}  # its token ids once, however many choices it has
-        for choice, kept in zip(self._choices, self._kept, strict=True):
-            if choice is not self._choices[0]:
+        for choice, kept in zip(self.choices, self._kept, strict=True):
+            if choice is not self.choices[0]:
                 yield b","
             yield from self._whole_choice(choice, kept, prompts)
-        yield b"]" + after
+        yield b"]"
+        yield from self.beside_choices()
+        yield after
 
     def _whole_choice(self, choice: Choice, kept: _Kept, prompts: dict[int, bytes]) -> Iterator[Piece]:
         shown = self.choice_of_whole(choice, "".join(kept.text))
         yield _ENCODER.encode(shown)[:-1]
-        if self._token_ids_wanted:
+        if self.token_ids_wanted:
             at = choice.prompt_index
             if at not in prompts:
                 prompts[at] = _ENCODER.encode(choice.request.prompt_token_ids)
@@ -171,11 +180,28 @@ class Reply(ABC):
             yield b',"prompt_token_ids":'
             yield prompts[at]
         yield b',"logprobs":'
-        if kept.columns:
-            yield from kept.logprobs()
-        else:
-            yield b"null"
+        yield from Columns.json(self.columns_of_prompt(choice.prompt_index), kept.logprobs)
+        yield from self.within_choice(choice)
         yield b"}"
+
+    def columns_of_prompt(self, prompt_index: int) -> Columns:
+        """What stands before a choice's own log-probabilities."""
+        return Columns()
+
+    def within_choice(self, choice: Choice) -> Iterator[Piece]:
+        """The last fields of a choice, each after a comma."""
+        yield from ()
+
+    def beside_choices(self) -> Iterator[Piece]:
+        """Fields of the whole answer after its choices, each after a comma."""
+        yield from ()
+
+    def prompt_logprobs(self, prompt_index: int) -> Iterator[Piece]:
+        """The field, after a comma, where it was asked for."""
+        if (entries := self._prompt_logprobs.get(prompt_index)) is not None:
+            yield b',"prompt_logprobs":['
+            yield entries
+            yield b"]"
 
 
 def usage_of(choices: list[Choice]) -> Usage:

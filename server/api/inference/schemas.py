@@ -47,7 +47,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
     "reasoning_effort": (None, "none"),
     "verbosity": (None, "medium"),
     "service_tier": (None, "auto", "default"),
-    "prompt_logprobs": (None,),
 }
 
 
@@ -157,7 +156,7 @@ class GenerationRequest(Guided):
     adapter_scale: Annotated[FiniteFloat | None, Field(ge=-100, le=100)] = None
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=0)] = None  # 0: the prompt alone is computed
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[FiniteFloat | None, Field(ge=0, le=2)] = None
     top_p: Annotated[FiniteFloat | None, Field(gt=0, le=1)] = None
@@ -179,6 +178,9 @@ class GenerationRequest(Guided):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    logprobs_mode: Literal["raw", "processed", "raw_logprobs", "processed_logprobs"] = "raw"
     priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0  # the smaller goes first
     timeout: Annotated[FiniteFloat | None, Field(gt=0, le=MAX_TIMEOUT_S)] = None  # seconds
 
@@ -189,6 +191,11 @@ class GenerationRequest(Guided):
     def top_logprobs_wanted(self) -> int | None:
         """How many likely tokens to report beside each sampled one; None = no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def echoed_logprobs(self) -> int | None:
+        """The same beside each token of the prompt, in the same list; None where there are none."""
+        return None
 
 
 class CompletionRequest(GenerationRequest):
@@ -201,6 +208,10 @@ class CompletionRequest(GenerationRequest):
     @property
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
+
+    @property
+    def echoed_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 class TextPart(Strict):
@@ -242,7 +253,7 @@ class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: _Messages
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     chat_template_kwargs: _TemplateOptions | None = None

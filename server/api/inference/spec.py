@@ -76,19 +76,42 @@ def judge_choices(prompts: int, n: int) -> None:
         )
 
 
-def logprobs_room(request: GenerationRequest, prompts: int) -> int | None:
+def logprobs_room(request: GenerationRequest, prompts: list[list[int]]) -> int | None:
     """How many tokens each choice may have, so that one answer does not hold too many log-probabilities;
     None where none were asked for."""
     wanted = request.top_logprobs_wanted
-    return None if wanted is None else max(MAX_LOGPROB_ENTRIES // ((wanted + 1) * request.n * prompts), 1)
+    if wanted is None:
+        return None
+    left = MAX_LOGPROB_ENTRIES - _prompt_entries(request, prompts)
+    return max(left // ((wanted + 1) * request.n * len(prompts)), 1)
 
 
-def judge_logprobs(request: GenerationRequest, sampling: list[SamplingParams], param: str) -> None:
+def _prompt_entries(request: GenerationRequest, prompts: list[list[int]]) -> int:
+    """Log-probabilities of the prompts' tokens in one answer: every choice has those of its prompt."""
+    asked = (request.echoed_logprobs, request.prompt_logprobs)
+    each = sum(top + 1 for top in asked if top is not None)
+    return each * request.n * sum(map(len, prompts))
+
+
+def judge_logprobs(
+    request: GenerationRequest, prompts: list[list[int]], sampling: list[SamplingParams], param: str
+) -> None:
     """Raises InvalidRequest for more than one answer may have. `param` is the field that asks for them.
 
     A stream has the same limit as a body: where its client reads slowly, it waits in memory as a body does.
     """
-    room = logprobs_room(request, len(sampling))
+    if (entries := _prompt_entries(request, prompts)) > MAX_LOGPROB_ENTRIES:
+        param = param if request.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(
+            f"{param}: {entries} log-probabilities of the prompt in all choices, the limit of one answer is "
+            f"{MAX_LOGPROB_ENTRIES}",
+            param=param,
+        )
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest(
+            "prompt_logprobs: not with stream; ask for echo and logprobs", param="prompt_logprobs"
+        )
+    room = logprobs_room(request, prompts)
     asked = max(params.max_tokens for params in sampling)
     if room is not None and asked > room:
         raise InvalidRequest(
@@ -110,17 +133,18 @@ def output_room(
     limit = min(info.max_model_len, capacity)
     if max_tokens is None and prompt < limit:
         return min(default or limit, limit - prompt)
-    total = prompt + (max_tokens or 1)
+    wanted = 1 if max_tokens is None else max_tokens
+    total = prompt + wanted
     if total > info.max_model_len:
         raise InvalidRequest(
             f"This model's context is {info.max_model_len} tokens; the prompt has {prompt} and "
-            f"{max_tokens or 1} more were asked for.",
+            f"{wanted} more were asked for.",
             param=param if prompt >= info.max_model_len else "max_tokens",
             code="context_length_exceeded",
         )
     if total > capacity:
         raise InvalidRequest(
-            f"The prompt has {prompt} tokens and {max_tokens or 1} more were asked for: this can never fit "
+            f"The prompt has {prompt} tokens and {wanted} more were asked for: this can never fit "
             f"into the KV cache of {capacity} tokens.",
             param=param if prompt >= capacity else "max_tokens",
             code="never_fits",
@@ -134,6 +158,7 @@ def sampling_params(
     """The engine's sampling parameters. Raises InvalidRequest for token ids outside the vocabulary."""
     if request.min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens: more than the {max_tokens} tokens there are", param="min_tokens")
+    asked = [top for top in (request.echoed_logprobs, request.prompt_logprobs) if top is not None]
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_or(request.temperature, 1.0),
@@ -150,6 +175,8 @@ def sampling_params(
         stop_token_ids=_stop_token_ids(request.stop_token_ids or [], info.vocab_size),
         grammar=grammar,
         logprobs=request.top_logprobs_wanted,
+        processed_logprobs=request.logprobs_mode in ("processed", "processed_logprobs"),
+        prompt_logprobs=max(asked, default=None),
     )
 
 

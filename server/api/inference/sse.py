@@ -14,7 +14,7 @@ from server.api.body import read_body
 from server.api.caller import caller_of
 from server.api.errors import as_chorus_error, encode_error
 from server.api.face import Face, face_of, tenant_of
-from server.api.inference.generation import ClientGone, Generation
+from server.api.inference.generation import ClientGone, Delta, Generation
 from server.api.inference.limits import check_limits, within_limits
 from server.api.inference.meter import Meter
 from server.api.inference.mix import LeasedMix
@@ -24,7 +24,8 @@ from server.api.inference.spec import GenerationSpec
 from server.api.pieces import JSONPieces
 from server.messages import EngineInfo
 
-_ADDED_A_TURN = 16  # deltas of a body, each with up to 20 log-probabilities a token, before other tasks run
+# Deltas before other tasks run: each has up to 20 log-probabilities a token, one of a prompt those of many.
+_ADDED_A_TURN = 16
 
 DONE = b"data: [DONE]\n\n"
 
@@ -108,7 +109,7 @@ class GenerationResponse(Response):
             for at, delta in enumerate(ready, 1):
                 reply.add(delta)
                 meter.add(delta)
-                if at % _ADDED_A_TURN == 0:
+                if at % _ADDED_A_TURN == 0 or delta.prompt_logprobs:
                     await asyncio.sleep(0)
         body = JSONPieces(reply.body())
         meter.tell()
@@ -123,12 +124,11 @@ class GenerationResponse(Response):
         try:
             async with generation.handing_over():
                 while ready:
-                    events = b"".join([event(chunk) for delta in ready if (chunk := reply.chunk(delta))])
-                    for delta in ready:
-                        meter.add(delta)
+                    events = await self._events(ready, meter)
                     meter.tell()
                     if events:
-                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                        body = {"type": "http.response.body", "body": events, "more_body": True}
+                        await generation.hand_over(send(body))
                     ready = await generation.take()
             usage = reply.usage_chunk()
             last = event(usage) + DONE if usage else DONE
@@ -140,6 +140,16 @@ class GenerationResponse(Response):
             state.outcome, state.error_code, state.error_reason = "failed", shown.code, shown.reason
             last = event(encode_error(shown)) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _events(self, ready: list[Delta], meter: Meter) -> bytes:
+        events = bytearray()
+        for delta in ready:
+            for chunk in self._spec.reply.chunks(delta):
+                events += event(chunk)
+            meter.add(delta)
+            if delta.prompt_logprobs:
+                await asyncio.sleep(0)
+        return bytes(events)
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:
