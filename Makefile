@@ -31,8 +31,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# A process for each core, four at most: each takes about 1.5 GiB. A file's tests stay together.
 unit: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 conformance: $(LOWEST)/installed  ## the tests of models and kernels on the lowest versions allowed (a minute, once installed)
 	PYTHONPATH=$(LOWEST) $(BIN)/pytest -W "ignore:Conversion of an array with ndim:DeprecationWarning" tests/model tests/lora
