@@ -139,8 +139,23 @@ def test_a_tenant_gets_a_place_at_once_where_another_has_them_all(max_tokens: in
     assert start_of_light(FirstComeFirstServed(), max_tokens) > max_tokens
 
 
-def test_places_are_not_taken_back_and_forth() -> None:
-    h = site(max_num_seqs=8)
+@pytest.mark.parametrize(("credit", "places"), [(0.0, 4), (400.0, 6)])
+def test_who_has_credit_takes_more_places_for_a_burst(credit: float, places: int) -> None:
+    """Its average is far below its share, so others that always want more do not hold its burst up."""
+    h = site(FairShare(credit=credit), max_num_seqs=8, max_model_len=1024)
+    h.add(*(asks(f"a{i}", "greedy", max_tokens=200) for i in range(40)))
+    for _ in range(40):
+        h.step()
+    burst = h.add(*(asks(f"b{i}", "light", max_tokens=20) for i in range(8)))
+    h.step()
+    assert sum(seq.state is State.RUNNING for seq in burst) == places
+    h.drain(20_000)
+    assert all(h.reason(name) == "length" for name in h.requests)
+
+
+@pytest.mark.parametrize("credit", [0.0, 30.0, 1000.0])
+def test_places_are_not_taken_back_and_forth(credit: float) -> None:
+    h = site(FairShare(credit=credit), max_num_seqs=8)
     crowd(h, 60, "a", "b", "c")
     h.drain(20_000)
     assert h.scheduler.preemptions <= 180 / 6
