@@ -1,11 +1,17 @@
 """What all tests share: Triton's interpreter, and a log that is as it was after each of them."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.api.adapter_app import Site
 
 # Triton reads it once, when it is imported, so it is set before any test module is. Without a GPU its
 # interpreter runs the kernels' tests on the CPU; with one, tests/gpu runs them compiled.
@@ -21,3 +27,14 @@ def _log_as_before() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """The adapter routes on a real registry, for commands that talk to a server."""
+    from tests.api.adapter_app import Site  # tests of other rooms need no HTTP
+    from tests.registry import adapter_files
+
+    site = Site(tmp_path / "data", adapter_files.settings())
+    yield site
+    site.close()
