@@ -60,6 +60,10 @@ class Policy(Protocol):
         """Which of them, at least one, is sent back when memory is short."""
         ...
 
+    def goes_first(self, seq: Sequence) -> bool:
+        """Whether its prompt is computed before those of others, while there are any."""
+        ...
+
     @property
     def may_hand_over(self) -> bool:
         """Whether somebody who waits may be owed a place of one who runs."""
@@ -101,6 +105,9 @@ class FirstComeFirstServed:
 
     def victim(self, running: Collection[Sequence]) -> Sequence:
         return max(running, key=lambda seq: seq.order)
+
+    def goes_first(self, seq: Sequence) -> bool:
+        return False
 
     def owed_by(self, seq: Sequence, running: Collection[Sequence]) -> Sequence | None:
         return None
@@ -182,6 +189,10 @@ class FairShare:
     def victim(self, running: Collection[Sequence]) -> Sequence:
         """The youngest, of the tenant with most places for its weight, of the least urgent class."""
         return max(running, key=lambda seq: (seq.priority, self._places(seq.tenant), seq.order))
+
+    def goes_first(self, seq: Sequence) -> bool:
+        """While its tenant has credit left."""
+        return self._tenants.behind(seq.tenant) > self._lag
 
     @property
     def may_hand_over(self) -> bool:

@@ -254,3 +254,24 @@ def test_what_one_tenant_asked_is_not_in_the_cache_for_another() -> None:
         h.drain()
     cached = {name: h.outputs[name][0].cached_tokens for name in "abc"}
     assert cached == {"a": 0, "b": 0, "c": 16}
+
+
+# -- a step's tokens for who is far behind
+
+
+def test_prompts_of_who_has_credit_are_computed_before_others_for_some_steps() -> None:
+    """A step is as long as its tokens, so who has had much less service waits for few of the others'."""
+    h = site(FairShare(credit=200.0), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=1024)
+    h.add(*(asks(f"a{i}", "greedy", max_tokens=300) for i in range(3)))
+    for _ in range(40):
+        h.step()
+    h.add(asks("late", "greedy", prompt=120))
+    h.step()
+    tenants: list[set[str]] = []  # of the prompts in each step
+    while not h.tokens("late"):
+        h.add(asks(f"b{len(tenants)}", "light", prompt=8, max_tokens=1))
+        plan = h.step()
+        tenants.append({run.seq.tenant for run in plan.runs if run.num_tokens > 1})
+    alone = [set_of == {"light"} for set_of in tenants]
+    assert alone[:5] == [True, True, True, True, False]
+    assert 3 <= alone.count(False) <= 6  # nor does it wait for ever while they keep coming
