@@ -22,13 +22,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path / "data", adapter_files.settings())
-    yield site
-    site.close()
-
-
-@pytest.fixture
 def run(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a command against the site."""
     monkeypatch.setenv("COLUMNS", "200")

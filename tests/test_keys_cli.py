@@ -21,13 +21,6 @@ runner = CliRunner()
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path / "data", adapter_files.settings())
-    yield site
-    site.close()
-
-
-@pytest.fixture
 def address(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("COLUMNS", "200")
     with serving(site.app) as address:

@@ -8,11 +8,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Protocol
 
 from server.access.caller import DEFAULT_TENANT, SCOPES, Caller, anybody, check_scopes, check_tenant
+from server.access.flusher import Flusher
 from server.access.keys import ApiKey, digest_of, id_of, new_key
 from server.errors import InvalidRequest, NotFound, Unauthorized
 
@@ -51,8 +50,7 @@ class Keyring:
         self._writer = threading.Lock()
         self._used: dict[str, float] = {}  # id -> when, of what is not written yet
         self._closed = False
-        self._noter = ThreadPoolExecutor(1, thread_name_prefix="key-use")
-        self._note_due = time.monotonic() + _NOTE_SECONDS
+        self._noter = Flusher(self.flush, _NOTE_SECONDS, "key-use")
 
     @property
     def asks(self) -> bool:
@@ -152,13 +150,9 @@ class Keyring:
 
     def close(self) -> None:
         """Idempotent. Before the store is."""
-        self._noter.shutdown()
-        self.flush()
+        self._noter.close()
         self._closed = True
 
     def _note(self, key_id: str, now: float) -> None:
         self._used[key_id] = now
-        if time.monotonic() >= self._note_due:
-            self._note_due = time.monotonic() + _NOTE_SECONDS
-            with suppress(RuntimeError):  # closing, which flushes by itself
-                self._noter.submit(self.flush)
+        self._noter.when_due()

@@ -23,15 +23,10 @@ from contextlib import suppress
 
 import msgspec
 
+from server.border.program import program
 from server.messages import Start, Waiting
 
 logger = logging.getLogger(__name__)
-
-# The child finds the same modules as this process, wherever it is started: `-P` keeps the working folder
-# (which may hold some other package named `server`) out, and sys.path is handed on.
-_BOOTSTRAP = (
-    "import sys; factory, *sys.path = sys.argv[1:]; import server.engine.worker as w; w.main(factory)"
-)
 
 _AGAIN_S = 10.0  # after this long a spare that ended by itself is replaced
 _COPY_S = 5.0  # an engine has left its copy, or has not, well before this has gone by
@@ -54,7 +49,7 @@ class Spare:
         try:
             with theirs:
                 first = subprocess.Popen(
-                    (sys.executable, "-P", "-c", _BOOTSTRAP, factory, *sys.path),
+                    program("server.engine.worker", factory),
                     stdin=theirs.fileno(),
                     start_new_session=True,  # signals to the face's process group are for the face alone
                 )

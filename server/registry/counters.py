@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
+from server.access.flusher import Flusher
 from server.registry.catalogue import Catalogue
 from server.registry.records import VersionBooks
 
@@ -23,13 +22,11 @@ class Counters:
         self._catalogue = catalogue
         self._lock = lock
         self._unsaved: set[VersionBooks] = set()
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="registry-flush")
-        self._flush_due = time.monotonic() + _FLUSH_SECONDS
+        self._flusher = Flusher(self.flush, _FLUSH_SECONDS, "registry-flush")
 
     def close(self) -> None:
         """Write what is left."""
-        self._flusher.shutdown()
-        self.flush()
+        self._flusher.close()
 
     def count(self, books: VersionBooks, tokens: int) -> None:
         """One request more, and the tokens it generated. The lock is held."""
@@ -37,10 +34,7 @@ class Counters:
         books.tokens += tokens
         books.last_used = time.time()
         self._unsaved.add(books)
-        if time.monotonic() >= self._flush_due:
-            self._flush_due = time.monotonic() + _FLUSH_SECONDS
-            with suppress(RuntimeError):  # closing, which flushes by itself
-                self._flusher.submit(self.flush)
+        self._flusher.when_due()
 
     def flush(self) -> None:
         """Write the counters that changed. A full disk loses nothing: they stay unsaved."""

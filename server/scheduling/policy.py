@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Collection
 from typing import Literal, Protocol
 
@@ -12,6 +14,7 @@ Rank = tuple[float, ...]
 
 _PER_PROMPT_TOKEN, _PER_OUTPUT_TOKEN = 1.0, 2.0  # what a token of service costs, as in VTC
 _CREDIT_STEPS = 8  # a tenant's credit, in steps full of prompt tokens
+_IN_CREDIT = 3.0  # so many times the places of another may one have that has credit left
 
 
 class Policy(Protocol):
@@ -57,6 +60,10 @@ class Policy(Protocol):
         """Which of them, at least one, is sent back when memory is short."""
         ...
 
+    def goes_first(self, seq: Sequence) -> bool:
+        """Whether its prompt is computed before those of others, while there are any."""
+        ...
+
     @property
     def may_hand_over(self) -> bool:
         """Whether somebody who waits may be owed a place of one who runs."""
@@ -99,6 +106,9 @@ class FirstComeFirstServed:
     def victim(self, running: Collection[Sequence]) -> Sequence:
         return max(running, key=lambda seq: seq.order)
 
+    def goes_first(self, seq: Sequence) -> bool:
+        return False
+
     def owed_by(self, seq: Sequence, running: Collection[Sequence]) -> Sequence | None:
         return None
 
@@ -114,6 +124,7 @@ class FairShare:
 
     def __init__(self, ageing_s: float = 5.0, credit: float = 0.0) -> None:
         self._ageing_s = ageing_s
+        self._lag = credit / 2 if credit else math.inf  # behind another's service, and it has credit left
         self._tenants = ServiceCounters[str](credit)
         self._adapters: dict[str, ServiceCounters[frozenset[str]]] = {}  # of tenants with anybody here
         self._weights: dict[str, float] = {}  # of the same
@@ -179,33 +190,43 @@ class FairShare:
         """The youngest, of the tenant with most places for its weight, of the least urgent class."""
         return max(running, key=lambda seq: (seq.priority, self._places(seq.tenant), seq.order))
 
+    def goes_first(self, seq: Sequence) -> bool:
+        """While its tenant has credit left."""
+        return self._tenants.behind(seq.tenant) > self._lag
+
     @property
     def may_hand_over(self) -> bool:
         if len(self._adapters) < 2:
             return False
-        most = max(map(self._places, self._tenants.are_running), default=0.0)
-        if not self._is_owed_by(most, places=0.0, weight=self._heaviest):
+        most = heapq.nlargest(2, self._tenants.are_running, key=self._places)
+        if not most or not self._owed(self._places(most[0]), 0.0, self._heaviest, _IN_CREDIT):
             return False  # nor is anybody, and there may be many
-        return any(self._is_owed(tenant, most) for tenant in self._tenants.are_waiting)
+        waiting = self._tenants.are_waiting
+        return any(self._is_owed(tenant, other) for tenant in waiting for other in most if other != tenant)
 
     def owed_by(self, seq: Sequence, running: Collection[Sequence]) -> Sequence | None:
-        """The youngest of the tenant with most places, where that one has more of them and has had more
-        service, and the youngest is of no more urgent class."""
+        """The youngest of the tenant with most places beside its own, where that one has had more service and
+        has more places, or, while it has much more service, a third as many; and the youngest is of no more
+        urgent class."""
         others = [other for other in running if other.priority >= seq.priority and other.tenant != seq.tenant]
         if not others:
             return None
         other = max(others, key=lambda other: (self._places(other.tenant), other.order))
         has_more = self._tenants[other.tenant] >= self._tenants[seq.tenant]
-        return other if has_more and self._is_owed(seq.tenant, self._places(other.tenant)) else None
+        return other if has_more and self._is_owed(seq.tenant, other.tenant) else None
 
-    def _is_owed(self, tenant: str, most: float) -> bool:
-        return self._is_owed_by(most, self._places(tenant), self._weights[tenant])
+    def _is_owed(self, tenant: str, other: str) -> bool:
+        in_credit = self._tenants[other] - self._tenants[tenant] > self._lag
+        times = _IN_CREDIT if in_credit else 1.0
+        return self._owed(self._places(other), self._places(tenant), self._weights[tenant], times)
 
     @staticmethod
-    def _is_owed_by(most: float, places: float, weight: float) -> bool:
-        """Whether it would have no more places than are left of the `most`, with one of them: so two that
-        have about as many never take places from each other back and forth."""
-        return places + 1 / weight <= most - 1 / weight
+    def _owed(most: float, places: float, weight: float, times: float) -> bool:
+        """Whether it would have no more places than are left of the `most`, with one of them, or so many
+        times as many: so two that have about as many never take places from each other back and forth. Who
+        is far behind in service takes further ones for a burst, and nobody takes them back from it: that
+        one would have to be behind."""
+        return places + 1 / weight <= times * (most - 1 / weight)
 
     def _places(self, tenant: str) -> float:
         """In which it runs, for its weight."""

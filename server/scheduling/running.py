@@ -8,6 +8,28 @@ from itertools import chain
 from server.scheduling.sequence import MixKey, Sequence
 from server.scheduling.step_plan import ScheduledRun
 
+_MOST_HELD = 4  # steps in a row in which prompts wait for those that go first
+
+
+class PromptRoom:
+    """Tokens of a step that prompts may still take. Those of others take none from who goes first."""
+
+    def __init__(self, tokens: int, goes_first: abc.Callable[[Sequence], bool]) -> None:
+        self._all = self._first = tokens
+        self._goes_first = goes_first
+
+    @property
+    def is_spent(self) -> bool:
+        return self._first <= 0
+
+    def is_for(self, seq: Sequence) -> bool:
+        return (self._first if self._goes_first(seq) else self._all) > 0
+
+    def take(self, seq: Sequence) -> None:
+        tokens = seq.num_tokens - seq.num_computed
+        self._all -= tokens
+        self._first -= tokens * self._goes_first(seq)
+
 
 class Running:
     """Keeps at hand what a plan asks for each step, so that no plan looks at every sequence twice."""
@@ -19,6 +41,7 @@ class Running:
         self._mixes: dict[MixKey, list[Sequence]] = {}  # those that use adapters
         self._base: list[Sequence] = []  # those that use none
         self._prefilling: list[Sequence] = []  # those with more than one token to compute
+        self._steps_held = 0  # in a row, in which some prompts waited for others
         self._growing: list[Sequence] = []  # their next token starts a block that they do not have yet
 
     def __len__(self) -> int:
@@ -45,9 +68,12 @@ class Running:
         """How many have one token to compute."""
         return len(self._sequences) - len(self._prefilling)
 
-    @property
-    def tokens_to_prefill(self) -> int:
-        return sum(seq.num_tokens - seq.num_computed for seq in self._prefilling)
+    def prompt_room(self, tokens: int, goes_first: abc.Callable[[Sequence], bool]) -> PromptRoom:
+        """In a step of so many tokens."""
+        room = PromptRoom(tokens - self.decoding, goes_first)
+        for seq in self._prefilling:
+            room.take(seq)
+        return room
 
     @property
     def growing(self) -> int:
@@ -76,13 +102,19 @@ class Running:
         growing, self._growing = self._growing, []
         return sorted(growing, key=lambda seq: seq.order)
 
-    def runs(self, tokens: int) -> list[ScheduledRun]:
-        """One token of each that decodes, and `tokens` shared out among the others, first admitted first.
+    def runs(
+        self, tokens: int, goes_first: abc.Callable[[Sequence], bool] = lambda _: False
+    ) -> list[ScheduledRun]:
+        """One token of each that decodes, and what is left of the step's `tokens` shared out among the
+        others, first admitted first.
+
+        Where some of these go first, the others wait for them, for a few steps in a row at most: the step is
+        as long as its tokens.
 
         Runs of one mix are neighbours, those of the base model come last. One whose last token is on its way
         from the device does not run.
         """
-        chunks = self._chunks(tokens)
+        chunks = self._chunks(self._prompts_now(goes_first), tokens - self.decoding)
         runs: list[ScheduledRun] = []
         for seq in chain(*self._mixes.values(), self._base):
             start = seq.num_computed
@@ -98,9 +130,18 @@ class Running:
                 runs.append(ScheduledRun(seq, seq.mix_key, start, chunks[seq], int(ends), scored))
         return runs
 
-    def _chunks(self, tokens: int) -> dict[Sequence, int]:
+    def _prompts_now(self, goes_first: abc.Callable[[Sequence], bool]) -> list[Sequence]:
+        """Those of the prompts that may be in this step."""
+        first = [seq for seq in self._prefilling if goes_first(seq)] if len(self._prefilling) > 1 else []
+        if not first or len(first) == len(self._prefilling) or self._steps_held == _MOST_HELD:
+            self._steps_held = 0
+            return self._prefilling
+        self._steps_held += 1
+        return first
+
+    def _chunks(self, prompts: abc.Iterable[Sequence], tokens: int) -> dict[Sequence, int]:
         chunks, scored = {}, self._max_scored
-        for seq in self._prefilling:
+        for seq in prompts:
             size = min(seq.num_tokens - seq.num_computed, tokens)
             if seq.num_unscored > scored:  # so that no step has the logits of a long prompt at once
                 size = min(size, max(seq.num_scored - seq.num_computed, 0) + scored)

@@ -254,11 +254,9 @@ class Scheduler:
         failed = self._end_late(now)
         self._grow()
         if admit and self._line and (self._has_place or self._policy.may_hand_over):
-            tokens = self._max_num_batched_tokens - self._running.decoding - self._running.tokens_to_prefill
-            if tokens > 0:
-                failed += self._admit(tokens, now)
-        tokens = self._max_num_batched_tokens - self._running.decoding
-        return StepPlan(self._running.runs(tokens), failed, self._prompts.copies)
+            failed += self._admit(now)
+        runs = self._running.runs(self._max_num_batched_tokens, self._policy.goes_first)
+        return StepPlan(runs, failed, self._prompts.copies)
 
     @property
     def _has_place(self) -> bool:
@@ -279,17 +277,21 @@ class Scheduler:
             if seq.state is State.RUNNING:
                 seq.block_ids += self._pool.allocate(1)
 
-    def _admit(self, tokens: int, now: float) -> list[TokenOutput]:
-        """Start waiting sequences while there are places, tokens, blocks and adapters for them.
+    def _admit(self, now: float) -> list[TokenOutput]:
+        """Start waiting sequences while there are places, tokens, blocks and adapters for them; prompts of
+        others take no tokens from one that goes first.
 
         One that lacks adapters is passed over; one that lacks blocks holds up those behind it, because
         otherwise long prompts would starve. Returns the errors of those whose adapters cannot be had.
         """
         failed: list[TokenOutput] = []
+        room = self._running.prompt_room(self._max_num_batched_tokens, self._policy.goes_first)
+        if room.is_spent:
+            return failed
         turns = AdapterTurns(self._gate, self._line, self._running.mixes, now)
         self._is_owed_a_place = False
         for seq in self._line.in_order(now, turns.passed_over):
-            if tokens <= 0 or not (self._has_place or self._may_take_place(seq)):
+            if not room.is_for(seq) or not (self._has_place or self._may_take_place(seq)):
                 turns.end(first_not_tried=seq)
                 break
             if self._prompts.must_wait(seq) or (answer := turns.take(seq)) is None:
@@ -304,7 +306,7 @@ class Scheduler:
                 break
             self._start(seq, now)
             turns.started(seq)
-            tokens -= seq.num_tokens - seq.num_computed
+            room.take(seq)
         else:
             turns.end(first_not_tried=None)
         return failed

@@ -41,6 +41,10 @@ class ServiceCounters(Generic[Key]):
         """How many are remembered."""
         return len(self._served)
 
+    def behind(self, key: Key) -> float:
+        """How much less it had than the last one when that was chosen."""
+        return self._level - self[key]
+
     def running(self, key: Key) -> int:
         return self._running[key]
 

@@ -139,8 +139,23 @@ def test_a_tenant_gets_a_place_at_once_where_another_has_them_all(max_tokens: in
     assert start_of_light(FirstComeFirstServed(), max_tokens) > max_tokens
 
 
-def test_places_are_not_taken_back_and_forth() -> None:
-    h = site(max_num_seqs=8)
+@pytest.mark.parametrize(("credit", "places"), [(0.0, 4), (400.0, 6)])
+def test_who_has_credit_takes_more_places_for_a_burst(credit: float, places: int) -> None:
+    """Its average is far below its share, so others that always want more do not hold its burst up."""
+    h = site(FairShare(credit=credit), max_num_seqs=8, max_model_len=1024)
+    h.add(*(asks(f"a{i}", "greedy", max_tokens=200) for i in range(40)))
+    for _ in range(40):
+        h.step()
+    burst = h.add(*(asks(f"b{i}", "light", max_tokens=20) for i in range(8)))
+    h.step()
+    assert sum(seq.state is State.RUNNING for seq in burst) == places
+    h.drain(20_000)
+    assert all(h.reason(name) == "length" for name in h.requests)
+
+
+@pytest.mark.parametrize("credit", [0.0, 30.0, 1000.0])
+def test_places_are_not_taken_back_and_forth(credit: float) -> None:
+    h = site(FairShare(credit=credit), max_num_seqs=8)
     crowd(h, 60, "a", "b", "c")
     h.drain(20_000)
     assert h.scheduler.preemptions <= 180 / 6
@@ -239,3 +254,24 @@ def test_what_one_tenant_asked_is_not_in_the_cache_for_another() -> None:
         h.drain()
     cached = {name: h.outputs[name][0].cached_tokens for name in "abc"}
     assert cached == {"a": 0, "b": 0, "c": 16}
+
+
+# -- a step's tokens for who is far behind
+
+
+def test_prompts_of_who_has_credit_are_computed_before_others_for_some_steps() -> None:
+    """A step is as long as its tokens, so who has had much less service waits for few of the others'."""
+    h = site(FairShare(credit=200.0), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=1024)
+    h.add(*(asks(f"a{i}", "greedy", max_tokens=300) for i in range(3)))
+    for _ in range(40):
+        h.step()
+    h.add(asks("late", "greedy", prompt=120))
+    h.step()
+    tenants: list[set[str]] = []  # of the prompts in each step
+    while not h.tokens("late"):
+        h.add(asks(f"b{len(tenants)}", "light", prompt=8, max_tokens=1))
+        plan = h.step()
+        tenants.append({run.seq.tenant for run in plan.runs if run.num_tokens > 1})
+    alone = [set_of == {"light"} for set_of in tenants]
+    assert alone[:5] == [True, True, True, True, False]
+    assert 3 <= alone.count(False) <= 6  # nor does it wait for ever while they keep coming

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 
 import msgspec
 
@@ -18,12 +17,11 @@ from server.api.reading.messages import (
     frame,
     job_frames,
 )
+from server.border.program import program
 from server.errors import ChorusError, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-# As the engine process is started: with this one's modules, whatever lies in the working folder.
-_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from server.api.reading.child import main; main()"
 _WAIT_S = 120.0  # by the clock on the wall, for a process that the kernel's limits have not ended
 _ENOUGH_BYTES = 512 * 2**20  # resident: a process that holds more is replaced
 _END_S = 5.0  # after the end of its input, before SIGKILL
@@ -43,7 +41,7 @@ class ReaderProcess:
             return
         await self.end()
         self._child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path),
+            *program("server.api.reading.child"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # signals to the face's process group are for the face alone
