@@ -1,4 +1,4 @@
-"""How many requests begin in one turn of the event loop: a thousand at once must not hold up the others."""
+"""How much begins in one turn of the event loop: a thousand requests at once must not hold up the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Entrance:
     """Begins requests in the order in which they came, a few in each turn of the loop."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()
         self._left = _BEGUN_AT_ONCE  # in this turn
         self._armed = False
 
-    def enter(self, begin: Callable[[], None], *, at_once: bool = False) -> None:
+    def enter(self, begin: Callable[[], object], *, at_once: bool = False) -> None:
         """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody."""
         if at_once or (self._left > 0 and not self._waiting):
             self._left -= 1
@@ -27,6 +27,12 @@ class Entrance:
         if not self._armed:
             self._armed = True
             asyncio.get_running_loop().call_soon(self._next_turn)
+
+    async def turn(self) -> None:
+        """Waits for one's turn among those who go on in this way."""
+        turn = asyncio.get_running_loop().create_future()
+        self.enter(lambda: turn.done() or turn.set_result(None))
+        await turn
 
     def _next_turn(self) -> None:
         self._left = _BEGUN_AT_ONCE
