@@ -10,16 +10,18 @@ _BEGUN_AT_ONCE = 8  # a request's first step takes less than a millisecond
 
 
 class Entrance:
-    """Begins requests in the order in which they came, a few in each turn of the loop."""
+    """Begins what comes in its order, `at_once` of it in each turn of the loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = _BEGUN_AT_ONCE) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
-        self._left = _BEGUN_AT_ONCE  # in this turn
+        self._at_once = at_once
+        self._left = at_once  # in this turn
         self._armed = False
 
     def enter(self, begin: Callable[[], object], *, at_once: bool = False) -> None:
-        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody."""
-        if at_once or (self._left > 0 and not self._waiting):
+        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody else, but where
+        there are too many of them."""
+        if (at_once and self._left > -self._at_once) or (self._left > 0 and not self._waiting):
             self._left -= 1
             begin()
         else:
@@ -35,10 +37,10 @@ class Entrance:
         await turn
 
     def _next_turn(self) -> None:
-        self._left = _BEGUN_AT_ONCE
+        self._left = self._at_once
         while self._waiting and self._left > 0:
             self._left -= 1
             self._waiting.popleft()()
-        self._armed = self._left < _BEGUN_AT_ONCE
+        self._armed = self._left < self._at_once
         if self._armed:
             asyncio.get_running_loop().call_soon(self._next_turn)

@@ -30,6 +30,13 @@ async def test_a_probe_does_not_wait() -> None:
     assert begun[-1] == -1
 
 
+async def test_too_many_probes_wait_too() -> None:
+    entrance, begun = Entrance(), []
+    for at in range(100):
+        entrance.enter(partial(begun.append, at), at_once=True)
+    assert len(begun) == 2 * _BEGUN_AT_ONCE
+
+
 async def test_those_who_go_on_take_turns_too_and_some_may_leave() -> None:
     entrance, gone_on = Entrance(), []
 

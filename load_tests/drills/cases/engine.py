@@ -85,8 +85,8 @@ async def small_arena(site: Site) -> str:
 @case(34, "out of memory in a step", "preempt, once more, then fail only that request")
 async def no_memory_in_a_step(site: Site) -> str:
     raise CannotPlay(
-        "on a CPU torch takes a step's memory from what it has freed: with no more address space allowed to the "
-        "engine, none failed; see tests/engine/test_out_of_memory.py, whose device says that it has none left"
+        "on a CPU torch takes a step's memory from what it has freed: with no more address space allowed to "
+        "the engine none failed; see tests/engine/test_out_of_memory.py, where a device says that none is left"
     )
 
 
