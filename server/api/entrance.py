@@ -19,8 +19,8 @@ class Entrance:
         self._armed = False
 
     def enter(self, begin: Callable[[], object], *, at_once: bool = False) -> None:
-        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody else while they
-        are few."""
+        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody while they are
+        few."""
         if (at_once and self._left > -self._at_once) or (self._left > 0 and not self._waiting):
             self._left -= 1
             begin()
