@@ -13,12 +13,12 @@ class Entrance:
     """Begins what comes in its order, `at_once` of it in each turn of the loop."""
 
     def __init__(self, at_once: int = _BEGUN_AT_ONCE) -> None:
-        self._waiting: deque[Callable[[], object]] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()
         self._at_once = at_once
         self._left = at_once  # in this turn
         self._armed = False
 
-    def enter(self, begin: Callable[[], object], *, at_once: bool = False) -> None:
+    def enter(self, begin: Callable[[], None], *, at_once: bool = False) -> None:
         """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody while they are
         few."""
         if (at_once and self._left > -self._at_once) or (self._left > 0 and not self._waiting):
@@ -32,8 +32,13 @@ class Entrance:
 
     async def turn(self) -> None:
         """Waits for one's turn among those who go on in this way."""
-        turn = asyncio.get_running_loop().create_future()
-        self.enter(lambda: turn.done() or turn.set_result(None))
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def go_on() -> None:
+            if not turn.done():
+                turn.set_result(None)
+
+        self.enter(go_on)
         await turn
 
     def _next_turn(self) -> None:

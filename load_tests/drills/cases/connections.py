@@ -131,7 +131,7 @@ async def floods(site: Site) -> str:
     async with connections(site, 1500) as opened:
         for _ in range(20):
             for reader, writer in opened:
-                if not reader.at_eof():
+                if not reader.at_eof() and not writer.is_closing():
                     writer.write(b"G")
             await asyncio.sleep(1)
         left = await _still_open([each for each, _ in opened])
