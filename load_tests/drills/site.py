@@ -170,6 +170,7 @@ class Site:
         await self.complete()
         await self.complete(prompt="word " * 60_000)  # the process that reads large bodies
         await self.http.post("/v1/adapters", json={"name": "absent", "source": "file:/absent"})
+        await asyncio.gather(*(self.http.get("/v1/usage") for _ in range(16)))  # all connections to SQLite
 
     async def books(self) -> Books:
         """When all has ended, or after half a minute as it is."""

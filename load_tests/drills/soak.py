@@ -34,12 +34,13 @@ _SHOWN = 3
 Key = tuple[str, int, int]  # digest of the weights ("" of the base model), prompt, kind
 
 
-def soak_case(minutes: float, seed: int) -> Case:
+def soak_case(minutes: float, seed: int, prompts: int = len(_PROMPTS)) -> Case:
+    """`prompts`: how many of them are asked."""
     return Case(
         103,
         f"{minutes:g} minutes of mixed traffic, adapters changing, clients going away (seed {seed})",
         "every token as from a quiet server; memory flat",
-        partial(_soak, minutes, seed),
+        partial(_soak, minutes, seed, prompts),
         _FLAGS,
         limit_s=600 + 60 * minutes,
     )
@@ -53,6 +54,7 @@ class _Run:
     random: Random
     names: list[str]
     contents: list[dict[str, bytes]]
+    prompts: int
     over_at: float = 0.0
     right: dict[Key, list[int]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -91,10 +93,10 @@ class _Answer:
             self.tokens += choice["token_ids"] or ()
 
 
-async def _soak(minutes: float, seed: int, site: Site) -> str:
+async def _soak(minutes: float, seed: int, prompts: int, site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]]
     contents = [scaled(site.adapter_files(), factor) for factor in (1.0, -1.0, 0.5, 2.0)]
-    run = _Run(site, Random(seed), names, contents)
+    run = _Run(site, Random(seed), names, contents, prompts)
     await _learn(run)
     memory = (await site.books()).memory_mib
     run.over_at = time.monotonic() + 60 * minutes
@@ -121,7 +123,7 @@ async def _learn(run: _Run) -> None:
 
 
 async def _learn_of(run: _Run, name: str) -> None:
-    for prompt in range(len(_PROMPTS)):
+    for prompt in range(run.prompts):
         for kind in range(len(_KINDS)):
             answer = await _whole(run.site, _body(name, prompt, kind))
             expect(answer.error is None and answer.tokens, f"{name}, alone: {answer.error}")
@@ -160,7 +162,7 @@ async def _streamed(site: Site, body: dict[str, Any], most: int | None = None) -
 async def _client(run: _Run) -> None:
     while not run.over:
         name = run.random.choice([*run.names, *_MOVING * 2])
-        prompt, kind = run.random.randrange(len(_PROMPTS)), run.random.randrange(len(_KINDS))
+        prompt, kind = run.random.randrange(run.prompts), run.random.randrange(len(_KINDS))
         body = _body(name, prompt, kind)
         way = run.random.random()
         try:

@@ -1,4 +1,4 @@
-"""How many requests begin in one turn of the event loop: a thousand at once must not hold up the others."""
+"""How much begins in one turn of the event loop: a thousand requests at once must not hold up the others."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ _BEGUN_AT_ONCE = 8  # a request's first step takes less than a millisecond
 
 
 class Entrance:
-    """Begins requests in the order in which they came, a few in each turn of the loop."""
+    """Begins what comes in its order, `at_once` of it in each turn of the loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = _BEGUN_AT_ONCE) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
-        self._left = _BEGUN_AT_ONCE  # in this turn
+        self._at_once = at_once
+        self._left = at_once  # in this turn
         self._armed = False
 
     def enter(self, begin: Callable[[], None], *, at_once: bool = False) -> None:
-        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody."""
-        if at_once or (self._left > 0 and not self._waiting):
+        """Call `begin` now, or in a later turn. `at_once`: of probes, which wait behind nobody while they are
+        few."""
+        if (at_once and self._left > -self._at_once) or (self._left > 0 and not self._waiting):
             self._left -= 1
             begin()
         else:
@@ -28,11 +30,22 @@ class Entrance:
             self._armed = True
             asyncio.get_running_loop().call_soon(self._next_turn)
 
+    async def turn(self) -> None:
+        """Waits for one's turn among those who go on in this way."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def go_on() -> None:
+            if not turn.done():
+                turn.set_result(None)
+
+        self.enter(go_on)
+        await turn
+
     def _next_turn(self) -> None:
-        self._left = _BEGUN_AT_ONCE
+        self._left = self._at_once
         while self._waiting and self._left > 0:
             self._left -= 1
             self._waiting.popleft()()
-        self._armed = self._left < _BEGUN_AT_ONCE
+        self._armed = self._left < self._at_once
         if self._armed:
             asyncio.get_running_loop().call_soon(self._next_turn)

@@ -16,6 +16,7 @@ from server.access.keyring import Keyring
 from server.api.background import Background
 from server.api.caller import caller_of
 from server.api.drain import Drain
+from server.api.entrance import Entrance
 from server.api.reading.readers import Readers
 from server.api.waiting_room import WaitingRoom
 from server.base_model import BaseModel
@@ -65,6 +66,7 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    upload_turns: Entrance = field(default_factory=Entrance)
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
     usage: UsageLedger | None = None  # the same

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 
+_SWITCH_S = 0.001  # how long a thread keeps the interpreter from the event loop; Python's own is 5 ms
 _UNSENT_BYTES = 128 * 2**10  # of an answer, in the kernel, or it takes megabytes that nobody reads
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 _CHECK_S = 1.0  # between two looks at every connection
@@ -176,6 +177,7 @@ def run(
         app, settings, limits=limits, lifespan="on", timeout_graceful_shutdown=_UPLOADS_S, **encrypted
     )
     server = Server(config, app.state.face)
+    sys.setswitchinterval(_SWITCH_S)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(server, engine, listener))
     return server.exit_code

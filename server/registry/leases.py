@@ -39,9 +39,9 @@ class Leases:
             version.leases -= 1
             last = not version.leases and not version.listed
         if last:
-            self._free(version)
+            self._free(version, on_loop=True)
 
-    def _free(self, version: VersionBooks) -> None:
+    def _free(self, version: VersionBooks, *, on_loop: bool = False) -> None:
         def gone() -> None:
             books = self._books
             with books.lock:
@@ -53,6 +53,6 @@ class Leases:
                 version.gone.set_result(None)
 
         if version.stored:
-            self._store.drop(version.info.digest, then=gone)
+            self._store.drop(version.info.digest, then=gone, on_loop=on_loop)
         else:
             gone()

@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -191,7 +191,7 @@ class ContentStore:
 
     def close(self) -> None:
         """Finish removals and let the next server in."""
-        with self._lock:
+        with self._moving, self._lock:
             lock_fd, self._lock_fd = self._lock_fd, -1
         self._remover.shutdown()
         if lock_fd >= 0:
@@ -242,19 +242,24 @@ class ContentStore:
             self._holders.update(digest for digest in digests if digest in there)
         return there
 
-    def drop(self, digest: str, then: Callable[[], None] | None = None) -> None:
-        """One holder fewer. With the last one the files go, in a thread.
+    def drop(self, digest: str, then: Callable[[], None] | None = None, *, on_loop: bool = False) -> None:
+        """One holder fewer. With the last one the files go: out of sight at once, unlinked in a thread; where
+        the event loop calls (`on_loop`), both in a thread.
 
         `then` is called when that is done, from another thread, or at once when others hold it.
         """
-        with self._lock:
-            self._holders[digest] -= 1
-            if self._holders[digest] <= 0:
-                del self._holders[digest]
-                if self._lock_fd >= 0:  # else closed: the folder may be another server's by now
+        with nullcontext() if on_loop else self._moving:
+            with self._lock:
+                self._holders[digest] -= 1
+                last = self._holders[digest] <= 0
+                if last:
+                    del self._holders[digest]
+                goes = last and self._lock_fd >= 0  # else closed: the folder may be another server's by now
+                if goes and on_loop:
                     self._remover.submit(self._remove, digest, then)
-                    return
-        if then is not None:
+            if goes and not on_loop:
+                self._remover.submit(self._unlink, self._take_out(digest), then)
+        if not goes and then is not None:
             then()
 
     def holds(self, digest: str) -> bool:
@@ -280,11 +285,19 @@ class ContentStore:
         return (folder.name for folder in self.stored() if holds_all(folder, FILE_NAMES))
 
     def _remove(self, digest: str, then: Callable[[], None] | None) -> None:
-        """Out of sight at once, then file by file; unless somebody has come to hold it meanwhile."""
+        with self._moving:
+            trash = self._take_out(digest)
+        self._unlink(trash, then)
+
+    def _take_out(self, digest: str) -> Path:
+        """Out of sight, to the folder that this returns; unless somebody has come to hold it meanwhile."""
         trash = self._staging / uuid.uuid4().hex
-        with self._moving, suppress(OSError):  # what cannot go now is swept at the next start
+        with suppress(OSError):  # what cannot go now is swept at the next start
             if not self.holds(digest):
                 self.folder(digest).rename(trash)
+        return trash
+
+    def _unlink(self, trash: Path, then: Callable[[], None] | None) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         if then is not None:
             then()

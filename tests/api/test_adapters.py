@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from load_tests.drills.archives import tarred, zipped
+from server.api.entrance import _BEGUN_AT_ONCE
 from server.messages import ErrorCode
 from server.registry.store import Sink
 from tests.api.adapter_app import Site
@@ -676,6 +677,33 @@ async def until(condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  # what is awaited happens in threads and background tasks
             await asyncio.sleep(0.005)
+
+
+async def test_uploads_at_once_are_taken_in_by_turns(site: Site) -> None:
+    """A piece is copied more than once: fifty in one turn of the loop hold it for tens of milliseconds."""
+    turn, taken = 0, Counter[int]()
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        asyncio.get_running_loop().call_soon(next_turn)
+
+    form = httpx.Request("POST", "http://x", files=[("files", each) for each in files().items()])
+    whole = form.read()
+    pieces = [whole[at : at + 1000] for at in range(0, len(whole), 1000)]
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            taken[turn] += 1
+            yield piece
+
+    next_turn()
+    headers = {"content-type": form.headers["content-type"]}
+    uploads = [site.client.put(f"/v1/adapters/a{k}", content=body(), headers=headers) for k in range(50)]
+    answers = await asyncio.gather(*uploads)
+    assert {answer.status_code for answer in answers} == {201}
+    assert sum(taken.values()) == 50 * len(pieces)
+    assert max(taken.values()) <= 2 * _BEGUN_AT_ONCE  # those that begin, and those that go on
 
 
 async def test_the_event_loop_changes_nothing_on_the_disk(site: Site) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -396,3 +397,31 @@ async def test_a_request_without_a_host(served: Open) -> None:
     async with served() as (_, client):
         assert (await (await client.open(b"GET /health/live HTTP/1.1\r\n\r\n")).answer())[0] == 400
         assert (await (await client.open(b"GET /health/live HTTP/1.0\r\n\r\n")).answer())[0] == 200
+
+
+async def test_what_hundreds_send_at_once_is_parsed_in_turns(
+    served: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head takes some 50 microseconds: two thousand in one turn of the loop hold it for 100 ms."""
+    turn, parsed = 0, Counter[int]()
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        asyncio.get_running_loop().call_soon(next_turn)
+
+    def on_message_begin(self: connection.Connection) -> None:
+        parsed[turn] += 1
+        begin(self)
+
+    begin = connection.Connection.on_message_begin
+    monkeypatch.setattr(connection.Connection, "on_message_begin", on_message_begin)
+    async with served() as (_, client):
+        opened = [await client.open() for _ in range(300)]
+        next_turn()
+        for each in opened:
+            each.writer.write(LIVE.replace(b"/health/live", b"/v1/models"))
+        answers = [await each.answer() for each in opened]
+    assert {status for status, _, _ in answers} == {200}
+    assert sum(parsed.values()) == 300
+    assert max(parsed.values()) <= 2 * connection._READ_AT_ONCE  # of one turn, and at the start of the next

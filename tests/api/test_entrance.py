@@ -30,6 +30,31 @@ async def test_a_probe_does_not_wait() -> None:
     assert begun[-1] == -1
 
 
+async def test_too_many_probes_wait_too() -> None:
+    entrance, begun = Entrance(), []
+    for at in range(100):
+        entrance.enter(partial(begun.append, at), at_once=True)
+    assert len(begun) == 2 * _BEGUN_AT_ONCE
+
+
+async def test_those_who_go_on_take_turns_too_and_some_may_leave() -> None:
+    entrance, gone_on = Entrance(), []
+
+    async def go_on(at: int) -> None:
+        await entrance.turn()
+        gone_on.append(at)
+
+    waiting = [asyncio.create_task(go_on(at)) for at in range(3 * _BEGUN_AT_ONCE + 1)]
+    await asyncio.sleep(0)
+    waiting[-2].cancel()
+    counts = [0]
+    while len(gone_on) < len(waiting) - 1:
+        await asyncio.sleep(0)
+        counts.append(len(gone_on))
+    assert max(b - a for a, b in pairwise(counts)) <= _BEGUN_AT_ONCE
+    assert gone_on == [at for at in range(len(waiting)) if at != len(waiting) - 2]
+
+
 async def test_it_is_open_again_after_a_rest() -> None:
     entrance, begun = Entrance(), []
     for _ in range(3):

@@ -119,6 +119,9 @@ class RegistryTrace(RuleBasedStateMachine):
             for v in self.registry.get(name[1], tenant=name[0]).versions
         }
         digests |= {lease.version.digest for lease in self.held}
+        for retired in self.retired:
+            if all(lease.version != retired.version for lease in self.held):
+                retired.gone.result(timeout=10)
         assert adapter_files.on_disk(self.data_dir) == digests
 
     def teardown(self) -> None:

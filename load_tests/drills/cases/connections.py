@@ -122,8 +122,8 @@ async def disconnects(site: Site) -> str:
 async def floods(site: Site) -> str:
     sent, _ = await _pour(site, site.head("GET /v1/models") + b"x: ", b"y" * _MIB, 300)
     expect(sent < 8, f"{sent} MiB of a header were taken")
-    large, answer = await _pour(site, site.head("GET /v1/models") + b"x: ", b"y" * 2**10, 40)
-    expect(b" 431 " in answer[:20], f"a header of {large} KiB: {answer[:80]!r}")
+    _, answer = await _pour(site, site.head("GET /v1/models", "x: " + "y" * 40_960), b"\r\n", 1)
+    expect(b" 431 " in answer[:20], f"a header of 40 KiB: {answer[:80]!r}")
     seen = f"header cut after {sent} MiB, of 40 KiB 431"
     taken, answers = await _pour(site, b"", (site.head("GET /v1/models") + b"\r\n") * 1000, 400)
     expect(taken < 400, "400,000 pipelined requests were taken")
@@ -131,7 +131,7 @@ async def floods(site: Site) -> str:
     async with connections(site, 1500) as opened:
         for _ in range(20):
             for reader, writer in opened:
-                if not reader.at_eof():
+                if not reader.at_eof() and not writer.is_closing():
                     writer.write(b"G")
             await asyncio.sleep(1)
         left = await _still_open([each for each, _ in opened])
@@ -185,12 +185,9 @@ async def browser_pages(site: Site) -> str:
 
 @case(51, "n=64, logprobs=20, 1,500 tokens, not streamed", "refused by a cap; encoded in pieces", limit_s=600)
 async def large_answers(site: Site) -> str:
-    many = {"prompt": "x", "n": 64, "ignore_eos": True, "temperature": 1}
-    beyond = await site.complete(**many, max_tokens=1500, logprobs=20)
+    many = {"prompt": "x", "n": 64, "ignore_eos": True, "temperature": 1, "logprobs": 20}
+    beyond = await site.complete(**many, max_tokens=1500)
     expect(beyond.status_code == 400, f"beyond the cap: {beyond.status_code}")
-    seen = ["beyond the cap 400"]
-    for what, fields in {"as many logprobs as fit": {"logprobs": 20}, "without logprobs": {}}.items():
-        answer = await site.complete(**many, max_tokens=None if fields else 1500, **fields)
-        expect(answer.status_code == 200, f"{what}: {answer.status_code} {answer.text[:200]}")
-        seen.append(f"{what} {len(answer.content) // 2**10} KiB")
-    return ", ".join(seen)
+    fits = await site.complete(**many, max_tokens=None)
+    expect(fits.status_code == 200, f"as many as fit: {fits.status_code} {fits.text[:200]}")
+    return f"beyond the cap 400, as many as fit {len(fits.content) // 2**10} KiB"

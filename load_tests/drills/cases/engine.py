@@ -84,7 +84,10 @@ async def small_arena(site: Site) -> str:
 
 @case(34, "out of memory in a step", "preempt, once more, then fail only that request")
 async def no_memory_in_a_step(site: Site) -> str:
-    raise CannotPlay("needs a device that raises: tests/engine/test_out_of_memory.py")
+    raise CannotPlay(
+        "on a CPU torch takes a step's memory from what it has freed: with no more address space allowed to "
+        "the engine none failed; tests/engine/test_out_of_memory.py has a device that says that none is left"
+    )
 
 
 @case(
@@ -194,7 +197,7 @@ def small_disk(model: Path, folder: Path) -> Path:
     return model
 
 
-@case(27, "disk full", "507; what was there still serves", model=small_disk)
+@case(27, "disk full", "507; what was there still serves", own_server=True, model=small_disk)
 async def disk_full(site: Site) -> str:
     files = site.adapter_files()
     statuses = []

@@ -81,19 +81,19 @@ async def deadline_in_the_queue(site: Site) -> str:
 
 
 @case(
-    47, "pins fill the arena", "refused beyond their share; the others are answered", "--arena-bytes", "2MiB"
+    47, "pins fill the arena", "503 or 409 beyond their share; nobody waits for ever", "--arena-bytes", "2MiB"
 )
 async def pins_fill_the_arena(site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]][1:]
-    statuses = [
-        (await site.http.post(f"/v1/adapters/{name}/load", json={"pin": True})).status_code for name in names
-    ]
-    expect(set(statuses) == {200, 409}, str(statuses))
-    answers = await asyncio.wait_for(asyncio.gather(*(site.complete(name) for name in names)), 60)
-    seen = [answer.status_code for answer in answers]
-    expect(set(seen) == {200}, str(seen))
-    for name in names:
-        await site.http.post(f"/v1/adapters/{name}/unload")
+    try:
+        pins = [await site.http.post(f"/v1/adapters/{name}/load", json={"pin": True}) for name in names]
+        answers = await asyncio.wait_for(asyncio.gather(*(site.complete(name) for name in names)), 60)
+    finally:
+        for name in names:
+            await site.http.post(f"/v1/adapters/{name}/unload")
+    statuses, seen = ([each.status_code for each in some] for some in (pins, answers))
+    expect({200} < set(statuses) <= {200, 409, 503}, f"pins {statuses}")
+    expect({200} <= set(seen) <= {200, 503}, f"requests {seen}")
     return f"pins {statuses}; requests {seen}"
 
 

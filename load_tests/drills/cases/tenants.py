@@ -77,7 +77,7 @@ class _Tenant:
 
     @classmethod
     async def of(cls, site: Site, name: str) -> _Tenant:
-        wanted = {"tenant": name, "scopes": ["infer", "upload", "manage", "metrics"]}
+        wanted = {"tenant": name, "scopes": ["infer", "upload", "manage"]}
         made = await site.http.post("/v1/keys", json=wanted)
         expect(made.status_code == 201, made.text[:200])
         return cls(site, made.json()["key"])
@@ -111,7 +111,7 @@ def _probes(name: str) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-_LISTS = "/v1/models", "/v1/adapters", "/v1/usage", "/metrics/adapters"
+_LISTS = "/v1/models", "/v1/adapters", "/v1/usage"
 
 
 @case(39, "key A asks for tenant B's adapter", "404, no hint that it exists", *OPERATOR)

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from server.access.caller import DEFAULT_TENANT, Caller
 from server.api.caller import caller_of
+from server.api.entrance import Entrance
 from server.api.face import Face
 from server.errors import ChorusError, Forbidden, InvalidRequest, TooSlow
 from server.registry.publication import Publication
@@ -68,7 +69,7 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
         except ClientDisconnect as error:
             raise InvalidRequest("The client went away before its upload was complete.") from error
         except ChorusError:
-            await _drain(body)
+            await _drain(body, face.upload_turns)
             raise
 
 
@@ -130,21 +131,35 @@ async def _receive_into(
         return publication.publish(upload.finish(), description=description)
 
     upload = Upload(content_type, publication.staging, on_field, face.settings.limits)
-    buffer = bytearray()
-    async for chunk in _in_time(body, face.settings.upload_timeout_s):
-        buffer += chunk
-        if len(buffer) >= CHUNK_BYTES:
-            full, buffer = bytes(buffer), bytearray()
-            await in_thread(partial(upload.feed, full), UPLOADERS)
-    await in_thread(partial(upload.feed, bytes(buffer)), UPLOADERS)
+    async for pieces in _gathered(_in_time(body, face.settings.upload_timeout_s, face.upload_turns)):
+        await in_thread(partial(_feed, upload, pieces), UPLOADERS)
     return await in_thread(finish, UPLOADERS)
 
 
-async def _in_time(body: AsyncIterator[bytes], most_s: float) -> AsyncIterator[bytes]:
+def _feed(upload: Upload, pieces: list[bytes]) -> None:
+    upload.feed(b"".join(pieces))
+
+
+async def _gathered(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    """A megabyte at a time."""
+    pieces: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size >= CHUNK_BYTES:
+            yield pieces
+            pieces, size = [], 0
+    yield pieces
+
+
+async def _in_time(body: AsyncIterator[bytes], most_s: float, turns: Entrance) -> AsyncIterator[bytes]:
     """The chunks of `body`. Raises TooSlow when they take longer than `most_s` seconds in all; their least
-    rate is the connection's matter, as of every body."""
+    rate is the connection's matter, as of every body. Only some of all uploads take one in a turn of the
+    loop: each is up to 256 KB, copied more than once, and while it is not taken no other is read for it."""
     deadline = asyncio.get_running_loop().time() + most_s
     while True:
+        await turns.turn()
         try:
             async with asyncio.timeout_at(deadline):
                 chunk = await anext(body)
@@ -155,7 +170,7 @@ async def _in_time(body: AsyncIterator[bytes], most_s: float) -> AsyncIterator[b
         yield chunk
 
 
-async def _drain(body: AsyncIterator[bytes]) -> None:
+async def _drain(body: AsyncIterator[bytes], turns: Entrance) -> None:
     """Read on for a while: a connection closed on a client that still sends may lose it the answer."""
     left = _DRAINED_BYTES
     with suppress(ClientDisconnect, TimeoutError):
@@ -164,3 +179,4 @@ async def _drain(body: AsyncIterator[bytes]) -> None:
                 left -= len(chunk)
                 if left < 0:
                     return
+                await turns.turn()
