@@ -13,10 +13,10 @@ K and V, P partial sums of a cut tile, H heads.
 
 from __future__ import annotations
 
-from server.devices.cuda.jit import after_the_last, jit, tl
+from server.devices.cuda.jit import after_the_last, jit, kernel, tl
 
 
-@jit()
+@kernel()
 def write(
     key, value, k_cache, v_cache, slot_mapping,
     key_stride_t, key_stride_h, value_stride_t, value_stride_h,
@@ -111,7 +111,7 @@ def _sinks(sinks, head_M, real_M, begin, SINKS: tl.constexpr, ROWS: tl.constexpr
     return top_M, sum_M
 
 
-@jit("tile_tokens", "table_stride")
+@kernel("tile_tokens", "table_stride")
 def attend(
     query, k_cache, v_cache, out, parts, lse, items, block_tables, sinks,
     scale, softcap, window, tile_tokens,
@@ -176,7 +176,7 @@ def attend(
     tl.store(lse + at_M, top_M + tl.log2(sum_M), mask=real_M)
 
 
-@jit("tile_tokens")
+@kernel("tile_tokens")
 def join(
     parts, lse, out, cuts, tile_tokens,
     V_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
