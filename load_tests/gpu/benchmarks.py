@@ -63,6 +63,7 @@ PARTS = {
     "swap": Part(40, "swap:measure"),
     "ranks": Part(65, "ranks:measure", extra=True, alone=True),
     "engine-small": Part(40, "engine:measure_small", extra=True, alone=True),
+    "levers": Part(110, "levers:measure", extra=True, alone=True),
     "sweep": Part(50, "sweep:measure", extra=True, alone=True),
     "kernel-ranks": Part(110, "kernels:measure_ranks", extra=True),
 }

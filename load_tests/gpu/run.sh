@@ -4,11 +4,11 @@
 # $OUT (default: a new folder of the temporary directory) gets two files, renewed after every step and while one
 # runs: all.tgz with every log and figure so far, and summary.txt, which is also the end of the output.
 # LIMIT is the time of the whole call in seconds (540), PACK_EVERY that between two archives while a step runs
-# (15); SHAPE another model than llama-3.1-8b.
+# (15); SHAPE another model than llama-3.1-8b. CHORUS_CUDA_LEVERS and other settings of the server hold here too.
 set -u
 cd "$(dirname "$0")/../.." || exit
 checks=(smoke tests alone)
-benchmarks=(ceilings engine mixed sampling profile kernels attention swap ranks engine-small sweep kernel-ranks)
+benchmarks=(ceilings engine mixed sampling profile kernels attention swap ranks engine-small levers sweep kernel-ranks)
 wanted=("$@") chosen=() failed=()
 for name in "${wanted[@]}"; do
     case " ${checks[*]} " in *" $name "*) continue ;; esac

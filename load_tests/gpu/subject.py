@@ -193,11 +193,13 @@ def subject(
     max_num_seqs: int,
     kv_tokens: int,
     host_bytes: int = 0,
+    cuda_levers: str = "",
 ) -> Iterator[Subject]:
     """An engine with random weights, with folders for versions of `ranks`. Raises SlowEngine.
 
     `arena_ranks`: what the ranks of all adapters in the arena may add up to. `kv_tokens`: room of the KV
     cache for each of `max_num_seqs` sequences. `host_bytes`: of the cache of packed adapters.
+    `cuda_levers`: as the setting; "": what the environment says.
     """
     config = SHAPES[shape] | {"dtype": "bfloat16"}
     with tempfile.TemporaryDirectory() as root:
@@ -219,6 +221,7 @@ def subject(
                 kv_cache_bytes=_WIDTH * floor.kv_values(config) * (kv_tokens + _SPARE_TOKENS) * max_num_seqs,
                 host_cache_bytes=host_bytes,
                 prefix_caching=False,
+                **({"cuda_levers": cuda_levers} if cuda_levers else {}),  # else as the environment has it
             )
         )
         try:

@@ -47,6 +47,30 @@ def test_mixed_batch(architecture: str, eager: bool, tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("levers", ["none", "rotate-write", "shrink-beside", "dependent-launch", "all"])
+def test_the_levers_change_no_token(levers: str, tmp_path: Path) -> None:
+    """Eight sequences with adapters of their own and a prompt among them, so that shrink has a branch."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build("llama", tmp_path / "model")
+    targets = targets_of("llama")
+    adapters = [
+        add_adapter(model, tmp_path / f"a{i}", seed=i, rank=4 + i, target_modules=targets) for i in range(8)
+    ]
+    jobs = [Job([5 + i, 6, 7, 9 + i], adapter, tokens=12 - i) for i, adapter in enumerate(adapters)]
+    jobs.append(Job(list(range(3, 40)), adapters[0], tokens=5))
+    engine = make_engine(
+        model,
+        device="cuda",
+        max_num_batched_tokens=24,
+        max_num_seqs=9,
+        arena_bytes=2**20,
+        cuda_levers=levers,
+    )
+    assert engine.fast_paths["graphs"]
+    assert serve(engine, jobs) == expected(model, jobs)
+    engine.close()
+
+
 def test_an_arena_whose_tables_grow_is_captured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     monkeypatch.setattr(CudaDevice, "arena_slots", 1)

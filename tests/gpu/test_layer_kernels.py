@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate
+from server.devices.cuda.layer_kernels import HeadNorm, activate, add_norm, norm_rotate, rotate_write
+from server.model.attention.interface import LayerCacheSpec, paged_cache
 from server.model.layer_reader import Activation, Norm
 from tests.gpu.errors import assert_near, poison_free_memory
 
@@ -45,6 +46,29 @@ def test_add_norm(width: int, tokens: int, dtype: torch.dtype) -> None:
     out = add_norm(x, residual, norm, x_norm=x_norm, multiplier=0.7)
     assert_near(residual, want, torch.float32)
     assert_near(out, want_out, dtype)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("per_head", [None, True], ids=["no norm", "per head"])
+def test_what_is_rotated_is_written(per_head: bool | None, dependent: bool) -> None:
+    """Bit by bit what `norm_rotate` gives, each token at its slot."""
+    spec, tokens = LayerCacheSpec(8, 128, 128, 32), 200
+    qkv = randn(tokens, 48 * 128).bfloat16()
+    norm = None if per_head is None else HeadNorm(1 + randn(256) / 4, 1e-5, per_head)
+    cos, sin = randn(300, 128).bfloat16(), randn(300, 128).bfloat16()
+    positions = torch.randint(300, (tokens,), device="cuda")
+    slots = torch.randperm(16 * 20, device="cuda")[:tokens]
+    want = qkv.clone()
+    norm_rotate(want, 32, 8, 128, norm, (cos, sin), positions)
+    cache = paged_cache(spec, 20, 16, torch.bfloat16, qkv.device)
+    poison_free_memory()
+    for _ in range(20):  # one kernel after the other, as the branches of a race would have it
+        again = qkv.clone()
+        rotate_write(again, cache, slots, norm, (cos, sin), positions, dependent=dependent)
+    query, key, value = spec.split(want)
+    assert torch.equal(spec.split(again)[0], query)
+    assert torch.equal(cache.k.transpose(1, 2).flatten(0, 1)[slots], key)
+    assert torch.equal(cache.v.transpose(1, 2).flatten(0, 1)[slots], value)
 
 
 @WIDE_DTYPES

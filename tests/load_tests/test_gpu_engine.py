@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from load_tests.gpu import ranks
+from load_tests.gpu import levers, ranks
 from load_tests.gpu.context import Context
 from load_tests.gpu.engine import Row, decode_figures, mixes_of, prefill_figures, run, stages
 from load_tests.gpu.figures import Deadline, Results
@@ -102,6 +102,18 @@ def test_mixed_ranks_add_up_to_those_beside_them() -> None:
         assert len(set(mixes[mix])) == 16
     assert Version(64, 1) in set(mixes["mixed"]) & set(mixes["largest"])  # loaded once
     assert sum(version.rank for version in ranks.versions_of(16)) < sum(map(sum, by_mix.values()))
+
+
+def test_levers_are_compared_with_none() -> None:
+    def no_engine() -> Subject:
+        raise AssertionError("an engine for each choice")
+
+    results = Results("levers")
+    levers.measure(Context(WORKLOADS["tiny"], results, Deadline(60), no_engine))
+    choices = ("all", "rotate-write", "shrink-beside", "dependent-launch")
+    names = [f"{choice}, {mix}: speed / none" for choice in choices for mix in ("base", "one", "distinct")]
+    assert [figure.name for figure in results.figures] == names
+    assert all(figure.values[0] > 0 for figure in results.figures)
 
 
 def test_ranks_are_measured_on_an_engine_of_their_own() -> None:

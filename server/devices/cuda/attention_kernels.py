@@ -13,10 +13,10 @@ K and V, P partial sums of a cut tile, H heads.
 
 from __future__ import annotations
 
-from server.devices.cuda.jit import after_the_last, jit, tl
+from server.devices.cuda.jit import after_the_last, jit, kernel, tl
 
 
-@jit()
+@kernel()
 def write(
     key, value, k_cache, v_cache, slot_mapping,
     key_stride_t, key_stride_h, value_stride_t, value_stride_h,
@@ -111,7 +111,27 @@ def _sinks(sinks, head_M, real_M, begin, SINKS: tl.constexpr, ROWS: tl.constexpr
     return top_M, sum_M
 
 
-@jit("tile_tokens", "table_stride")
+@jit()
+def _store(
+    out, parts, lse, part, t_first, t_M, head_M, real_M, tile_tokens, out_stride_t,
+    sum_ME, sum_M, top_M,
+    RATIO: tl.constexpr, V_DIM: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """What an item has found, to the output; of a cut tile, to its place among the partial sums."""
+    e_E = tl.arange(0, BLOCK_E)
+    sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # a row that sees no key of this item: lse = -inf
+    out_ME = sum_ME / sum_M[:, None]
+    mask_ME = real_M[:, None] & (e_E < V_DIM)[None, :]
+    if part < 0:
+        to_M = out + t_M.to(tl.int64) * out_stride_t + head_M * V_DIM
+        tl.store(to_M[:, None] + e_E[None, :], out_ME.to(out.dtype.element_ty), mask=mask_ME)
+    else:
+        at_M = (part * tile_tokens + t_M - t_first) * (tl.num_programs(1) * RATIO) + head_M
+        tl.store(parts + (at_M * V_DIM)[:, None] + e_E[None, :], out_ME, mask=mask_ME)
+        tl.store(lse + at_M, top_M + tl.log2(sum_M), mask=real_M)
+
+
+@kernel("tile_tokens", "table_stride")
 def attend(
     query, k_cache, v_cache, out, parts, lse, items, block_tables, sinks,
     scale, softcap, window, tile_tokens,
@@ -138,7 +158,7 @@ def attend(
     t_M = t_first + row_M // GROUP
     head_M = kv_head * RATIO + row_M % GROUP
     real_M = (t_M < t_first + tokens) & (row_M % GROUP < RATIO)
-    d_D, e_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    d_D = tl.arange(0, BLOCK_D)
     from_M = query + t_M.to(tl.int64) * query_stride_t + head_M * query_stride_h
     q_MD = tl.load(from_M[:, None] + d_D[None, :], mask=real_M[:, None] & (d_D < K_DIM)[None, :], other=0.0)
 
@@ -164,19 +184,13 @@ def attend(
         sum_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, sum_ME * fade_M[:, None], input_precision=PRECISION)
         block_N = next_block_N
 
-    sum_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # a row that sees no key of this item: lse = -inf
-    out_ME = sum_ME / sum_M[:, None]
-    mask_ME = real_M[:, None] & (e_E < V_DIM)[None, :]
-    if part < 0:
-        to_M = out + t_M.to(tl.int64) * out_stride_t + head_M * V_DIM
-        tl.store(to_M[:, None] + e_E[None, :], out_ME.to(out.dtype.element_ty), mask=mask_ME)
-        return
-    at_M = (part * tile_tokens + t_M - t_first) * (tl.num_programs(1) * RATIO) + head_M
-    tl.store(parts + (at_M * V_DIM)[:, None] + e_E[None, :], out_ME, mask=mask_ME)
-    tl.store(lse + at_M, top_M + tl.log2(sum_M), mask=real_M)
+    _store(
+        out, parts, lse, part, t_first, t_M, head_M, real_M, tile_tokens, out_stride_t,
+        sum_ME, sum_M, top_M, RATIO, V_DIM, BLOCK_E,
+    )  # fmt: skip
 
 
-@jit("tile_tokens")
+@kernel("tile_tokens")
 def join(
     parts, lse, out, cuts, tile_tokens,
     V_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,

@@ -8,12 +8,17 @@ Shape suffix: S runs of tokens (sequences, or segments of one adapter mix).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 try:
     import triton
     import triton.language as tl
+    from triton.compiler import CompiledKernel
 except ModuleNotFoundError:  # a CPU install: whoever launches a kernel says so
     triton = tl = None
 
@@ -22,6 +27,7 @@ __all__ = [
     "constexpr",
     "dependent",
     "jit",
+    "kernel",
     "power_of_2",
     "power_of_2_below",
     "tile_of",
@@ -35,6 +41,59 @@ def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
     if triton is None:
         return lambda function: function
     return triton.jit(do_not_specialize=counts)  # type: ignore[no-any-return]  # triton is untyped
+
+
+def kernel(*counts: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` of what the host launches: `Kernel`."""
+    if triton is None:
+        return lambda function: function
+    return lambda function: Kernel(function, counts)
+
+
+class Kernel:
+    """A kernel whose launches find by themselves what Triton has compiled for such arguments.
+
+    Triton asks of each argument what may change the code, makes a text of that and looks it up, which takes
+    more than half of a launch's time on the host. Here the same is told from types, dtypes and a few bits.
+    For one device in a process.
+    """
+
+    def __init__(self, function: Callable[..., Any], counts: Sequence[str]) -> None:
+        self.jitted = triton.jit(do_not_specialize=counts)(function)
+        self._names = list(inspect.signature(function).parameters)
+        self._compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """`arguments` are the kernel's first, by place; its constants are among the options, by name."""
+        aligned, kinds = _kinds(arguments)
+        key = (*kinds, *options.items())
+        known = self._compiled.get(key) if aligned else None
+        if known is not None:
+            compiled, constants = known
+            compiled[(*grid, 1, 1)](*arguments, *constants)
+            return
+        compiled = self.jitted[grid](*arguments, **options)
+        if aligned and isinstance(compiled, CompiledKernel):  # the interpreter gives nothing
+            constants = tuple(options[name] for name in self._names[len(arguments) :])
+            self._compiled[key] = compiled, constants
+
+
+def _kinds(arguments: Sequence[Any]) -> tuple[bool, list[object]]:
+    """Whether all tensors begin on 16 bytes, and of each argument what a kernel may be compiled for."""
+    kinds: list[object] = []
+    addresses = 0
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            addresses |= argument.data_ptr()
+            kinds.append(argument.dtype)
+        elif type(argument) is int:  # one, or a multiple of 16 or none, of 32 or 64 bits
+            kinds.append("one" if argument == 1 else 2 * (argument >> 31) + (argument & 15 == 0))
+        else:
+            kinds.append(type(argument))
+    return addresses & 15 == 0, kinds
 
 
 def constexpr(value: int) -> Any:

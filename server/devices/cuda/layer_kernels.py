@@ -14,11 +14,13 @@ are rotated together, C the values of a head after those, I the intermediate siz
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from server.devices.cuda.jit import after_the_last, jit, power_of_2, tl
+from server.devices.cuda.jit import after_the_last, jit, kernel, power_of_2, tl
 from server.devices.cuda.jit import dependent as options
 from server.model.attention.interface import LayerCache
 from server.model.decoder_layers import Tables
@@ -32,7 +34,7 @@ def _normed(x_W, weight, eps, mask_W, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     return x_W * tl.rsqrt(tl.sum(x_W * x_W, axis=0) / WIDTH + eps) * weight_W
 
 
-@jit()
+@kernel()
 def _add_norm(
     x, residual, out, rows, x_weight, weight, multiplier, x_eps, eps,
     WIDTH: tl.constexpr, BEGIN: tl.constexpr, ROWS: tl.constexpr, X_NORM: tl.constexpr, NORM: tl.constexpr,
@@ -114,7 +116,7 @@ def _put(
         tl.store(to_H + 2 * HALF + c_C, c_HC.to(to_H.dtype.element_ty), mask=mask_HC)
 
 
-@jit()
+@kernel()
 def _norm_rotate(
     qkv, cos, sin, positions, weight, eps,
     WIDTH: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -135,7 +137,7 @@ def _norm_rotate(
     _put(at_H, h_H, heads, a_HP, b_HP, c_HC, DIM, HALF, NORM, BLOCK_P, BLOCK_C)
 
 
-@jit()
+@kernel()
 def _rotate_write(
     qkv, cos, sin, positions, weight, eps, k_cache, v_cache, slot_mapping,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
@@ -176,7 +178,7 @@ def _rotate_write(
         _put(to_H, h_H, heads, a_HP, b_HP, c_HC, DIM, HALF, True, BLOCK_P, BLOCK_C)
 
 
-@jit()
+@kernel()
 def _activate(
     gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -252,12 +254,13 @@ def norm_rotate(
     head, of which value j is rotated with value j + rotary_dim / 2. `positions_T`: int64 [T], rows of the
     tables.
     """
-    turn = _Turn(qkv_TW, heads, kv_heads, dim, norm, tables)
-    if norm is None and turn.rotary_dim == 0:
+    if norm is None and tables is None:
         return
-    _norm_rotate[(len(qkv_TW), 2)](
-        qkv_TW, *turn.tables, positions_T, *turn.norm, **turn.shape, **options(dependent)
-    )
+    _norm_rotate[(qkv_TW.shape[0], 2)](
+        qkv_TW, *(tables or (qkv_TW, qkv_TW)), positions_T, *_weight(norm, qkv_TW),
+        **_turn(qkv_TW.shape[1], heads, kv_heads, dim, _rotary_dim(tables), norm and norm.per_head),
+        **options(dependent),
+    )  # fmt: skip
 
 
 def rotate_write(
@@ -276,60 +279,51 @@ def rotate_write(
     whose slot is negative goes nowhere.
     """
     spec = cache.spec
-    turn = _Turn(qkv_TW, spec.num_heads, spec.num_kv_heads, spec.k_head_dim, norm, tables)
-    _rotate_write[(len(qkv_TW), 3)](
-        qkv_TW, *turn.tables, positions_T, *turn.norm, cache.k, cache.v, slots_T,
-        *cache.k.stride()[:3], *cache.v.stride()[:3],
+    turn = _turn(
+        qkv_TW.shape[1], spec.num_heads, spec.num_kv_heads, spec.k_head_dim,
+        _rotary_dim(tables), norm and norm.per_head,
+    )  # fmt: skip
+    _rotate_write[(qkv_TW.shape[0], 3)](
+        qkv_TW, *(tables or (qkv_TW, qkv_TW)), positions_T, *_weight(norm, qkv_TW),
+        cache.k, cache.v, slots_T, *cache.k.stride()[:3], *cache.v.stride()[:3],
         V_DIM=spec.v_head_dim, BLOCK_SIZE=cache.k.shape[2], BLOCK_E=power_of_2(spec.v_head_dim),
-        **turn.shape, **options(dependent),
+        **turn, **options(dependent),
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """What the kernels that rotate are told."""
+def _rotary_dim(tables: Tables | None) -> int:
+    return 0 if tables is None else tables[0].shape[1]
 
-    qkv: torch.Tensor
-    heads: int
-    kv_heads: int
-    dim: int
-    head_norm: HeadNorm | None
-    cos_sin: Tables | None
 
-    @property
-    def rotary_dim(self) -> int:
-        return 0 if self.cos_sin is None else self.cos_sin[0].shape[1]
+def _weight(norm: HeadNorm | None, other: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """And epsilon; where there is no norm, any tensor."""
+    return (other, 0.0) if norm is None else (norm.weight, norm.eps)
 
-    @property
-    def tables(self) -> Tables:
-        return self.cos_sin or (self.qkv, self.qkv)
 
-    @property
-    def norm(self) -> tuple[torch.Tensor, float]:
-        """Weight and epsilon."""
-        return (self.qkv, 0.0) if self.head_norm is None else (self.head_norm.weight, self.head_norm.eps)
-
-    @property
-    def shape(self) -> dict[str, int]:
-        block_h, half = power_of_2(max(self.heads, self.kv_heads)), self.rotary_dim // 2
-        return {
-            "WIDTH": self.qkv.shape[1],
-            "Q_HEADS": self.heads,
-            "K_HEADS": self.kv_heads,
-            "DIM": self.dim,
-            "HALF": half,
-            "NORM": self.head_norm is not None,
-            "PER_HEAD": self.head_norm is not None and self.head_norm.per_head,
-            "BLOCK_H": block_h,
-            "BLOCK_P": power_of_2(max(1, half)),
-            "BLOCK_C": power_of_2(max(1, self.dim - self.rotary_dim)),
-            "num_warps": _warps(block_h * power_of_2(self.dim)),
-        }
+@cache
+def _turn(
+    width: int, heads: int, kv_heads: int, dim: int, rotary_dim: int, per_head: bool | None
+) -> Mapping[str, int]:
+    """Constants of the kernels that rotate; `per_head` is of the norm, None: there is none."""
+    block_h = power_of_2(max(heads, kv_heads))
+    return {
+        "WIDTH": width,
+        "Q_HEADS": heads,
+        "K_HEADS": kv_heads,
+        "DIM": dim,
+        "HALF": rotary_dim // 2,
+        "NORM": per_head is not None,
+        "PER_HEAD": bool(per_head),
+        "BLOCK_H": block_h,
+        "BLOCK_P": power_of_2(max(1, rotary_dim // 2)),
+        "BLOCK_C": power_of_2(max(1, dim - rotary_dim)),
+        "num_warps": _warps(block_h * power_of_2(dim)),
+    }
 
 
 def activate(gate_up_TW: torch.Tensor, activation: Activation, *, dependent: bool = False) -> torch.Tensor:
     """activation(gate) * up (Shazeer 2020): [T, 2 * I] contiguous, gate then up -> [T, I]."""
-    tokens, width = len(gate_up_TW), gate_up_TW.shape[1] // 2
+    tokens, width = gate_up_TW.shape[0], gate_up_TW.shape[1] // 2
     out_TI = gate_up_TW.new_empty(tokens, width)
     block = min(1024, power_of_2(width))
     _activate[(tokens, -(-width // block))](

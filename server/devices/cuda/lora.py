@@ -25,7 +25,7 @@ Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits, M mod
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -63,9 +63,11 @@ class Tiling:
         return 8 if self.block_t == TILES else 4
 
     @classmethod
+    @lru_cache(maxsize=1024)  # the same for all layers of a step, and of many steps
     def choose(
         cls,
-        work: SegmentWork,
+        longest: int,
+        room: int,
         tokens: int,
         in_features: int,
         widths: tuple[int, ...],
@@ -73,25 +75,27 @@ class Tiling:
         programs: int,
         h_token_bytes: int,
     ) -> Tiling:
-        """`programs`: how many fill the chip; `h_token_bytes`: of a token and split in h."""
+        """`longest`, `room`: of the work; `programs`: how many fill the chip; `h_token_bytes`: of a token and
+        split in h.
+        """
         widest = max(16, power_of_2(max(widths)))
-        if work.longest == ROWS:
+        if longest == ROWS:
             # 16 KB of B at a time in bfloat16, summed over ranks within a thread; less where items are few
-            wide = work.room * sum(widths) >= 1024 * (programs // 4)
+            wide = room * sum(widths) >= 1024 * (programs // 4)
             block_k, block_r, block_o = 256, *((8, 1024) if wide and widest >= 1024 else (16, 256))
-        elif work.longest < TILES:
+        elif longest < TILES:
             block_k, block_r, block_o = 256, 32, 128
         else:
             block_k, block_r, block_o = 128, 32, 128
-        if element_size == 4 and work.longest > ROWS:  # operands of twice the size, in three parts (tf32x3)
-            block_k, block_o = 32 if work.longest == TILES else 64, 64
+        if element_size == 4 and longest > ROWS:  # operands of twice the size, in three parts (tf32x3)
+            block_k, block_o = 32 if longest == TILES else 64, 64
         block_k, block_o = min(block_k, max(16, power_of_2(in_features))), min(block_o, widest)
         splits = min(_MOST_SPLITS, -(-in_features // block_k), _MOST_H_BYTES // (tokens * h_token_bytes))
         most_splits = max(1, splits)
-        tasks = work.room * len(widths) * most_splits * _MOST_SHARERS
-        blocks = work.room * sum(-(-width // block_o) for width in widths)
+        tasks = room * len(widths) * most_splits * _MOST_SHARERS
+        blocks = room * sum(-(-width // block_o) for width in widths)
         return cls(
-            work.longest, most_splits, block_k, block_r, block_o, min(programs, tasks), min(programs, blocks)
+            longest, most_splits, block_k, block_r, block_o, min(programs, tasks), min(programs, blocks)
         )
 
 
@@ -135,7 +139,8 @@ class TritonKernels:
         _check(x_TI, modules, segments, arena)
         programs, count = self._programs or _fill(x_TI.device), len(modules.widths)
         tiling = Tiling.choose(
-            work,
+            work.longest,
+            work.room,
             max(1, segments.num_tokens),
             x_TI.shape[1],
             modules.widths,

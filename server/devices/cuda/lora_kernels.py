@@ -15,7 +15,7 @@ Shape suffixes: T tokens, K in_features, R rank, O out_features, S splits.
 
 from __future__ import annotations
 
-from server.devices.cuda.jit import after_the_last, constexpr, jit, tl
+from server.devices.cuda.jit import after_the_last, constexpr, jit, kernel, tl
 from server.lora.kernels.interface import Part
 
 A, B, GAIN, BIAS = constexpr(Part.A), constexpr(Part.B), constexpr(Part.GAIN), constexpr(Part.BIAS)
@@ -125,7 +125,7 @@ def _outputs(block, width_0, width_1, width_2, BLOCK_O: tl.constexpr, ALIGNED: t
     return m, width, first * BLOCK_O, before
 
 
-@jit(*COUNTS)
+@kernel(*COUNTS)
 def shrink_rows(
     x, h, data, offsets, ranks, items, slots, weights,
     module, n_modules, modules, in_features, programs, most_splits,
@@ -164,7 +164,7 @@ def shrink_rows(
             slot, weight = next_slot, next_weight
 
 
-@jit(*COUNTS)
+@kernel(*COUNTS)
 def expand_rows(
     out, h, data, offsets, ranks, items, slots, weights,
     module, n_modules, modules, in_features, programs, most_splits,
@@ -220,7 +220,7 @@ def expand_rows(
             tl.store(to_O, added_O.to(out.dtype.element_ty), mask=o_O < out_features)
 
 
-@jit(*COUNTS)
+@kernel(*COUNTS)
 def shrink_tiles(
     x, h, data, offsets, ranks, items, slots, weights,
     module, n_modules, modules, in_features, programs, most_splits,
@@ -267,7 +267,7 @@ def shrink_tiles(
             slot, weight = next_slot, next_weight
 
 
-@jit(*COUNTS)
+@kernel(*COUNTS)
 def expand_tiles(
     out, h, data, offsets, ranks, items, slots, weights,
     module, n_modules, modules, in_features, programs, most_splits,

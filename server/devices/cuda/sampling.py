@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from server.devices.cuda.jit import constexpr, jit, power_of_2, tl
+from server.devices.cuda.jit import constexpr, jit, kernel, power_of_2, tl
 from server.model.sampling import Draws
 
 _BLOCK = 4096
@@ -24,7 +24,7 @@ _ROUNDS = 10  # 9^10 > 2^31, the bits of a distance
 _ALL = constexpr(0x7F800000)  # the bits of infinity: no score is farther from the largest
 
 
-@jit()
+@kernel()
 def _argmax(scores, indices, finite, stride, vocabulary, BLOCK: tl.constexpr):
     """The first index of a row's maximum, and whether that is finite and no NaN beside it. Grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -85,7 +85,7 @@ def _last_below(
     return low
 
 
-@jit()
+@kernel()
 def _draw(
     scores, rows, floats, top_ks, token_ids, stride, vocabulary,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr,

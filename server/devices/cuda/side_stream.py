@@ -22,7 +22,8 @@ class SideStream:
     @property
     def is_open(self) -> bool:
         """Whether a branch may begin here."""
-        return torch.cuda.is_current_stream_capturing()
+        begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # no hints
+        return begun and torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def fork(self) -> Iterator[None]:

@@ -258,7 +258,9 @@ def test_work_is_bounded(tokens: list[int], in_features: int) -> None:
     assert rows[:, 1].sum() == sum(tokens)
     assert rows[:, 1].max() <= work.longest
     of_token = 4 * 512
-    tiling = Tiling.choose(work, sum(tokens), in_features, (4096,), 2, programs=528, h_token_bytes=of_token)
+    tiling = Tiling.choose(
+        work.longest, work.room, sum(tokens), in_features, (4096,), 2, programs=528, h_token_bytes=of_token
+    )
     assert 1 <= tiling.most_splits <= max(1, 2**26 // (sum(tokens) * of_token))
     assert max(tiling.shrink_programs, tiling.expand_programs) <= 528
 

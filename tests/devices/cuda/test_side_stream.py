@@ -30,6 +30,7 @@ class Books:
         self.current: Any = Stream("main", self)
         made = iter(range(9))
         names: dict[str, object] = {
+            "is_initialized": lambda: True,
             "is_current_stream_capturing": lambda: capturing,
             "Stream": lambda: Stream(f"side {next(made)}", self),
             "current_stream": lambda: self.current,
