@@ -18,6 +18,7 @@ OPTIONS = [
     "max_unpacked_bytes", "max_header_bytes", "max_adapter_tensors", "max_lora_rank",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "prefix_caching", "scheduling_policy",
+    "tool_parser", "reasoning_parser",
     "max_pinned_share", "spare_engine",
     "host", "port", "api_key", "auth", "max_request_bytes", "allowed_hosts",
     "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",

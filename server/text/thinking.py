@@ -8,7 +8,7 @@ BEGIN, END = "<think>", "</think>"
 
 
 class Thinking:
-    """Parts an answer into reasoning and the rest, as it comes. `inside`: the prompt has begun the reasoning."""
+    """Parts an answer into reasoning and the rest, as it comes. `inside`: the prompt has begun reasoning."""
 
     def __init__(self, *, inside: bool) -> None:
         self._inside = inside

@@ -143,11 +143,10 @@ class ToolCalls:
         return text
 
     def _read_call(self, call: CallObject, text: str, pieces: list[Piece]) -> str:
-        certain = ""
-        for at, char in enumerate(text, 1):
-            certain += call.push(char)
-            if call.done or call.failed:
-                break
+        certain, at = "", 0
+        while at < len(text) and not (call.done or call.failed):
+            certain += call.push(text[at])
+            at += 1
         self._tell(call, certain, pieces)
         if call.done:
             self._call = None

@@ -26,6 +26,7 @@ from server.base_model import BaseModel
 from server.config import Settings
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import style_of
 from tests.api.fake_engine import FakeEngine
 from tests.registry import adapter_files
 from tests.text import tiny_tokenizer
@@ -87,9 +88,8 @@ class SameProcess(Readers):
 
     def __init__(self, folder: Path, tokenizer: Tokenizer | None) -> None:
         super().__init__(ReaderStart(str(folder)), tokenizer)
-        self._reader = Reader(
-            tokenizer, ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
-        )
+        template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+        self._reader = Reader(tokenizer, template, style_of(ChatTemplate.source(folder) or ""))
 
     async def _answer(self, job: ReadJob) -> ReadAnswer:
         said = child.answer(self._reader, msgspec.structs.replace(job, compiles=True))

@@ -36,25 +36,49 @@ CALL = [CallBegin("find"), CallArguments(ARGUMENTS)]
 SUM = [CallBegin("sum"), CallArguments("{}")]
 CASES: list[tuple[str, str, list[Any]]] = [
     ("hermes", f"<tool_call>\n{FIND}\n</tool_call>", CALL),
-    ("hermes", f"Wait.<tool_call>{FIND}</tool_call>\n<tool_call>\n{{\"name\": \"sum\"}}</tool_call>\n", ["Wait.", *CALL, *SUM]),
+    (
+        "hermes",
+        f'Wait.<tool_call>{FIND}</tool_call>\n<tool_call>\n{{"name": "sum"}}</tool_call>\n',
+        ["Wait.", *CALL, *SUM],
+    ),
     ("hermes", f"<tool_call>{FIND}</tool_call> done", [*CALL, " done"]),
     ("hermes", "a < b <tool_cal", ["a < b <tool_cal"]),
     ("hermes", "<tool_call>no call</tool_call>", ["no call</tool_call>"]),
-    ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', [CallBegin("other"), CallArguments("{}")]),
-    ("hermes", '<tool_call>{"name": "find", "arguments": {"a": 1', [CallBegin("find"), CallArguments('{"a": 1')]),
+    (
+        "hermes",
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+        [CallBegin("other"), CallArguments("{}")],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "find", "arguments": {"a": 1',
+        [CallBegin("find"), CallArguments('{"a": 1')],
+    ),
     ("hermes", '<tool_call>{"na', ['{"na']),
-    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "find"}</tool_call>', [CallBegin("find"), CallArguments('{"a": 1}')]),
-    ("hermes", '<tool_call>{"name": "find", "arguments": "{\\"a\\": 1}"}</tool_call>', [CallBegin("find"), CallArguments('{"a": 1}')]),
+    (
+        "hermes",
+        '<tool_call>{"arguments": {"a": 1}, "name": "find"}</tool_call>',
+        [CallBegin("find"), CallArguments('{"a": 1}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "find", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        [CallBegin("find"), CallArguments('{"a": 1}')],
+    ),
     ("llama3", '{"name": "find", "parameters": {"a": 1}}', [CallBegin("find"), CallArguments('{"a": 1}')]),
-    ("llama3", '<|python_tag|>{"name": "find", "parameters": { "a" : 1 } }; {"name": "sum"}', [CallBegin("find"), CallArguments('{ "a" : 1 }'), *SUM]),
-    ("mistral", f"[TOOL_CALLS] [{FIND}, {{\"name\": \"sum\", \"arguments\": {{}}}}]", [*CALL, *SUM]),
+    (
+        "llama3",
+        '<|python_tag|>{"name": "find", "parameters": { "a" : 1 } }; {"name": "sum"}',
+        [CallBegin("find"), CallArguments('{ "a" : 1 }'), *SUM],
+    ),
+    ("mistral", f'[TOOL_CALLS] [{FIND}, {{"name": "sum", "arguments": {{}}}}]', [*CALL, *SUM]),
     ("mistral", "[1, 2] is a list", ["[1, 2] is a list"]),
     ("json", f" {FIND}", CALL),
     ("json", f"[{FIND}]", CALL),
     ("json", '{"who": "Anna"}', ['{"who": "Anna"}']),
     ("json", '{"name": "Anna", "age": 3}', ['{"name": "Anna", "age": 3}']),
     ("json", "plain { text }", ["plain { text }"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("style", "text", "want"), CASES)
@@ -70,8 +94,28 @@ def test_any_pieces_give_the_same(case: tuple[str, str, list[Any]], data: st.Dat
     assert read(style, pieces) == want
 
 
-_PARTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", FIND, "{", "}", "[", '"', "\\", ",",
-          '"name"', ":", '"sum"', '"arguments"', " ", "\n", "x", "<", "tool_call>"]  # fmt: skip
+_PARTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    FIND,
+    "{",
+    "}",
+    "[",
+    '"',
+    "\\",
+    ",",
+    '"name"',
+    ":",
+    '"sum"',
+    '"arguments"',
+    " ",
+    "\n",
+    "x",
+    "<",
+    "tool_call>",
+]
 
 
 @given(st.sampled_from(sorted(STYLES)), st.lists(st.sampled_from(_PARTS), max_size=12), st.data())
