@@ -19,7 +19,7 @@ from server.api.door import Door, check_host
 from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
-from server.api.inference.answer import ChatStyle
+from server.api.inference.chat_text import ChatStyle
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
 from server.api.reading.messages import ReaderStart

@@ -14,7 +14,7 @@ from server.access.keyring import Keyring
 from server.api.background import Background
 from server.api.caller import caller_of
 from server.api.drain import Drain
-from server.api.inference.answer import ChatStyle
+from server.api.inference.chat_text import ChatStyle
 from server.api.reading.readers import Readers
 from server.api.waiting_room import WaitingRoom
 from server.base_model import BaseModel

@@ -54,7 +54,7 @@ class CallArguments:
     text: str
 
 
-Piece = str | CallBegin | CallArguments
+CallPiece = str | CallBegin | CallArguments
 
 
 class ToolCalls:
@@ -73,9 +73,9 @@ class ToolCalls:
         self._begun = False  # whether any plain text was given
         self._told = False  # whether the call that is read was
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[CallPiece]:
         """What becomes certain with this text."""
-        pieces: list[Piece] = []
+        pieces: list[CallPiece] = []
         text, self._held = self._held + text, ""
         while text:
             if self._call is not None:
@@ -86,7 +86,7 @@ class ToolCalls:
                 text = self._read_text(text, pieces)
         return pieces
 
-    def flush(self) -> list[Piece]:
+    def flush(self) -> list[CallPiece]:
         """The rest, when no more text comes."""
         rest, self._held = self._held, ""
         if self._call is not None and not self._told:
@@ -94,7 +94,7 @@ class ToolCalls:
         nothing = not rest.strip(_BETWEEN if self._in_calls else None)
         return [] if not rest or (nothing and self.calls) else [rest]
 
-    def _read_text(self, text: str, pieces: list[Piece]) -> str:
+    def _read_text(self, text: str, pieces: list[CallPiece]) -> str:
         if self._style.bare and not self._begun:
             start = text.lstrip()
             if not start:
@@ -117,12 +117,12 @@ class ToolCalls:
         self._in_calls = True
         return rest
 
-    def _give(self, text: str, pieces: list[Piece]) -> None:
+    def _give(self, text: str, pieces: list[CallPiece]) -> None:
         if text:
             pieces.append(text)
             self._begun = True
 
-    def _read_between(self, text: str, pieces: list[Piece]) -> str:
+    def _read_between(self, text: str, pieces: list[CallPiece]) -> str:
         rest = text.lstrip(_BETWEEN)
         if not rest:
             self._held = text
@@ -142,7 +142,7 @@ class ToolCalls:
         self._in_calls, self._begun = False, True
         return text
 
-    def _read_call(self, call: CallObject, text: str, pieces: list[Piece]) -> str:
+    def _read_call(self, call: CallObject, text: str, pieces: list[CallPiece]) -> str:
         certain, at = "", 0
         while at < len(text) and not (call.done or call.failed):
             certain += call.push(text[at])
@@ -156,7 +156,7 @@ class ToolCalls:
                 self._give(call.raw, pieces)
         return text[at:]
 
-    def _tell(self, call: CallObject, arguments: str, pieces: list[Piece]) -> None:
+    def _tell(self, call: CallObject, arguments: str, pieces: list[CallPiece]) -> None:
         if call.name is not None and not self._told and not call.failed:
             self._told = True
             self.calls += 1

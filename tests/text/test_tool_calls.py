@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from server.text.markers import split_at
 from server.text.thinking import Thinking
-from server.text.tool_calls import STYLES, CallArguments, CallBegin, Piece, ToolCalls, style_of
+from server.text.tool_calls import STYLES, CallArguments, CallBegin, CallPiece, ToolCalls, style_of
 
 NAMES = ["find", "sum"]
 FIND = '{"name": "find", "arguments": {"item": "a \\"b\\" }", "n": [1, {"x": 2}]}}'
 ARGUMENTS = '{"item": "a \\"b\\" }", "n": [1, {"x": 2}]}'
 
 
-def read(style: str, pieces: list[str], most: int = 128) -> list[Piece]:
+def read(style: str, pieces: list[str], most: int = 128) -> list[CallPiece]:
     """What comes out, with neighbours of one kind joined."""
     parser = ToolCalls(STYLES[style], NAMES, most)
-    found: list[Piece] = []
+    found: list[CallPiece] = []
     for piece in [part for text in pieces for part in parser.push(text)] + parser.flush():
         last = found[-1] if found else None
         if isinstance(piece, str) and isinstance(last, str):

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.face import Face
-from server.api.inference.answer import Answer
+from server.api.inference.chat_text import ChatText
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import (
@@ -106,7 +106,7 @@ class ChatReply(Reply):
         """`inside`: whether the prompt has begun the reasoning; None where there is none."""
         super().__init__(request, face)
         self._style, self._use, self._inside = face.style, use, inside
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, ChatText] = {}
 
     @property
     def keeps_special(self) -> bool:
@@ -146,10 +146,10 @@ class ChatReply(Reply):
     def _take(self, delta: Delta) -> ChatDelta:
         return self._answer(delta.choice).push(delta.text, last=delta.finish_reason is not None)
 
-    def _answer(self, choice: Choice) -> Answer:
+    def _answer(self, choice: Choice) -> ChatText:
         answer = self._answers.get(choice.index)
         if answer is None:
-            answer = self._answers[choice.index] = Answer(
+            answer = self._answers[choice.index] = ChatText(
                 self._style, self._use, thinks=self._inside is not None, inside=bool(self._inside)
             )
         return answer

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.api.inference.strict import Strict
 from server.api.inference.structured import Guided
@@ -217,10 +225,6 @@ class Message(Strict):
     """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[
-        Annotated[list[TextPart], Field(fail_fast=True)] | None,
-        BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None),
-    ] = None
     name: str | None = None
     refusal: str | None = None
     audio: None = None
@@ -231,14 +235,25 @@ class Message(Strict):
     reasoning_content: str | None = None
     reasoning: str | None = None
 
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        calls = self.tool_calls or self.function_call
-        if calls and self.role != "assistant":
-            raise ValueError("tool_calls: only of an assistant")
-        if self.content is None and not (calls or self.refusal):
-            raise ValueError("content: must be there")
-        return self
+    content: Annotated[  # after those that may stand in its place
+        Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None),
+    ] = Field(None, validate_default=True)
+
+    @field_validator("tool_calls", "function_call")
+    @classmethod
+    def _of_an_assistant(cls, calls: object, info: ValidationInfo) -> object:
+        if calls and info.data.get("role") not in (None, "assistant"):
+            raise ValueError("only an assistant calls tools")
+        return calls
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: object, info: ValidationInfo) -> object:
+        others = ("tool_calls", "function_call", "refusal")
+        if content is None and not any(info.data.get(name) for name in others):
+            raise ValueError("must be a text or a list of parts")
+        return content
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: role, content (one string), and what else there is."""

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from server.api.inference.replies import CalledPart, ChatDelta, ChatFinishReason, ChatMessage, ToolCallPart
 from server.api.inference.tools import ToolUse
 from server.text.thinking import Thinking
-from server.text.tool_calls import CallArguments, CallBegin, Piece, ToolCalls, ToolStyle
+from server.text.tool_calls import CallArguments, CallBegin, CallPiece, ToolCalls, ToolStyle
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Call:
     arguments: str = ""
 
 
-class Answer:
+class ChatText:
     """One choice's text, taken in as it comes. `use`: None where it may call nothing."""
 
     def __init__(self, style: ChatStyle, use: ToolUse | None, *, thinks: bool, inside: bool) -> None:
@@ -48,7 +48,7 @@ class Answer:
         if last and self._thinking is not None:
             more, rest = self._thinking.flush()
             reasoning, plain = reasoning + more, plain + rest
-        pieces: Iterable[Piece] = [plain] if plain else []
+        pieces: Iterable[CallPiece] = [plain] if plain else []
         if self._tools is not None:
             pieces = self._tools.push(plain) + (self._tools.flush() if last else [])
         delta = self._told(pieces)
@@ -79,7 +79,7 @@ class Answer:
             return reason
         return "function_call" if self._use.as_function_call else "tool_calls"
 
-    def _told(self, pieces: Iterable[Piece]) -> ChatDelta:
+    def _told(self, pieces: Iterable[CallPiece]) -> ChatDelta:
         content: list[str] = []
         parts: list[ToolCallPart] = []
         for piece in pieces:
