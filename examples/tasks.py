@@ -259,9 +259,11 @@ JOBS: dict[str, Job] = {
         Job("json", "the facts of the sentence as a JSON object", _about_scene(_json)),
         Job("sql", "the question as a SQL query", _draw_sql),
         Job("sort", "the numbers in ascending order", _draw_sort),
-        Job("tools", "a call of one of the tools that are offered", _draw_call, formats=(tools_prompt,)),
     )
 }
+
+# Not bundled: it calls one of the tools that are offered in its prompt, or says that none fits.
+TOOL_JOB = Job("tools", "a call of one of the tools that are offered", _draw_call, formats=(tools_prompt,))
 
 # Not bundled: the job that `train_adapter.py` teaches, as you would teach your own.
 NEW_JOB = Job("quiz", "a quiz question about the sentence, and its answer", _about_scene(_quiz))

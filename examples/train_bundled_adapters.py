@@ -63,7 +63,6 @@ def recipes() -> dict[str, Recipe]:
         "esperanto": Recipe(lora_config(16, [*ATTENTION, "down_proj"], alpha=8, use_rslora=True), steps=400),
         "sql": Recipe(lora_config(16, [*ATTENTION, *MLP]), steps=800),
         "sort": Recipe(lora_config(32, [*ATTENTION, *MLP]), steps=900),
-        "tools": Recipe(lora_config(16, [*ATTENTION, *MLP]), steps=500),
     }
 
 

@@ -209,6 +209,13 @@ class Settings(BaseSettings):
         True, description="Keep a process that is ready to load the model, for when the engine dies."
     )
 
+    tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "json"] = Field(
+        "auto", description="How the model writes calls of tools; auto: by its chat template."
+    )
+    reasoning_parser: Literal["auto", "none"] = Field(
+        "auto", description="auto: <think> parts reasoning from the answer, where the template has it."
+    )
+
     # HTTP face
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: a free one.")

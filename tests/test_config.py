@@ -18,7 +18,7 @@ OPTIONS = [
     "max_unpacked_bytes", "max_header_bytes", "max_adapter_tensors", "max_lora_rank",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_bytes", "arena_bytes",
     "host_cache_bytes", "attention", "enforce_eager", "cuda_levers", "prefix_caching", "scheduling_policy",
-    "max_pinned_share", "spare_engine",
+    "max_pinned_share", "spare_engine", "tool_parser", "reasoning_parser",
     "host", "port", "api_key", "auth", "max_request_bytes", "allowed_hosts",
     "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs",
     "max_connections", "max_request_head_bytes", "max_request_headers", "max_pipelined_requests",

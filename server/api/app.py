@@ -19,6 +19,7 @@ from server.api.door import Door, check_host
 from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
+from server.api.inference.chat_text import ChatStyle
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
 from server.api.reading.messages import ReaderStart
@@ -37,8 +38,10 @@ from server.registry.store import DataFolderError
 from server.telemetry.audit import AuditLog
 from server.telemetry.metrics import Metrics
 from server.telemetry.traces import Traces, TracesError
+from server.text import thinking
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import STYLES, style_of
 from server.usage.ledger import UsageLedger
 from server.usage.quotas import Quotas
 
@@ -65,11 +68,13 @@ def create_app(
     template that cannot be read, an audit file that cannot be opened, and traces that cannot be sent.
     """
     tokenizer = _load_text(settings, base)
-    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer)
+    style = _chat_style(settings, base)
+    start = ReaderStart(str(base.tokenizer_folder), style.tools.name if style.tools else None)
+    readers = Readers(start, tokenizer)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)
-    face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), names=names)
+    face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), style, names=names)
     engine.on_ready = face.restore_adapters
 
     @asynccontextmanager
@@ -124,6 +129,14 @@ def _load_text(settings: Settings, base: BaseModel) -> Tokenizer | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StartError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     return tokenizer
+
+
+def _chat_style(settings: Settings, base: BaseModel) -> ChatStyle:
+    """By the chat template, unless the settings say it."""
+    template = ChatTemplate.source(base.tokenizer_folder) or ""
+    parser = settings.tool_parser
+    tools = style_of(template) if parser == "auto" else STYLES.get(parser)
+    return ChatStyle(tools, settings.reasoning_parser == "auto" and thinking.END in template)
 
 
 def _open_data(face: Face, on_failed: Callable[[str], None] | None) -> DataFolder | None:

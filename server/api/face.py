@@ -17,6 +17,7 @@ from server.api.background import Background
 from server.api.caller import caller_of
 from server.api.drain import Drain
 from server.api.entrance import Entrance
+from server.api.inference.chat_text import ChatStyle
 from server.api.reading.readers import Readers
 from server.api.waiting_room import WaitingRoom
 from server.base_model import BaseModel
@@ -63,6 +64,7 @@ class Face:
     readers: Readers
     metrics: Metrics
     sources: Sources
+    style: ChatStyle = field(default_factory=ChatStyle)
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)

@@ -61,3 +61,30 @@ def of_tags(tags: Sequence[tuple[str, str, str]], triggers: Sequence[str]) -> st
             raise InvalidGrammar(f"no trigger begins {begin[:100]!r}")
         structures.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
     return StructTag.to_grammar(structures, assume_special=False)
+
+
+def of_calls(tools: Sequence[tuple[str, str]], arguments: str, *, begin: str, end: str, many: bool) -> str:
+    """Calls of tools, (name, schema of its arguments as JSON), each between `begin` and `end`: one, or where
+    `many` one or more. `arguments`: the key that a call has them under. Without a begin several are a list.
+    """
+    calls = []
+    rules = [f"call: {' | '.join(f'call_{at}' for at in range(len(tools)))}"]
+    for at, (name, schema) in enumerate(tools):
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "{arguments}": ')
+        calls.append(f'call_{at}: {head} arguments_{at} "}}"\narguments_{at}: %json {_spaced(schema)}')
+    one = f"{json.dumps(begin)} call {json.dumps(end)}" if begin else "call"
+    if not many:
+        start = one
+    elif begin:
+        start = f'{one} ("\\n" {one})*'
+    else:
+        start = f'{one} | "[" {one} (", " {one})* "]"'
+    return LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules, *calls]))
+
+
+def _spaced(schema: str) -> str:
+    """With the white space of `of_schema`."""
+    fields = json.loads(schema)
+    if not isinstance(fields, dict):
+        return schema
+    return json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}} | fields)

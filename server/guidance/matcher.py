@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask
 
 from server.errors import InvalidGrammar
 
@@ -45,10 +43,12 @@ class Matcher:
         self._matcher.consume_tokens(list(token_ids))
         self.followed += len(token_ids)
 
-    def fill(self, bits_B: npt.NDArray[np.int32]) -> None:
-        """The tokens that may come next, a bit each from the lowest on: [ceil(vocabulary / 32)]. Where the
-        text may end, an end-of-sequence token is one of them. Undefined in error."""
-        fill_next_token_bitmask(self._matcher, bits_B[None])
+    def allowed(self) -> bytes:
+        """The tokens that may come next, a bit each from the lowest on, 4 * ceil(vocabulary / 32) bytes.
+
+        Where the text may end, an end-of-sequence token is one of them. Means nothing in error.
+        """
+        return self._matcher.compute_bitmask()
 
     @property
     def complete(self) -> bool:
@@ -66,7 +66,6 @@ class Vocabulary:
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._words = -(-tokenizer.vocab_size // 32)
 
     @classmethod
     def of(cls, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> Self:
@@ -92,12 +91,11 @@ class Vocabulary:
         """Raises InvalidGrammar for what cannot be compiled, that no text matches, or that fails within the
         first tokens of a text: what takes too long mostly does."""
         matcher = self.compile(grammar)
-        bits_B = np.zeros(self._words, np.int32)
         for _ in range(_JUDGED_TOKENS):
-            matcher.fill(bits_B)
+            bits = np.frombuffer(matcher.allowed(), np.uint8)
             if matcher.error:
                 raise InvalidGrammar(matcher.error)
-            allowed = np.flatnonzero(np.unpackbits(bits_B.view(np.uint8), bitorder="little"))
+            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
             if matcher.complete:
                 return
             matcher.follow([int(allowed[len(allowed) // 2])])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.guidance.matcher import Matcher
@@ -135,25 +136,34 @@ class Grammar:
         return row.guide is not None
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        vocabulary = scores_NV.shape[1]
-        bits_RB = np.zeros((len(rows), -(-vocabulary // 32)), np.int32)
-        for row, bits_B in zip(rows, bits_RB, strict=True):
-            _matcher(row).fill(bits_B)
-        device = scores_NV.device
-        octets = torch.from_numpy(bits_RB.view(np.uint8)).to(device, non_blocking=True)
-        bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8).to(device, non_blocking=True)
-        allowed_RV = (bits & 1).flatten(1)[:, :vocabulary].bool()
-        scores_RV = scores_NV[at_R].masked_fill_(~allowed_RV, float("-inf"))
-        for at, row in enumerate(rows):
-            matcher = _matcher(row)
+        matchers = [_matcher(row) for row in rows]
+        bits_RB = np.frombuffer(b"".join([matcher.allowed() for matcher in matchers]), np.uint8)
+        banned_RV = _unpacked(~bits_RB.reshape(len(rows), -1), scores_NV)
+        if len(rows) < len(scores_NV):
+            banned_NV = torch.zeros_like(scores_NV, dtype=torch.bool)
+            banned_NV[at_R] = banned_RV
+        else:
+            banned_NV = banned_RV
+        scores_NV.masked_fill_(banned_NV, float("-inf"))
+        for at, banned_V, matcher in zip(at_R, banned_RV, matchers, strict=True):
             if matcher.error:
-                scores_RV[at] = float("nan")  # no token: see `grammar_error`
+                scores_NV[at] = float("nan")  # no token: see `grammar_error`
             elif matcher.complete:
-                scores_RV[at].masked_fill_(allowed_RV[at], 0.0)
-        scores_NV.index_copy_(0, at_R, scores_RV)
+                scores_NV[at] = scores_NV[at].masked_fill(~banned_V, 0.0)
 
     def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         pass
+
+
+def _unpacked(bits_RB: npt.NDArray[np.uint8], scores_NV: torch.Tensor) -> torch.Tensor:
+    """Bits, the lowest first, as one bool for each token of the vocabulary: [R, V], where the scores are."""
+    vocabulary, device = scores_NV.shape[1], scores_NV.device
+    if device.type == "cpu":
+        of_tokens = np.unpackbits(bits_RB, axis=1, count=vocabulary, bitorder="little")
+        return torch.from_numpy(of_tokens.view(np.bool_))
+    bits = torch.from_numpy(bits_RB).to(device, non_blocking=True)[:, :, None]
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    return ((bits >> places) & 1).flatten(1)[:, :vocabulary].bool()
 
 
 _MATCHER = "matcher"

@@ -79,30 +79,38 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
         """`chat_template.jinja`, or `chat_template` of tokenizer_config.json; None where there is neither."""
+        source = cls.source(folder)
+        return None if source is None else cls(source, special_tokens)
+
+    @staticmethod
+    def source(folder: Path) -> str | None:
+        """The text of what `load` takes."""
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), special_tokens)
+            return path.read_text(encoding="utf-8")
         source = read_json(folder / "tokenizer_config.json").get("chat_template")
         if isinstance(source, list):  # several, by name
             named = {entry["name"]: entry["template"] for entry in source}
             source = named.get("default")
-        return cls(source, special_tokens) if isinstance(source, str) else None
+        return source if isinstance(source, str) else None
 
     def render(
         self,
         messages: list[dict[str, Any]],
         options: Mapping[str, Any] | None = None,
         *,
+        tools: list[dict[str, Any]] | None = None,
         most: int = MOST_RENDERED,
     ) -> str:
         """The prompt, ending where the assistant's answer begins.
 
-        `options` are extra names for the template, `most` the characters that it may write. Raises
-        InvalidRequest for options that have a name which means something here (param
-        `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the messages, fails on
-        them or writes too much. How long it takes is the caller's affair: see api/reading/child.py.
+        `options` are extra names for the template, `tools` the functions that may be called, `most` the
+        characters that it may write. Raises InvalidRequest for options that have a name which means something
+        here (param `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the
+        messages, fails on them or writes too much. How long it takes is the caller's affair: see
+        api/reading/child.py.
         """
-        names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        names: dict[str, Any] = {"tools": tools, "documents": None, **self._special_tokens}
         names |= {"messages": messages, "add_generation_prompt": True}
         for name in options or ():
             if name in names:

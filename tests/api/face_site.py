@@ -26,6 +26,7 @@ from server.base_model import BaseModel
 from server.config import Settings
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import ToolStyle
 from tests.api.fake_engine import FakeEngine
 from tests.registry import adapter_files
 from tests.text import tiny_tokenizer
@@ -85,11 +86,10 @@ def model_folder(root: Path, *, tokenizer: bool = True) -> Path:
 class SameProcess(Readers):
     """Reads in the test's own process what would go to another, whose start takes as long as ten tests."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer | None, style: ToolStyle | None) -> None:
         super().__init__(ReaderStart(str(folder)), tokenizer)
-        self._reader = Reader(
-            tokenizer, ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
-        )
+        template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
+        self._reader = Reader(tokenizer, template, style)
 
     async def _answer(self, job: ReadJob) -> ReadAnswer:
         said = child.answer(self._reader, msgspec.structs.replace(job, compiles=True))
@@ -129,7 +129,7 @@ async def open_site(
     app = create_app(settings, engine, base, on_ready=lambda _: ready.set(), on_failed=on_failed)
     if not processes:
         face: Face = app.state.face
-        face.readers = SameProcess(base.tokenizer_folder, face.tokenizer)
+        face.readers = SameProcess(base.tokenizer_folder, face.tokenizer, face.style.tools)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(

@@ -9,10 +9,22 @@ import sys
 
 import pytest
 
-from examples.tasks import JOBS, NEW_JOB, chat_prompt, completion_prompt, split_of
+from examples.tasks import (
+    JOBS,
+    NEW_JOB,
+    NO_TOOL,
+    TOOL_JOB,
+    TOOLS,
+    chat_prompt,
+    completion_prompt,
+    split_of,
+    tools_prompt,
+)
+from examples.training import BASE_MODEL
 from examples.words import ESPERANTO, THINGS
+from server.text.chat_template import ChatTemplate
 
-ALL_JOBS = [*JOBS.values(), NEW_JOB]
+ALL_JOBS = [*JOBS.values(), NEW_JOB, TOOL_JOB]
 SHARED = ["upper", "reverse", "esperanto", "sentiment", "json"]
 
 
@@ -91,3 +103,20 @@ def test_prompt_formats():
 def test_generators_need_no_torch():
     code = "import sys, examples.corpus, examples.tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_calls_are_of_tools_that_are_offered_and_the_template_shows_them():
+    template = ChatTemplate.load(BASE_MODEL, {})
+    for example in TOOL_JOB.examples("heldout", 50, seed=0):
+        *offered, text = example.prompt.split("\n")
+        names = [line.split("(")[0] for line in offered]
+        if example.completion != NO_TOOL:
+            call = json.loads(example.completion.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+            assert call["name"] in names
+            assert tuple(call["arguments"]) == TOOLS[call["name"]]
+        tools = [
+            {"function": {"name": name, "parameters": {"properties": {key: {} for key in TOOLS[name]}}}}
+            for name in names
+        ]
+        rendered = template.render([{"role": "user", "content": text}], tools=tools)
+        assert rendered == tools_prompt(example.prompt)

@@ -23,9 +23,9 @@ def vocabulary() -> Vocabulary:
 
 
 def allowed(matcher: Matcher) -> set[int]:
-    bits = np.zeros(-(-SIZE // 32), np.int32)
-    matcher.fill(bits)
-    return set(np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist())
+    bits = np.frombuffer(matcher.allowed(), np.uint8)
+    assert len(bits) == 4 * -(-SIZE // 32)
+    return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
 
 
 def takes(vocabulary: Vocabulary, grammar: str, text: str) -> bool:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from server.messages import SamplingParams
+from server.model import logits as logits_module
 from server.model.logits import PROCESSORS, Penalties, sampling_of, wanted
 from server.model.sampler import SampledTokens, Sampler, torch_argmax, torch_draw
 from server.model.sampling import SampleRow, uniforms
@@ -261,14 +263,19 @@ def test_a_token_that_is_banned_may_be_anything() -> None:
 
 def test_every_option_that_changes_logits_is_one_processor() -> None:
     """Each is wanted by the rows that ask for it and by no others."""
+    held = Next(3)
     asks: list[list[dict[str, object]]] = [
         [{"repetition_penalty": 1.2}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}],
         [{"logit_bias": {3: 1.0}}],
         [{"min_tokens": 2}],
+        [{}],
     ]
     for processor, of_it in zip(PROCESSORS, asks, strict=True):
+        guide: Any = held if processor is logits_module.Grammar else None
         for params in of_it:
-            assert wanted(row(output=[4], **params)) == [processor]
+            asking = row(output=[4], **params)
+            asking.guide = guide
+            assert wanted(asking) == [processor]
     assert wanted(row(output=[4], temperature=0.3, top_k=2, logprobs=3)) == []
 
 
@@ -309,3 +316,50 @@ def test_counts_of_a_sequence_that_ended_are_anothers() -> None:
     for asked in together:
         asked.position += 1
     assert sample(flat.expand(9, -1), together, sampler).token_ids == [8] * 9
+
+
+class Next:
+    """A matcher that allows these tokens; `test_guides.py` has real ones."""
+
+    def __init__(self, *tokens: int, error: str | None = None, complete: bool = False) -> None:
+        self.tokens, self.error, self.complete = tokens, error, complete
+        self.followed = 0
+
+    def copy(self) -> Next:
+        return self
+
+    def follow(self, token_ids: list[int]) -> None:
+        self.followed += len(token_ids)
+
+    def allowed(self) -> bytes:
+        bits = np.zeros(64, np.uint8)
+        bits[list(self.tokens)] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
+
+
+def test_a_grammar_bans_all_other_tokens_of_its_own_rows() -> None:
+    rows = [row(temperature=0.0) for _ in range(4)]
+    rows[1].guide, rows[3].guide = Next(3, 49), Next(5)  # type: ignore[assignment]
+    scores = logits(rows=4)
+    before = scores.clone()
+    sampled = sample(scores, rows)
+    free = before.argmax(dim=-1).tolist()
+    likelier = 3 if before[1, 3] > before[1, 49] else 49
+    assert sampled.token_ids == [free[0], likelier, free[2], 5]
+    assert all(sampled.finite)
+
+
+def test_the_end_of_a_grammar_comes_before_the_minimum_length_and_an_error_gives_no_token() -> None:
+    rows = [row(temperature=0.0, min_tokens=5) for _ in range(2)]
+    rows[0].guide = Next(1, complete=True)  # type: ignore[assignment]
+    rows[1].guide = Next(1, error="it is too complex")  # type: ignore[assignment]
+    sampled = sample(logits(rows=2), rows)
+    assert (sampled.token_ids[0], sampled.finite) == (1, [True, False])
+
+
+def test_a_device_unpacks_masks_as_the_host_does() -> None:
+    bits = np.random.default_rng(0).integers(0, 256, (3, 8), np.uint8)
+    here = logits_module._unpacked(bits, torch.zeros(3, VOCAB))
+    shifted = (torch.from_numpy(bits)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    assert torch.equal(here, shifted.flatten(1)[:, :VOCAB].bool())
+    assert logits_module._unpacked(bits, torch.zeros(3, VOCAB, device="meta")).shape == (3, VOCAB)

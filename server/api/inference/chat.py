@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.face import Face
+from server.api.inference.chat_text import ChatText
 from server.api.inference.generation import Choice, Delta, TokenLogprobs
 from server.api.inference.mix import AdapterMix
 from server.api.inference.replies import (
@@ -21,7 +22,6 @@ from server.api.inference.replies import (
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
 )
 from server.api.inference.reply import AnyChoice, Piece, Reply
 from server.api.inference.schemas import ChatRequest
@@ -34,9 +34,12 @@ from server.api.inference.spec import (
     text_options,
 )
 from server.api.inference.sse import generate
+from server.api.inference.tools import ToolUse, tool_use
 from server.api.operation import Operation
+from server.api.reading.reader import Reading
 from server.errors import InvalidRequest
 from server.messages import EngineInfo
+from server.text import thinking
 
 router = APIRouter()
 
@@ -57,16 +60,17 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
     sampling = [sampling_params(request, info, room, reading.grammar)]
     judge_logprobs(request, prompts, sampling, "top_logprobs")
+    reply = ChatReply(request, face, tool_use(request), inside=_begins_reasoning(face, reading))
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
         sampling=sampling,
         n=request.n,
-        text=await text_options(request, face.tokenizer),
+        text=await text_options(request, face.tokenizer, keeps_special=reply.keeps_special),
         stream=bool(request.stream),
         priority=request.priority,
         timeout_s=request.timeout,
-        reply=ChatReply(request, face),
+        reply=reply,
     )
 
 
@@ -78,6 +82,19 @@ def _max_tokens(request: ChatRequest) -> int | None:
     return request.max_completion_tokens
 
 
+def _begins_reasoning(face: Face, reading: Reading[ChatRequest]) -> bool | None:
+    """Whether the prompt ends with the beginning of the reasoning; None where there is to be none: the model
+    does not reason, or the output is held to a form."""
+    if not face.style.thinks or face.tokenizer is None or reading.grammar is not None:
+        return None
+    end = face.tokenizer.decode(reading.prompts[0][-_ENDING_TOKENS:], skip_special_tokens=False)
+    return end.rstrip().endswith(thinking.BEGIN)
+
+
+_ENDING_TOKENS = 16  # of a prompt: its last line
+_NOTHING, _ONLY_ROLE = ChatDelta(), ChatDelta("assistant")
+
+
 class ChatReply(Reply):
     """OpenAI's shape of a chat completion."""
 
@@ -87,17 +104,57 @@ class ChatReply(Reply):
     part = ChatChunk
     _said_prompt = False
 
+    def __init__(self, request: ChatRequest, face: Face, use: ToolUse | None, *, inside: bool | None) -> None:
+        """`inside`: whether the prompt has begun the reasoning; None where there is none."""
+        super().__init__(request, face)
+        self._style, self._use, self._inside = face.style, use, inside
+        self._answers: dict[int, ChatText] = {}
+
+    @property
+    def keeps_special(self) -> bool:
+        """Whether special tokens are needed in the text, as marks of calls."""
+        return self._use is not None and self._style.tools is not None and self._style.tools.special
+
+    def chunk(self, delta: Delta) -> bytes:
+        """Nothing where no more is known than that something may follow."""
+        self._said = self._take(delta)
+        first = delta.choice.index not in self._started
+        empty = not first and self._said == _NOTHING
+        if empty and not (delta.finish_reason or delta.logprobs or self.token_ids_wanted):
+            return b""
+        return super().chunk(delta)
+
     def choice_of_part(self, delta: Delta, *, first: bool) -> ChatChunkChoice:
-        role: str | UnsetType = "assistant" if first else UNSET
+        said = self._said
+        if first:
+            said.role = "assistant"
+            if said == _ONLY_ROLE:
+                said.content = ""
         return ChatChunkChoice(
             delta.choice.index,
-            ChatDelta(role, delta.text if delta.text or first else UNSET),
+            said,
             self.logprobs(delta.logprobs) if delta.logprobs else None,
-            delta.finish_reason,
+            self._answer(delta.choice).finish_reason(delta.finish_reason),
         )
 
+    def add(self, delta: Delta) -> None:
+        self._take(delta)
+        super().add(delta)
+
     def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
-        return ChatChoice(choice.index, ChatMessage(text), UNSET, choice.finish_reason)
+        answer = self._answer(choice)
+        return ChatChoice(choice.index, answer.message(), UNSET, answer.finish_reason(choice.finish_reason))
+
+    def _take(self, delta: Delta) -> ChatDelta:
+        return self._answer(delta.choice).push(delta.text, last=delta.finish_reason is not None)
+
+    def _answer(self, choice: Choice) -> ChatText:
+        answer = self._answers.get(choice.index)
+        if answer is None:
+            answer = self._answers[choice.index] = ChatText(
+                self._style, self._use, thinks=self._inside is not None, inside=bool(self._inside)
+            )
+        return answer
 
     def head_of_part(self, choices: list[AnyChoice]) -> Answer:
         head = super().head_of_part(choices)

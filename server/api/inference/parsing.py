@@ -56,13 +56,28 @@ class _MessageShape(msgspec.Struct, forbid_unknown_fields=True):
     """As `Message`, for a decoder that ends at the first fault."""
 
     role: str
-    content: str | list[_PartShape]
+    content: str | list[_PartShape] | None = None
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
     audio: None = None
-    function_call: None = None
-    tool_calls: _Empty | None = None
+    function_call: _CalledShape | None = None
+    tool_calls: list[_CallShape] | None = None
+    tool_call_id: str | None = None
     annotations: _Empty | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _CalledShape(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class _CallShape(msgspec.Struct, forbid_unknown_fields=True):
+    function: _CalledShape
+    id: str | None = None
+    type: str = "function"
+    index: int | None = None
 
 
 class _PartShape(msgspec.Struct, forbid_unknown_fields=True):
@@ -125,7 +140,7 @@ def _refuse_unsupported(fields: dict[str, Any], kind: type[Strict]) -> None:
         del fields["best_of"]
     for name in fields.keys() & IGNORED_FIELDS:
         del fields[name]
-    for name in fields.keys() & NEUTRAL_FIELDS.keys():
+    for name in fields.keys() & NEUTRAL_FIELDS.keys() - kind.model_fields.keys():
         if fields[name] not in NEUTRAL_FIELDS[name]:
             raise InvalidRequest(f"{name} is not supported by this server.", param=name, code="unsupported")
         del fields[name]

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 ChoiceFinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -91,22 +92,46 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
-class ChatMessage(msgspec.Struct, gc=False):
-    content: str
+class CalledPart(msgspec.Struct):
+    """A function's name and arguments (JSON), or a part of them."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallPart(msgspec.Struct):
+    """A call of a tool, or in a chunk a part of one."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledPart = msgspec.field(default_factory=CalledPart)
+
+
+class ChatMessage(msgspec.Struct):
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallPart] | UnsetType = UNSET
+    function_call: CalledPart | UnsetType = UNSET
 
 
-class ChatDelta(msgspec.Struct, gc=False):
+class ChatDelta(msgspec.Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallPart] | UnsetType = UNSET
+    function_call: CalledPart | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, gc=False):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | UnsetType | None = None
-    finish_reason: ChoiceFinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -115,7 +140,7 @@ class ChatChunkChoice(msgspec.Struct, gc=False):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: ChoiceFinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.api.inference.strict import Strict
 from server.api.inference.structured import Guided
+from server.api.inference.tools import MAX_TOOLS, CalledFunction, CalledTool, Offer
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
@@ -140,7 +149,7 @@ def _known_besides(schema: dict[str, Any]) -> None:
     for name in sorted(IGNORED_FIELDS):
         schema["properties"][name] = {"description": "Accepted and without effect."}
     for name, values in NEUTRAL_FIELDS.items():
-        schema["properties"][name] = {"enum": list(values), "description": "Asks for nothing."}
+        schema["properties"].setdefault(name, {"enum": list(values), "description": "Asks for nothing."})
 
 
 class GenerationRequest(Guided):
@@ -226,30 +235,62 @@ def _content(value: object) -> object:
 class Message(Strict):
     """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True),
-        BeforeValidator(_content, json_schema_input_type=str | list[TextPart]),
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
     audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[None] | None, Field(max_length=0)] = None
+    function_call: CalledFunction | None = None
+    tool_calls: Annotated[list[CalledTool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
+    tool_call_id: str | None = None
     annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    content: Annotated[  # after those that may stand in its place
+        Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None),
+    ] = Field(None, validate_default=True)
+
+    @field_validator("tool_calls", "function_call")
+    @classmethod
+    def _of_an_assistant(cls, calls: object, info: ValidationInfo) -> object:
+        if calls and info.data.get("role") not in (None, "assistant"):
+            raise ValueError("only an assistant calls tools")
+        return calls
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: object, info: ValidationInfo) -> object:
+        others = ("tool_calls", "function_call", "refusal")
+        if content is None and not any(info.data.get(name) for name in others):
+            raise ValueError("must be a text or a list of parts")
+        return content
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates read it: role, content (one string) and perhaps a name."""
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": "\n".join(part.text for part in self.content)} | named
+        """As chat templates read it: role, content (one string), and what else there is."""
+        roles = {"developer": "system", "function": "tool"}
+        content = self.refusal or "" if self.content is None else "\n".join(p.text for p in self.content)
+        message: dict[str, Any] = {"role": roles.get(self.role, self.role), "content": content}
+        calls = [
+            {"id": call.id, "type": "function", "function": call.function.for_template()}
+            for call in self.tool_calls or ()
+        ]
+        if self.function_call is not None:
+            calls = [{"type": "function", "function": self.function_call.for_template()}]
+        reasoning = self.reasoning_content or self.reasoning
+        more = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": calls or None,
+            "reasoning_content": reasoning,
+        }
+        return message | {name: value for name, value in more.items() if value is not None}
 
 
 _Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, Offer):
     """Body of `POST /v1/chat/completions`."""
 
     messages: _Messages

@@ -180,15 +180,18 @@ def sampling_params(
     )
 
 
-async def text_options(request: GenerationRequest, tokenizer: Tokenizer | None) -> TextOptions:
-    """Raises InvalidRequest for stop strings where there is no text to find them in."""
+async def text_options(
+    request: GenerationRequest, tokenizer: Tokenizer | None, *, keeps_special: bool = False
+) -> TextOptions:
+    """`keeps_special`: special tokens stay in the text, whatever the request says. Raises InvalidRequest for
+    stop strings where there is no text to find them in."""
     if request.stop and tokenizer is None:
         raise InvalidRequest("stop: this server's model has no tokenizer; use stop_token_ids", param="stop")
     return TextOptions(
         tokenizer=tokenizer,
         stops=await _automaton(request.stop or []),
         include_stop=request.include_stop_str_in_output,
-        skip_special_tokens=request.skip_special_tokens,
+        skip_special_tokens=request.skip_special_tokens and not keeps_special,
         min_tokens=request.min_tokens,
     )
 

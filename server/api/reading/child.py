@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -34,6 +34,7 @@ from server.api.reading.watch import at_most
 from server.errors import ChorusError, InvalidGrammar
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import STYLES
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,20 @@ class _TimedReader(Reader):
     def __init__(
         self, tokenizer: Tokenizer | None, template: ChatTemplate | None, start: ReaderStart
     ) -> None:
-        super().__init__(tokenizer, template)
+        super().__init__(tokenizer, template, STYLES.get(start.tool_style or ""))
         self._start = start
         self.give_up: Callable[[ReadAnswer], None] = lambda answer: None  # says it: the process then ends
 
     def render(
-        self, template: ChatTemplate, messages: list[dict[str, str]], options: TemplateOptions | None
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        options: TemplateOptions | None,
+        tools: list[dict[str, Any]] | None,
     ) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, self._start.render_s)
         try:
-            return super().render(template, messages, options)
+            return super().render(template, messages, options, tools)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 

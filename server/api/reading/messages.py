@@ -25,6 +25,7 @@ class ReaderStart(msgspec.Struct, frozen=True):
     """The first frame: what the process reads with, and what one job may take."""
 
     folder: str  # of tokenizer.json and the chat template
+    tool_style: str | None = None  # how the model writes calls of tools; None: it is not shown any
     job_s: float = 30.0  # of processor time, in all
     render_s: float = 2.0  # of processor time, for the chat template
     grammar_s: float = 1.5  # of processor time, to compile a grammar and take its first tokens

@@ -4,7 +4,8 @@ body, so large ones are read in a process of their own (`process.py`)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -20,11 +21,13 @@ from server.api.inference.schemas import (
     TokenizeRequest,
 )
 from server.api.inference.structured import Guide, guide_of
+from server.api.inference.tools import ToolUse, tool_use
 from server.api.reading.messages import ReadJob
 from server.errors import InvalidGrammar, InvalidRequest
 from server.guidance.matcher import Vocabulary
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.text.tool_calls import ToolStyle
 
 R = TypeVar("R", bound=GenerationRequest)
 _SHORT = 1024  # characters; so few are tokenised sooner than judged
@@ -48,8 +51,11 @@ class NotHere(Exception):
 class Reader:
     """Reads with one tokenizer and one chat template; None of what the model does not have."""
 
-    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, template: ChatTemplate | None, style: ToolStyle | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._style = style
         self._template = template
         self._vocabulary: Vocabulary | None = None
 
@@ -68,9 +74,21 @@ class Reader:
 
     def chat(self, job: ReadJob) -> Reading[ChatRequest]:
         request = parse(ChatRequest, job.body, job.max_model_len)
-        prompt = self._chat_prompt(request.messages, request.chat_template_kwargs, job)
+        use = tool_use(request)
+        if use is not None and self._style is None:
+            raise InvalidRequest("tools: the model's chat template shows it none", param="tools")
+        tools = use.for_template() if use else None
+        prompt = self._chat_prompt(request.messages, request.chat_template_kwargs, job, tools)
         _judge([prompt], job, "messages")
-        return Reading(request, [prompt], grammar=self._grammar(guide_of(request), job))
+        return Reading(request, [prompt], grammar=self._grammar(self._guide(request, use), job))
+
+    def _guide(self, request: ChatRequest, use: ToolUse | None) -> Guide | None:
+        guide = guide_of(request)
+        if use is None or self._style is None:
+            return guide
+        if guide is not None:
+            raise InvalidRequest(f"{guide.field}: not together with tools", param=guide.field)
+        return Guide("tools", partial(use.grammar, self._style)) if use.forced else None
 
     def tokenize(self, job: ReadJob) -> bytes:
         """The JSON of the answer."""
@@ -100,19 +118,27 @@ class Reader:
         return msgspec.json.encode(Detokenized(text))
 
     def _chat_prompt(
-        self, messages: list[Message], options: TemplateOptions | None, job: ReadJob
+        self,
+        messages: list[Message],
+        options: TemplateOptions | None,
+        job: ReadJob,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         self._require_tokenizer("messages")
         if self._template is None:
             raise InvalidRequest("messages: this server's model has no chat template", param="messages")
-        text = self.render(self._template, [message.for_template() for message in messages], options)
+        text = self.render(self._template, [message.for_template() for message in messages], options, tools)
         return self._encode(text, job, "messages", special=False)
 
     def render(
-        self, template: ChatTemplate, messages: list[dict[str, str]], options: TemplateOptions | None
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        options: TemplateOptions | None,
+        tools: list[dict[str, Any]] | None,
     ) -> str:
         """The prompt's text. A process sets a limit to its time."""
-        return template.render(messages, options)
+        return template.render(messages, options, tools=tools)
 
     def _grammar(self, guide: Guide | None, job: ReadJob) -> str | None:
         if guide is None:
