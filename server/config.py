@@ -211,6 +211,14 @@ class Settings(BaseSettings):
         (), description="A key that clients must give; it may do everything. Several: again, or with commas."
     )
     auth: bool = Field(True, description="--no-auth: ask nobody for a key, whatever keys there are.")
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        "refuse",
+        description="ignore: fields of a request that are not known are logged once, and go without.",
+    )
+    trust_request_chat_template: bool = Field(
+        False,
+        description="Take `chat_template` from requests: a program, run in a sandbox against the clock.",
+    )
     max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
     allowed_hosts: Names = Field(
         (),

@@ -21,7 +21,7 @@ from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
-from server.api.reading.messages import ReaderStart
+from server.api.reading.messages import ReaderStart, ReadRules
 from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
@@ -64,7 +64,8 @@ def create_app(
     template that cannot be read, an audit file that cannot be opened, and traces that cannot be sent.
     """
     tokenizer = _load_text(settings, base)
-    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer)
+    rules = ReadRules(settings.unknown_fields == "ignore", settings.trust_request_chat_template)
+    readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer, rules)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)

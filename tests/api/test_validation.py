@@ -87,11 +87,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"timeout": float("nan")}, "timeout"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
-    ({"best_of": 3}, "best_of"),
+    ({"best_of": 3, "n": 4}, "best_of"),
+    ({"best_of": 3, "stream": True}, "best_of"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"allowed_token_ids": [VOCABULARY]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ({"bad_words": ["x"] * 65}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 3, "truncation_side": "middle"}, "truncation_side"),
+    ({"request_id": "a b"}, "request_id"),
+    ({"cache_salt": "x" * 1025}, "cache_salt"),
+    ({"detokenize": False, "stop": "x"}, "stop"),
+    ({"adapter": "sql", "lora_path": "team/json"}, "adapter"),
+    ({"model": "sql", "adapter_id": "team/json"}, "adapter_id"),
+    ({"adapters": [{"name": "sql"}], "lora_path": "sql"}, "adapters"),
+    ({"chat_template": "x"}, "chat_template"),
     ({"suffix": "x"}, "suffix"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"no_such_field": None}, "no_such_field"),
+    ({"no_such_field": 0}, "no_such_field"),
     ({"model": None}, "model"),
     ({"adapter_scale": 1}, "adapter_scale"),
     ({"adapter_scale": float("inf"), "adapter": "sql"}, "adapter_scale"),
@@ -116,8 +131,11 @@ async def test_bad_fields(site: Site, fields: dict[str, Any], param: str) -> Non
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"a": [{"b": float("nan")}]}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
@@ -161,12 +179,15 @@ async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
         "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "seed": 3,
         "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2, "prompt_logprobs": 3,
+        "allowed_token_ids": [5, 7],
     }  # fmt: skip
-    await site.complete(**given, logprobs_mode="processed")
+    await site.complete(**given, logprobs_mode="processed", bad_words=["quick"])
     sampling = msgspec.to_builtins(site.engine.requests[0].sampling)
     assert sampling.pop("processed_logprobs") is True
-    assert sampling == given | {"logit_bias": {7: -100}, "stop_token_ids": (4,)}
-    assert {*sampling, "processed_logprobs"} == set(SamplingParams.__struct_fields__)
+    assert len(sampling.pop("bad_words")) == 2
+    lists = {"stop_token_ids": (4,), "allowed_token_ids": (5, 7)}
+    assert sampling == given | {"logit_bias": {7: -100}} | lists
+    assert {*sampling, "processed_logprobs", "bad_words"} == set(SamplingParams.__struct_fields__)
 
 
 async def test_log_probabilities_of_one_answer_are_bounded(

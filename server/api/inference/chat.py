@@ -28,6 +28,7 @@ from server.api.inference.schemas import ChatRequest
 from server.api.inference.spec import (
     GenerationSpec,
     judge_logprobs,
+    judge_stream,
     logprobs_room,
     output_room,
     sampling_params,
@@ -51,11 +52,12 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     reading = await face.readers.chat(body, info)
     request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
-    if request.top_logprobs is not None and not request.logprobs:
+    judge_stream(request)
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
     most = logprobs_room(request, prompts)
     room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
-    sampling = [sampling_params(request, info, room)]
+    sampling = [sampling_params(request, info, room, face.tokenizer)]
     judge_logprobs(request, prompts, sampling, "top_logprobs")
     return GenerationSpec(
         mix=mix,
@@ -66,7 +68,8 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
         stream=bool(request.stream),
         priority=request.priority,
         timeout_s=request.timeout,
-        reply=ChatReply(request, face),
+        cache_salt=request.cache_salt or "",
+        reply=ChatReply(request, face, "".join(reading.echoes or [])),
     )
 
 
@@ -79,7 +82,7 @@ def _max_tokens(request: ChatRequest) -> int | None:
 
 
 class ChatReply(Reply):
-    """OpenAI's shape of a chat completion."""
+    """OpenAI's shape of a chat completion. `echo`: what stands before each choice's own text."""
 
     id_prefix = "chatcmpl"
     operation = "chat"
@@ -87,17 +90,22 @@ class ChatReply(Reply):
     part = ChatChunk
     _said_prompt = False
 
+    def __init__(self, request: ChatRequest, face: Face, echo: str = "") -> None:
+        super().__init__(request, face)
+        self._echo = echo
+
     def choice_of_part(self, delta: Delta, *, first: bool) -> ChatChunkChoice:
         role: str | UnsetType = "assistant" if first else UNSET
+        text = self._echo + delta.text if first else delta.text
         return ChatChunkChoice(
             delta.choice.index,
-            ChatDelta(role, delta.text if delta.text or first else UNSET),
+            ChatDelta(role, text if text or first else UNSET),
             self.logprobs(delta.logprobs) if delta.logprobs else None,
             delta.finish_reason,
         )
 
     def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
-        return ChatChoice(choice.index, ChatMessage(text), UNSET, choice.finish_reason)
+        return ChatChoice(choice.index, ChatMessage(self._echo + text), UNSET, choice.finish_reason)
 
     def head_of_part(self, choices: list[AnyChoice]) -> Answer:
         head = super().head_of_part(choices)

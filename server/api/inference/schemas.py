@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainValidator
+
+from server.api.inference.field_lists import NEUTRAL
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
@@ -18,6 +21,12 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGPROB_ENTRIES = 2**19  # of one answer, which has up to 75 bytes for each
 MAX_TEMPLATE_OPTIONS = 64
+MAX_TEMPLATE_CHARACTERS = 65_536
+MAX_DOCUMENTS = 256
+MOST_TRUNCATED = 8  # contexts; of a longer prompt not even the end is looked for
+MAX_ALLOWED_TOKENS = 32_768
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARACTERS = 128
 MAX_MESSAGES = 4096
 MAX_MIX = 16
 MAX_PRIORITY = 9  # a request can only step back: what is before 0 is not a client's to say
@@ -27,24 +36,17 @@ _INT64 = 2**63
 # Accepted and without effect: they change nothing in what is answered.
 IGNORED_FIELDS = frozenset(
     {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    | {"session_id"}  # vLLM and SGLang
 )
 # Known, but only with a value that asks for nothing.
 NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
+    **NEUTRAL,
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None, "medium"),
-    "service_tier": (None, "auto", "default"),
 }
 
 
@@ -124,10 +126,22 @@ _LogitBias = Annotated[
     Field(max_length=MAX_LOGIT_BIAS),
     _no_more_than(MAX_LOGIT_BIAS),
 ]
+
+
+def _finite(value: object) -> object:
+    """Of JSON as deep as its reader lets it be."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(each)
+    return value
+
+
 _TemplateOptions = Annotated[
-    dict[str, str | int | FiniteFloat | bool | None],
+    dict[str, Any],
     Field(max_length=MAX_TEMPLATE_OPTIONS),
     _no_more_than(MAX_TEMPLATE_OPTIONS),
+    AfterValidator(_finite),
 ]
 _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
 
@@ -135,6 +149,13 @@ _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MI
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None  # no effect
+    continuous_usage_stats: bool | None = None  # in every chunk
+
+
+def _nothings(values: tuple[object, ...]) -> list[object]:
+    """All values of a neutral field that are accepted, each once."""
+    empty: list[object] = [None, "", [], {}]
+    return empty + [value for value in values if value is not None and value not in ("", [], {})]
 
 
 def _known_besides(schema: dict[str, Any]) -> None:
@@ -142,7 +163,7 @@ def _known_besides(schema: dict[str, Any]) -> None:
     for name in sorted(IGNORED_FIELDS):
         schema["properties"][name] = {"description": "Accepted and without effect."}
     for name, values in NEUTRAL_FIELDS.items():
-        schema["properties"][name] = {"enum": list(values), "description": "Asks for nothing."}
+        schema["properties"][name] = {"enum": _nothings(values), "description": "Asks for nothing."}
 
 
 class GenerationRequest(Strict):
@@ -152,6 +173,8 @@ class GenerationRequest(Strict):
 
     model: str | None = None
     adapter: Annotated[str | None, Field(min_length=1)] = None
+    lora_path: Annotated[str | None, Field(min_length=1)] = None  # SGLang's word for it
+    adapter_id: Annotated[str | None, Field(min_length=1)] = None  # LoRAX's
     adapters: (
         Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)] | None
     ) = None
@@ -179,6 +202,23 @@ class GenerationRequest(Strict):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_ALLOWED_TOKENS, fail_fast=True)] | None
+    ) = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]],
+            Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+        ]
+        | None
+    ) = None
+    # The prompt's last tokens, or with `truncation_side` its first; -1: as many as the context has.
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1)] = None
+    truncation_side: Literal["left", "right"] | None = None
+    request_id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None
+    rid: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None  # SGLang's word for it
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
@@ -188,6 +228,11 @@ class GenerationRequest(Strict):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many are run for each prompt."""
+        return self.n
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -204,8 +249,14 @@ class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompts
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    add_special_tokens: bool = True
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = False
+
+    @property
+    def sequences(self) -> int:
+        return self.best_of or self.n
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -216,19 +267,30 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs if self.echo else None
 
 
+def _text_alone(kind: object) -> object:
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(f"{kind[:40]}: this server reads text alone")
+    return kind
+
+
 class TextPart(Strict):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_text_alone)]
     text: str
 
 
 def _content(value: object) -> object:
+    if value is None:
+        raise ValueError("must not be null")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Message(Strict):
-    """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
+    """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty; other
+    keys are the template's."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]  # the template knows which there are
     content: Annotated[
         list[TextPart],
         Field(fail_fast=True),
@@ -245,7 +307,8 @@ class Message(Strict):
         """As chat templates read it: role, content (one string) and perhaps a name."""
         role = "system" if self.role == "developer" else self.role
         named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": "\n".join(part.text for part in self.content)} | named
+        own = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        return (self.model_extra or {}) | own | named
 
 
 _Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -258,7 +321,15 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    chat_template: Annotated[str | None, Field(min_length=1, max_length=MAX_TEMPLATE_CHARACTERS)] = None
     chat_template_kwargs: _TemplateOptions | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
+    reasoning_effort: Annotated[str | FiniteFloat | None, Field(union_mode="left_to_right")] = None
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None  # default: unless the last message is to be continued
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    echo: bool = False
 
     @property
     def top_logprobs_wanted(self) -> int | None:

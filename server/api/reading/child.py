@@ -27,12 +27,14 @@ from server.api.reading.messages import (
     frame,
     ids_to_bytes,
 )
-from server.api.reading.reader import R, Reader, Reading, TemplateOptions
+from server.api.reading.reader import ChatPrompt, R, Reader, Reading
 from server.errors import ChorusError
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_READ = {"prompt", "messages", "chat_template", "chat_template_kwargs", "documents"}  # of no use to the face
 
 
 class _TimedReader(Reader):
@@ -42,12 +44,10 @@ class _TimedReader(Reader):
         super().__init__(tokenizer, template)
         self._render_s = render_s
 
-    def render(
-        self, template: ChatTemplate, messages: list[dict[str, str]], options: TemplateOptions | None
-    ) -> str:
+    def render(self, template: ChatTemplate | str, prompt: ChatPrompt) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, self._render_s)
         try:
-            return super().render(template, messages, options)
+            return super().render(template, prompt)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
@@ -115,9 +115,9 @@ def _read(reader: Reader, job: ReadJob) -> ReadAnswer:
 
 
 def _of_reading(reading: Reading[R]) -> ReadAnswer:
-    fields = reading.request.model_dump_json(exclude={"prompt", "messages"}, exclude_unset=True)
+    fields = reading.request.model_dump_json(exclude=_READ, exclude_unset=True)
     prompts = [ids_to_bytes(ids) for ids in reading.prompts]
-    return ReadAnswer(fields.encode(), prompts, reading.echoes)
+    return ReadAnswer(fields.encode(), prompts, reading.echoes, reading.ignored)
 
 
 def _pages(at: int) -> int:

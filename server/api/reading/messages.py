@@ -30,6 +30,16 @@ class ReaderStart(msgspec.Struct, frozen=True):
     memory_bytes: int = 2 * 2**30  # of address space, on top of what the process begins with
 
 
+class ReadRules(msgspec.Struct, frozen=True):
+    """What the server's settings say of bodies."""
+
+    ignore_unknown: bool = False  # fields, instead of refusing them
+    take_templates: bool = False  # of requests
+
+
+DEFAULT_RULES = ReadRules()
+
+
 class ReadJob(msgspec.Struct, frozen=True):
     """One body to be read. Between processes `body` is empty here and a frame of its own."""
 
@@ -37,6 +47,7 @@ class ReadJob(msgspec.Struct, frozen=True):
     max_model_len: int  # tokens
     vocab_size: int
     body: bytes
+    rules: ReadRules = DEFAULT_RULES
 
 
 class ReadError(msgspec.Struct, frozen=True):
@@ -54,6 +65,7 @@ class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     fields: bytes = b""  # JSON
     prompts: list[bytes] = []  # each its token ids, int32 in the machine's order
     echoes: list[str] | None = None
+    ignored: list[str] = []  # unknown fields
     answer: bytes = b""  # JSON, of a route that answers with nothing else
     error: ReadError | None = None
     resident_bytes: int = 0  # memory of the process now
