@@ -225,6 +225,10 @@ class Settings(BaseSettings):
         description="Host names that requests may be for, besides loopback's and --host's, separated by "
         "commas; *: any.",
     )
+    cors_origins: Names = Field(
+        (),
+        description="Origins of pages that may call from a browser. Several: again, or with commas; *: any.",
+    )
     ssl_certfile: File | None = Field(None, description="Certificate chain for HTTPS, a PEM file.")
     ssl_keyfile: File | None = Field(
         None, description="Its private key, a PEM file. Default: in --ssl-certfile."

@@ -15,10 +15,12 @@ from server.access.keyring import Keyring
 from server.api import errors, health, keys, models, quotas, reload, usage
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
+from server.api.cors import AllowedOrigins, Cors
 from server.api.door import Door, check_host
 from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
+from server.api.methods import HeadAndOptions
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
 from server.api.reading.messages import ReaderStart, ReadRules
@@ -64,6 +66,7 @@ def create_app(
     template that cannot be read, an audit file that cannot be opened, and traces that cannot be sent.
     """
     tokenizer = _load_text(settings, base)
+    origins = AllowedOrigins.of(settings.cors_origins)
     rules = ReadRules(settings.unknown_fields == "ignore", settings.trust_request_chat_template)
     readers = Readers(ReaderStart(str(base.tokenizer_folder)), tokenizer, rules)
     names = AdapterNames()
@@ -95,9 +98,12 @@ def create_app(
     )
     app.state.face = face
     errors.install(app)
-    app.add_middleware(RefuseWhileDraining, drain=face.drain)  # the last added is the first to be asked
-    app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS)
+    app.add_middleware(HeadAndOptions, routers=ROUTERS)  # the last added is the first to be asked
+    app.add_middleware(RefuseWhileDraining, drain=face.drain)
+    app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS, origins=origins)
     app.add_middleware(Door, open_paths=open_paths(*ROUTERS))
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=origins)
     app.add_middleware(RequestScope, metrics=metrics, audit_log=audit_log, traces=traces)
     return app
 
