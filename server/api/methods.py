@@ -32,9 +32,9 @@ class HeadAndOptions:
         """The server looks at the method of its own scope when it sends: the app gets another."""
 
         async def without_body(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        asked = scope | {"method": "GET"}
+        asked = {**scope, "method": "GET"}
         try:
             await self._app(asked, receive, without_body)
         finally:

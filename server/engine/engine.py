@@ -114,9 +114,8 @@ class Engine:
         self._runs_beside_host = device.runs_beside_host
         self._in_flight: deque[tuple[StepPlan, Pending]] = deque()  # launched and not read, oldest first
         self._arrivals = 0
-        self._steps = 0
+        self._steps = self._step_tokens_sum = 0
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
-        self._step_tokens_sum = 0
         self._refused: list[TokenOutput] = []
         self._calls: list[LoadAdapter | UnloadAdapter] = []  # adapter calls without an answer yet
         self._settled = True  # another step would change nothing until an adapter lands

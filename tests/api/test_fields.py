@@ -281,3 +281,10 @@ async def test_what_a_chat_may_leave_out_or_say_twice(site: Site) -> None:
         assert kind in error["message"]
     null = (await site.chat(messages=[{"role": "user", "content": None}])).json()["error"]
     assert null["message"] == "messages[0].content: must not be null"
+
+
+async def test_special_tokens_may_be_shown(site: Site) -> None:
+    site.engine.tokens = [0, *site.engine.tokens]
+    assert (await site.complete()).json()["choices"][0]["text"] == "the quick brown fox"
+    shown = (await site.complete(skip_special_tokens=False)).json()["choices"][0]["text"]
+    assert shown == "<s>the quick brown fox"

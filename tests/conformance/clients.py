@@ -31,6 +31,7 @@ def run(client: str, script: str, request: dict[str, Any], folder: Path, within_
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     program = [str(python_of(client)), str(_HERE / script), str(ask), str(answer)]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TOKENIZERS_PARALLELISM": "false", **offline}
+    environment["OMP_NUM_THREADS"] = "1"  # more wait for each other where the machine is shared
     ended = subprocess.run(
         program, cwd=folder, env=environment, capture_output=True, text=True, timeout=within_s, check=False
     )

@@ -23,6 +23,7 @@ def main(ask: Path, answer: Path) -> None:
         found = lm_eval.simple_evaluate(
             model=kind,
             model_args=arguments,
+            batch_size=16,
             tasks=request["names"],
             task_manager=manager,
             log_samples=True,

@@ -13,7 +13,7 @@ from tests.conformance.clients import python_of, run
 from tests.e2e.server import ADAPTERS, MODEL, Server
 
 MODELS = (MODEL.name, "upper", "sql", "sentiment")
-QUESTIONS = 6  # of each adapter's job
+QUESTIONS = 3  # of each adapter's job
 SEED = 20_261_128
 
 _CHOICE = """
@@ -71,7 +71,7 @@ def test_loglikelihoods_are_those_of_transformers_and_peft(tmp_path: Path) -> No
         for name in MODELS:
             url = f"{server.url}/v1/completions"
             client = {"model": name, "base_url": url, "tokenizer": str(MODEL), "max_length": 2048}
-            ours.append(["local-completions", client | {"num_concurrent": 8, "tokenized_requests": True}])
+            ours.append(["local-completions", client | {"num_concurrent": 2, "tokenized_requests": True}])
             peft = {} if name == MODEL.name else {"peft": str(ADAPTERS / name)}
             theirs.append(["hf", {"pretrained": str(MODEL), "dtype": "float32", "device": "cpu", **peft}])
         names = ["chorus_choice", "chorus_rolling"]

@@ -17,6 +17,7 @@ OPENAI: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "moderation": (),
     "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
 }

@@ -36,7 +36,7 @@ _INT64 = 2**63
 # Accepted and without effect: they change nothing in what is answered.
 IGNORED_FIELDS = frozenset(
     {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    | {"session_id"}  # vLLM and SGLang
+    | {"prompt_cache_options", "session_id"}  # the latter of vLLM and SGLang
 )
 # Known, but only with a value that asks for nothing.
 NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
