@@ -5,6 +5,7 @@ MODEL ?= models/chorus-tiny
 SERVE_FLAGS ?=
 PEERS_BENCH ?= ../shared/bench
 LOWEST := build/lowest
+CLIENTS := build/clients
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test lint types unit conformance bench format clean
@@ -35,12 +36,21 @@ types: setup
 unit: setup
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-conformance: $(LOWEST)/installed  ## the tests of models and kernels on the lowest versions allowed (a minute, once installed)
+conformance: $(LOWEST)/installed $(CLIENTS)/lm-eval/installed  ## lowest versions allowed; clients that others wrote (minutes, once installed)
+	$(BIN)/pytest tests/conformance
 	PYTHONPATH=$(LOWEST) $(BIN)/pytest -W "ignore:Conversion of an array with ndim:DeprecationWarning" tests/model tests/lora
 
 $(LOWEST)/installed: tests/lowest.txt | setup
 	rm -rf $(LOWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LOWEST) -r $<
+	touch $@
+
+# A client with what the project has already, so that torch is not installed twice.
+$(CLIENTS)/%/installed: tests/conformance/%.txt | setup
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(@D)/lib/python3*/site-packages)/chorus.pth
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 bench: setup  ## Chorus and its peers on the CPU, three rounds of models S and M (hours), into build/bench

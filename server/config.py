@@ -208,7 +208,6 @@ class Settings(BaseSettings):
     spare_engine: bool = Field(
         True, description="Keep a process that is ready to load the model, for when the engine dies."
     )
-
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "json"] = Field(
         "auto", description="How the model writes calls of tools; auto: by its chat template."
     )
@@ -223,11 +222,20 @@ class Settings(BaseSettings):
         (), description="A key that clients must give; it may do everything. Several: again, or with commas."
     )
     auth: bool = Field(True, description="--no-auth: ask nobody for a key, whatever keys there are.")
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        "refuse", description="ignore: unknown fields of a request are logged once, and go without."
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="Take `chat_template` from requests: a program, in a sandbox, against the clock."
+    )
     max_request_bytes: Bytes = Field(8 * 2**20, gt=0, description="Largest JSON body, bytes.")
     allowed_hosts: Names = Field(
         (),
         description="Host names that requests may be for, besides loopback's and --host's, separated by "
         "commas; *: any.",
+    )
+    cors_origins: Names = Field(
+        (), description="Origins of pages that may call from a browser, separated by commas; *: any."
     )
     ssl_certfile: File | None = Field(None, description="Certificate chain for HTTPS, a PEM file.")
     ssl_keyfile: File | None = Field(

@@ -52,6 +52,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None  # no others; None: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that never come in this order
     seed: int | None = None  # None: the engine draws one
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -82,6 +84,7 @@ class Request(msgspec.Struct, frozen=True, tag="request"):
     adapters: tuple[AdapterRef, ...] = ()
     forks: tuple[Fork, ...] = ()
     tenant: str = ""  # whose it is: tenants share the server fairly, and no prefix of one serves another
+    cache_salt: str = ""  # prefixes are shared only among requests with the same
     priority: int = 0  # the smaller goes first
     timeout_s: float | None = None  # from its arrival to its last token; None: no limit
     weight: float = 1.0  # of the tenant: how much service it gets beside one of weight 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,19 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 from starlette.routing import Route
 
 from server.api.app import ROUTERS
+from server.api.inference.field_lists import asks_for_nothing
+from server.api.inference.schemas import (
+    IGNORED_FIELDS,
+    NEUTRAL_FIELDS,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from server.cli import app
 from server.config import Settings
 from server.errors import ChorusError
@@ -139,3 +150,30 @@ def test_files_and_tests_named_exist(document: Path) -> None:
     within_server = r"`((?:api|text|registry|engine|model|lora|native|telemetry)/[\w/]+\.\w+)`"
     for path in re.findall(within_server, read(document)) if document.name == "architecture.md" else ():
         assert (ROOT / "server" / path).is_file(), path
+
+
+def _field_state(name: str, kind: type[GenerationRequest]) -> str:
+    """What docs/api.md is to say of a field of this body."""
+    if name in IGNORED_FIELDS:
+        return "no effect"
+    if name in kind.model_fields:
+        return "works"
+    if name not in NEUTRAL_FIELDS:
+        return "refused"
+    values = [json.dumps(value) for value in NEUTRAL_FIELDS[name] if not asks_for_nothing(value)]
+    return "only " + (" or ".join(f"`{value}`" for value in dict.fromkeys(values)) or "empty")
+
+
+def test_the_table_of_every_field() -> None:
+    """All that OpenAI's SDK sends, and what else is known, as the server treats it; the tests are looked for
+    above, with all that documents name."""
+    table = API.partition("### Every field")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| \w+ \| (.+?) \| (.+?) \| `(tests/.+?::\w+)` \|$", table, re.M)
+    sent = {"stream"}
+    for params in (completion_params.CompletionCreateParamsBase, chat_params.CompletionCreateParamsBase):
+        sent |= params.__annotations__.keys()
+    known = CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()
+    assert {name for name, *_ in rows} == sent | known | NEUTRAL_FIELDS.keys() | IGNORED_FIELDS
+    for name, completions, chat, _ in rows:
+        assert completions == _field_state(name, CompletionRequest), name
+        assert chat == _field_state(name, ChatRequest), name

@@ -15,14 +15,16 @@ from server.access.keyring import Keyring
 from server.api import errors, health, keys, models, quotas, reload, usage
 from server.api.adapters import routes as adapters
 from server.api.browser import BrowserGuard, HostNames
+from server.api.cors import AllowedOrigins, Cors
 from server.api.door import Door, check_host
 from server.api.drain import RefuseWhileDraining
 from server.api.face import AdapterNames, Face
 from server.api.inference import chat, completions
 from server.api.inference.chat_text import ChatStyle
+from server.api.methods import HeadAndOptions
 from server.api.openapi import DescribedApp
 from server.api.operation import open_paths
-from server.api.reading.messages import ReaderStart
+from server.api.reading.messages import ReaderStart, ReadRules
 from server.api.reading.readers import Readers
 from server.api.scope import RequestScope
 from server.base_model import BaseModel, StartError, default_data_dir
@@ -70,7 +72,9 @@ def create_app(
     tokenizer = _load_text(settings, base)
     style = _chat_style(settings, base)
     start = ReaderStart(str(base.tokenizer_folder), style.tools.name if style.tools else None)
-    readers = Readers(start, tokenizer)
+    rules = ReadRules(settings.unknown_fields == "ignore", settings.trust_request_chat_template)
+    readers = Readers(start, tokenizer, rules)
+    origins = AllowedOrigins.of(settings.cors_origins)
     names = AdapterNames()
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)
@@ -100,9 +104,12 @@ def create_app(
     )
     app.state.face = face
     errors.install(app)
-    app.add_middleware(RefuseWhileDraining, drain=face.drain)  # the last added is the first to be asked
-    app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS)
+    app.add_middleware(HeadAndOptions, routers=ROUTERS)  # the last added is the first to be asked
+    app.add_middleware(RefuseWhileDraining, drain=face.drain)
+    app.add_middleware(BrowserGuard, hosts=HostNames.of(settings), routers=ROUTERS, origins=origins)
     app.add_middleware(Door, open_paths=open_paths(*ROUTERS))
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=origins)
     app.add_middleware(RequestScope, metrics=metrics, audit_log=audit_log, traces=traces)
     return app
 

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.cors import AllowedOrigins
 from server.api.drain import changes_something
 from server.api.operation import Operation
 from server.config import Settings
@@ -65,9 +66,12 @@ class HostNames:
 class BrowserGuard:
     """ASGI middleware. Raises WrongHost, Forbidden and UnsupportedMedia."""
 
-    def __init__(self, app: ASGIApp, hosts: HostNames, routers: Iterable[APIRouter]) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: HostNames, routers: Iterable[APIRouter], origins: AllowedOrigins
+    ) -> None:
         self._app = app
         self._hosts = hosts
+        self._origins = origins
         self._forms = [
             route
             for router in routers
@@ -98,6 +102,8 @@ class BrowserGuard:
         return given[0].lower()
 
     def _check_origin(self, headers: Headers, host: str) -> None:
+        if self._origins.have(headers):
+            return
         if headers.get("sec-fetch-site", "").strip().lower() == "cross-site":
             raise Forbidden("sec-fetch-site: pages of other sites may change nothing here.", param="origin")
         for origin in headers.getlist("origin"):

@@ -1,4 +1,5 @@
-"""What changes a row's logits before a token is taken from it: penalties, bias, a minimum length, a grammar.
+"""What changes a row's logits before a token is taken from it: penalties, bias, a minimum length, tokens and
+words that may not come, a grammar.
 
 A sampling option that acts on logits is one `LogitsProcessor`: which rows want it and what it then does stand
 side by side, and the sampler asks no other question.
@@ -125,6 +126,56 @@ class MinimumLength:
         pass
 
 
+class AllowedTokens:
+    """No token but those that the request names."""
+
+    reads_output: ClassVar[bool] = False
+
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        return row.params.allowed_token_ids is not None
+
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        for row in rows:
+            if "allowed" not in row.state:
+                row.state["allowed"] = torch.tensor(row.params.allowed_token_ids).to(
+                    scores_NV.device, non_blocking=True
+                )
+        ids = [row.state["allowed"] for row in rows]
+        at_E, ids_E = _repeated(at_R, ids), torch.cat(ids)
+        kept_E = scores_NV[at_E, ids_E]
+        scores_NV.index_fill_(0, at_R, float("-inf"))
+        scores_NV.index_put_((at_E, ids_E), kept_E)
+
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        pass
+
+
+class BadWords:
+    """No token that would end one of the request's bad words in the output."""
+
+    reads_output: ClassVar[bool] = True
+
+    @staticmethod
+    def wants(row: SampleRow) -> bool:
+        return bool(row.params.bad_words)
+
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        ids = [torch.tensor(_ending(row), dtype=torch.long).to(scores_NV.device) for row in rows]
+        never = scores_NV.new_full((), float("-inf"))
+        scores_NV.index_put_((_repeated(at_R, ids), torch.cat(ids)), never)
+
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        pass
+
+
+def _ending(row: SampleRow) -> list[int]:
+    """The last tokens of those bad words of which the output ends with all others."""
+    longest = max(map(len, row.params.bad_words)) - 1
+    said = tuple(row.output[-longest:].tolist()) if longest else ()
+    return [word[-1] for word in row.params.bad_words if said[len(said) - len(word) + 1 :] == word[:-1]]
+
+
 class Grammar:
     """Tokens that the output's grammar allows, and no others. The last processor: where nothing but the end
     is left, that is allowed whatever was said before."""
@@ -194,7 +245,14 @@ def _repeated(at_R: torch.Tensor, of_rows: Sequence[torch.Tensor]) -> torch.Tens
 
 
 # In the order in which they act. Each sampler has its own of each, since some keep things on its device.
-PROCESSORS: tuple[type[LogitsProcessor], ...] = (Penalties, LogitBias, MinimumLength, Grammar)
+PROCESSORS: tuple[type[LogitsProcessor], ...] = (
+    Penalties,
+    LogitBias,
+    MinimumLength,
+    AllowedTokens,
+    BadWords,
+    Grammar,
+)
 
 
 def wanted(row: SampleRow) -> list[type[LogitsProcessor]]:

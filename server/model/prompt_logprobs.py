@@ -18,7 +18,7 @@ _LOWEST = -9999.0  # what OpenAI's API says of the all but impossible; JSON has 
 
 
 @dataclass(frozen=True)
-class PromptLogprobs:
+class ToldPrompts:
     """What each run of a step says of its prompt, in plan order; `broken`: runs whose logits held a NaN."""
 
     of_runs: list[list[Logprobs]]
@@ -38,7 +38,7 @@ class PromptScores:
     def tensors(self) -> list[torch.Tensor]:
         return [self.chosen, self.ranks, self.top, self.top_ids]
 
-    def on_host(self, tensors: Sequence[torch.Tensor]) -> PromptLogprobs:
+    def on_host(self, tensors: Sequence[torch.Tensor]) -> ToldPrompts:
         """The same, from the copies of what `tensors` gave."""
         broken_P = tensors[0].isnan().tolist()
         columns = zip(self.rows.token_ids.tolist(), self.rows.counts, *_lists(tensors), strict=True)
@@ -48,7 +48,7 @@ class PromptScores:
         ]
         of_runs = [slice(first, last) for first, last in pairwise(accumulate(self.rows.of_runs, initial=0))]
         broken = [run for run, rows in enumerate(of_runs) if any(broken_P[rows])]
-        return PromptLogprobs([told[rows] for rows in of_runs], broken)
+        return ToldPrompts([told[rows] for rows in of_runs], broken)
 
 
 def _lists(tensors: Sequence[torch.Tensor]) -> list[list]:  # type: ignore[type-arg]  # of numbers and of rows

@@ -23,7 +23,7 @@ from server.model.device import Forward, NotCapturable, Operators, Prepare, Step
 from server.model.flat_model import FlatModel
 from server.model.layer_reader import NotFusable
 from server.model.loader import LoadedModel, forward
-from server.model.prompt_logprobs import PromptLogprobs, PromptScores
+from server.model.prompt_logprobs import PromptScores, ToldPrompts
 from server.model.proof import LENGTHS, PagedProbe, relative_error
 from server.model.sampler import Sampled, Sampler
 from server.model.step import Step
@@ -69,7 +69,7 @@ class Pending:
         broken: list[int] = []
         if not all(sampled.finite):
             broken = [run for run, rows in enumerate(of_runs) if not all(sampled.finite[rows])]
-        scores = PromptLogprobs([], [])
+        scores = ToldPrompts([], [])
         if self._scores is not None:
             scores = self._scores.on_host(tensors[len(self._tensors) :])
         broken += (run for run in scores.broken if run not in broken)

@@ -15,11 +15,11 @@ from server.scheduling.sequence import MixKey, Tokens
 _HASH_BYTES = 32  # wrong K and V would be served on a collision, so collisions must be out of reach
 
 
-def root_hash(mix: MixKey, tenant: str = "") -> bytes:
+def root_hash(mix: MixKey, tenant: str = "", salt: str = "") -> bytes:
     """Parent hash of a sequence's first block: K and V depend on the adapters' content and weights, and what
-    one tenant has asked is not to show in another's answers."""
+    one tenant has asked, or one client of it with a salt, is not to show in another's answers."""
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for name, weight in ((tenant, 0.0), *mix):
+    for name, weight in ((tenant, 0.0), (salt, 0.0), *mix):
         encoded = name.encode()
         digest.update(struct.pack("<qd", len(encoded), weight) + encoded)
     return digest.digest()

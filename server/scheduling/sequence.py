@@ -45,6 +45,7 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_ids",
+        "cache_salt",
         "cached_tokens",
         "deadline",
         "digests",
@@ -83,6 +84,7 @@ class Sequence:
         self.digests = frozenset(ref.digest for ref in request.adapters)
         self.seed: int = _seed(request.sampling.seed)
         self.tenant: str = request.tenant
+        self.cache_salt: str = request.cache_salt
         self.weight: float = request.weight
         self.priority: int = request.priority
         self.timeout_s: float | None = request.timeout_s

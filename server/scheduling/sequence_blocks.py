@@ -76,5 +76,5 @@ class SequenceBlocks:
                 self._pool.register(seq.block_ids[i], seq.block_hashes[i])
 
     def _hash(self, seq: Sequence, tokens: int) -> None:
-        root = root_hash(seq.mix_key, seq.tenant)
+        root = root_hash(seq.mix_key, seq.tenant, seq.cache_salt)
         extend_hashes(seq.block_hashes, seq.tokens[:tokens], root, self._pool.block_size)

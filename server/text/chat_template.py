@@ -94,24 +94,34 @@ class ChatTemplate:
             source = named.get("default")
         return source if isinstance(source, str) else None
 
+    @classmethod
+    def of_request(cls, source: str, special_tokens: dict[str, str]) -> ChatTemplate:
+        """A client's own. Raises InvalidRequest where it is no template."""
+        try:
+            return cls(source, special_tokens)
+        except MemoryError:
+            raise
+        except Exception as error:  # Jinja makes Python of it, which may refuse it for reasons of its own
+            reason = str(error)[:300] or type(error).__name__
+            raise InvalidRequest(f"chat_template: {reason}", param="chat_template") from error
+
     def render(
         self,
         messages: list[dict[str, Any]],
         options: Mapping[str, Any] | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
+        given: Mapping[str, Any] | None = None,
         most: int = MOST_RENDERED,
     ) -> str:
         """The prompt, ending where the assistant's answer begins.
 
-        `options` are extra names for the template, `tools` the functions that may be called, `most` the
-        characters that it may write. Raises InvalidRequest for options that have a name which means something
-        here (param `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the
-        messages, fails on them or writes too much. How long it takes is the caller's affair: see
-        api/reading/child.py.
+        `options` are extra names for the template, `given` values of those that mean something here, `most`
+        the characters that it may write. Raises InvalidRequest for options with a name that means something
+        (param `chat_template_kwargs.NAME`), and (param `messages`) when the template refuses the messages,
+        fails on them or writes too much. How long it takes is the caller's affair: see api/reading/child.py.
         """
-        names: dict[str, Any] = {"tools": tools, "documents": None, **self._special_tokens}
-        names |= {"messages": messages, "add_generation_prompt": True}
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        names |= {"messages": messages, "add_generation_prompt": True, **(given or {})}
         for name in options or ():
             if name in names:
                 raise InvalidRequest(
@@ -132,3 +142,18 @@ class ChatTemplate:
                 f"The chat template refused these messages: {reason}", param="messages"
             ) from error
         return "".join(pieces)
+
+
+def cut_after(text: str, content: str) -> str:
+    """A rendered prompt up to the end of its last message, whose `content` is still to be continued.
+
+    Raises InvalidRequest (param `messages`) where the template has not written it.
+    """
+    content = content.rstrip() if content.rstrip() and content not in text else content
+    at = text.rfind(content)
+    if at < 0:
+        raise InvalidRequest(
+            "continue_final_message: the chat template does not write the last message as it is",
+            param="continue_final_message",
+        )
+    return text[: at + len(content)]

@@ -19,7 +19,7 @@ from server.api.connection import ConnectionConfig
 from server.api.face import Face
 from server.api.listen import Server, bind
 from server.api.reading import child
-from server.api.reading.messages import ReadAnswer, ReaderStart, ReadJob
+from server.api.reading.messages import ReadAnswer, ReaderStart, ReadJob, ReadRules
 from server.api.reading.reader import Reader
 from server.api.reading.readers import Readers
 from server.base_model import BaseModel
@@ -86,8 +86,10 @@ def model_folder(root: Path, *, tokenizer: bool = True) -> Path:
 class SameProcess(Readers):
     """Reads in the test's own process what would go to another, whose start takes as long as ten tests."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer | None, style: ToolStyle | None) -> None:
-        super().__init__(ReaderStart(str(folder)), tokenizer)
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer | None, style: ToolStyle | None, rules: ReadRules
+    ) -> None:
+        super().__init__(ReaderStart(str(folder)), tokenizer, rules)
         template = ChatTemplate.load(folder, tokenizer.special_tokens) if tokenizer else None
         self._reader = Reader(tokenizer, template, style)
 
@@ -129,7 +131,8 @@ async def open_site(
     app = create_app(settings, engine, base, on_ready=lambda _: ready.set(), on_failed=on_failed)
     if not processes:
         face: Face = app.state.face
-        face.readers = SameProcess(base.tokenizer_folder, face.tokenizer, face.style.tools)
+        style, rules = face.style.tools, face.readers.rules
+        face.readers = SameProcess(base.tokenizer_folder, face.tokenizer, style, rules)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(

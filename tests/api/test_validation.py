@@ -87,7 +87,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"timeout": float("nan")}, "timeout"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
-    ({"best_of": 3}, "best_of"),
+    ({"best_of": 3, "n": 4}, "best_of"),
+    ({"best_of": 3, "stream": True}, "best_of"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"allowed_token_ids": [VOCABULARY]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ({"bad_words": ["x"] * 65}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 3, "truncation_side": "middle"}, "truncation_side"),
+    ({"request_id": "a b"}, "request_id"),
+    ({"cache_salt": "x" * 1025}, "cache_salt"),
+    ({"detokenize": False, "stop": "x"}, "stop"),
+    ({"adapter": "sql", "lora_path": "team/json"}, "adapter"),
+    ({"model": "sql", "adapter_id": "team/json"}, "adapter_id"),
+    ({"adapters": [{"name": "sql"}], "lora_path": "sql"}, "adapters"),
+    ({"chat_template": "x"}, "chat_template"),
     ({"suffix": "x"}, "suffix"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -109,7 +124,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regex": "(("}, "regex"),
     ({"ebnf": "start: nowhere"}, "ebnf"),
     ({"json_schema": {"type": "object"}}, "json_schema"),
-    ({"no_such_field": None}, "no_such_field"),
+    ({"no_such_field": 0}, "no_such_field"),
     ({"model": None}, "model"),
     ({"adapter_scale": 1}, "adapter_scale"),
     ({"adapter_scale": float("inf"), "adapter": "sql"}, "adapter_scale"),
@@ -130,12 +145,28 @@ async def test_bad_fields(site: Site, fields: dict[str, Any], param: str) -> Non
     assert site.engine.requests == []
 
 
+CALLING = {
+    "role": "assistant",
+    "content": "wait",
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "tool"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": [CALLING]}, "continue_final_message"),
+        (
+            {"continue_final_message": True, "messages": [{"role": "assistant", "content": ""}]},
+            "continue_final_message",
+        ),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"a": [{"b": float("nan")}]}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
@@ -154,7 +185,9 @@ async def test_bad_fields(site: Site, fields: dict[str, Any], param: str) -> Non
     ],
 )
 async def test_bad_chats(site: Site, fields: dict[str, Any], param: str) -> None:
-    assert error_of(await site.chat(**fields))["param"] == param
+    messages = [{"role": "user", "content": "hello"}]
+    body = json.dumps({"model": "base", "messages": messages} | fields)
+    assert error_of(await site.client.post("/v1/chat/completions", content=body))["param"] == param
 
 
 async def test_what_asks_for_nothing_is_accepted(site: Site) -> None:
@@ -182,16 +215,22 @@ async def test_no_sampling_field_is_accepted_and_forgotten(site: Site) -> None:
         "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {"7": -100}, "seed": 3,
         "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4], "logprobs": 2, "prompt_logprobs": 3,
-        "regex": "a+",
+        "allowed_token_ids": [5, 7], "regex": "a+",
     }  # fmt: skip
-    await site.complete(**given, logprobs_mode="processed")
+    await site.complete(**given, logprobs_mode="processed", bad_words=["quick"])
     sampling = msgspec.to_builtins(site.engine.requests[0].sampling)
     assert "start: /a+/" in sampling["grammar"]
     assert sampling.pop("processed_logprobs") is True
+    assert len(sampling.pop("bad_words")) == 2
     del given["regex"]
-    given |= {"logit_bias": {7: -100}, "stop_token_ids": (4,), "grammar": sampling["grammar"]}
+    given |= {
+        "logit_bias": {7: -100},
+        "stop_token_ids": (4,),
+        "allowed_token_ids": (5, 7),
+        "grammar": sampling["grammar"],
+    }
     assert sampling == given
-    assert {*sampling, "processed_logprobs"} == set(SamplingParams.__struct_fields__)
+    assert {*sampling, "processed_logprobs", "bad_words"} == set(SamplingParams.__struct_fields__)
 
 
 async def test_log_probabilities_of_one_answer_are_bounded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import torch
 
 from server.engine import engine as engine_module
 from server.engine.engine import Engine
-from server.messages import Fork, Logprobs, Request, TokenOutput
+from server.messages import Fork, TokenOutput
 from tests.engine.harness import MiB, adapter_ref, assert_at_rest, busy, greedy, make_engine, run, tokens_of
-from tests.model.tiny_models import ARCHITECTURES, VOCAB, add_adapter, build, oracle, targets_of
+from tests.engine.prompt_scores import assert_right, prompt, scores_of, scoring
+from tests.model.tiny_models import ARCHITECTURES, add_adapter, build, targets_of
 
 pytestmark = pytest.mark.usefixtures("runs_beside_host")
 FewRows = Callable[[int], None]
@@ -30,40 +30,6 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> FewRows:
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     return add_adapter(model, folder, seed=1, rank=4, target_modules=targets_of("llama"))
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
-
-
-def scoring(
-    name: str, ids: list[int], adapter: Path | None = None, top: int = 3, tokens: int = 2, **sampling: object
-) -> Request:
-    refs = [adapter_ref(adapter)] if adapter else []
-    return greedy(name, ids, tokens, refs, prompt_logprobs=top, **sampling)
-
-
-def scores_of(outputs: list[TokenOutput]) -> list[Logprobs]:
-    """Also that they come before the first token, in outputs of their own."""
-    with_tokens = [bool(output.token_ids) for output in outputs]
-    assert with_tokens == sorted(with_tokens)
-    assert not any(output.prompt_logprobs and output.token_ids for output in outputs)
-    return [entry for output in outputs for entry in output.prompt_logprobs or ()]
-
-
-@torch.inference_mode()
-def assert_right(model: Path, request: Request, got: list[Logprobs], adapter: Path | None = None) -> None:
-    ids = request.prompt_token_ids
-    want_TV = oracle(model, adapter)(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-    assert [entry.token_id for entry in got] == ids[1:]
-    for at, entry in enumerate(got):
-        row = want_TV[at]
-        assert entry.logprob == pytest.approx(float(row[ids[at + 1]]), abs=1e-4)
-        top = row.topk(request.sampling.prompt_logprobs or 0)
-        assert [token for token, _ in entry.top] == top.indices.tolist()
-        assert [value for _, value in entry.top] == pytest.approx(top.values.tolist(), abs=1e-4)
-        assert entry.rank == int((row >= row[ids[at + 1]]).sum())
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -219,7 +185,7 @@ def test_logits_that_are_not_finite_fail_their_own_request(
 
     def broken(batch, arena):  # type: ignore[no-untyped-def]  # as the method
         logits_NV = logits(batch, arena).clone()
-        if batch.scored is not None:
+        if batch.segments is not None:  # the adapter's rows come first
             logits_NV[1, 7] = float("nan")
         return logits_NV
 
@@ -241,7 +207,7 @@ def test_memory_that_runs_out_in_a_step_tells_none_twice(
     launch, launches = engine._runner.launch, iter(range(100))
 
     def fails_at_times(batch, arena):  # type: ignore[no-untyped-def]  # as the method
-        if next(launches) in (2, 5):
+        if next(launches) == 3:
             raise torch.OutOfMemoryError
         return launch(batch, arena)
 

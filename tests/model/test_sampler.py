@@ -268,6 +268,8 @@ def test_every_option_that_changes_logits_is_one_processor() -> None:
         [{"repetition_penalty": 1.2}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}],
         [{"logit_bias": {3: 1.0}}],
         [{"min_tokens": 2}],
+        [{"allowed_token_ids": (3,)}],
+        [{"bad_words": ((3,), (4, 5))}],
         [{}],
     ]
     for processor, of_it in zip(PROCESSORS, asks, strict=True):
@@ -363,3 +365,32 @@ def test_a_device_unpacks_masks_as_the_host_does() -> None:
     shifted = (torch.from_numpy(bits)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     assert torch.equal(here, shifted.flatten(1)[:, :VOCAB].bool())
     assert logits_module._unpacked(bits, torch.zeros(3, VOCAB, device="meta")).shape == (3, VOCAB)
+
+
+def test_allowed_tokens_are_the_only_ones_that_come() -> None:
+    batch = logits(3, rows=3)
+    asked = [row(temperature=0.0), row(temperature=0.0, allowed_token_ids=(9, 4, 9)), row(seed=1)]
+    got = sample(batch, asked)
+    assert got.token_ids[1] == max((4, 9), key=lambda token: float(batch[1, token]))
+    assert got.token_ids[0] == int(batch[0].argmax())
+    drawn = frequencies(batch[0], temperature=2.0, allowed_token_ids=(4, 9))
+    assert set(drawn.nonzero()[:, 0].tolist()) == {4, 9}
+    both = row(temperature=0.0, allowed_token_ids=(4, 9), logit_bias={4: 100.0, 5: 100.0})
+    assert sample(batch[:1], [both]).token_ids == [4]
+
+
+def test_bad_words_never_come_in_their_order() -> None:
+    batch = logits(3)
+    best, second, third = batch[0].topk(3).indices.tolist()
+
+    def taken(output: list[int], *words: tuple[int, ...]) -> int:
+        return sample(batch, [row(temperature=0.0, prompt=[7], output=output, bad_words=words)]).token_ids[0]
+
+    assert taken([], (best,)) == second
+    assert taken([], (best,), (second,)) == third
+    assert taken([8, 9], (8, 9, best)) == second
+    assert taken([9, 8], (8, 9, best)) == best
+    assert taken([9], (7, 9, best)) == best  # the prompt does not count
+    assert taken([9], (8, 9, best)) == best
+    assert taken([8, 9], (9, 8, best), (9, best)) == second
+    assert sampling_of([row(bad_words=((1, 2),))]).must_be_read

@@ -28,6 +28,7 @@ from server.api.inference.schemas import ChatRequest
 from server.api.inference.spec import (
     GenerationSpec,
     judge_logprobs,
+    judge_stream,
     logprobs_room,
     output_room,
     sampling_params,
@@ -54,13 +55,15 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     reading = await face.readers.chat(body, info)
     request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
-    if request.top_logprobs is not None and not request.logprobs:
+    judge_stream(request)
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
     most = logprobs_room(request, prompts)
     room = output_room(len(prompts[0]), _max_tokens(request), most, info, "messages")
-    sampling = [sampling_params(request, info, room, reading.grammar)]
+    sampling = [sampling_params(request, info, face.tokenizer, max_tokens=room, grammar=reading.grammar)]
     judge_logprobs(request, prompts, sampling, "top_logprobs")
-    reply = ChatReply(request, face, tool_use(request), inside=_begins_reasoning(face, reading))
+    inside, echo = _begins_reasoning(face, reading), "".join(reading.echoes or [])
+    reply = ChatReply(request, face, tool_use(request), inside=inside, echo=echo)
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
@@ -70,6 +73,7 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
         stream=bool(request.stream),
         priority=request.priority,
         timeout_s=request.timeout,
+        cache_salt=request.cache_salt or "",
         reply=reply,
     )
 
@@ -96,7 +100,7 @@ _NOTHING, _ONLY_ROLE = ChatDelta(), ChatDelta("assistant")
 
 
 class ChatReply(Reply):
-    """OpenAI's shape of a chat completion."""
+    """OpenAI's shape of a chat completion. `echo`: what stands before each choice's own text."""
 
     id_prefix = "chatcmpl"
     operation = "chat"
@@ -104,32 +108,40 @@ class ChatReply(Reply):
     part = ChatChunk
     _said_prompt = False
 
-    def __init__(self, request: ChatRequest, face: Face, use: ToolUse | None, *, inside: bool | None) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        face: Face,
+        use: ToolUse | None,
+        *,
+        inside: bool | None,
+        echo: str = "",
+    ) -> None:
         """`inside`: whether the prompt has begun the reasoning; None where there is none."""
         super().__init__(request, face)
-        self._style, self._use, self._inside = face.style, use, inside
+        self._style, self._use, self._inside, self._echo = face.style, use, inside, echo
         self._answers: dict[int, ChatText] = {}
+        self._said = ChatDelta()
 
     @property
     def keeps_special(self) -> bool:
         """Whether special tokens are needed in the text, as marks of calls."""
         return self._use is not None and self._style.tools is not None and self._style.tools.special
 
-    def chunk(self, delta: Delta) -> bytes:
+    def chunks(self, delta: Delta) -> Iterator[bytes]:
         """Nothing where no more is known than that something may follow."""
-        self._said = self._take(delta)
-        first = delta.choice.index not in self._started
-        empty = not first and self._said == _NOTHING
-        if empty and not (delta.finish_reason or delta.logprobs or self.token_ids_wanted):
-            return b""
-        return super().chunk(delta)
+        if delta.prompt_logprobs is None:
+            self._said = self._take(delta)
+            if self._said == _NOTHING:
+                delta = msgspec.structs.replace(delta, text="")
+        yield from super().chunks(delta)
 
     def choice_of_part(self, delta: Delta, *, first: bool) -> ChatChunkChoice:
         said = self._said
         if first:
             said.role = "assistant"
-            if said == _ONLY_ROLE:
-                said.content = ""
+            if self._echo or said == _ONLY_ROLE:
+                said.content = self._echo + (said.content or "")
         return ChatChunkChoice(
             delta.choice.index,
             said,
@@ -143,7 +155,10 @@ class ChatReply(Reply):
 
     def choice_of_whole(self, choice: Choice, text: str) -> ChatChoice:
         answer = self._answer(choice)
-        return ChatChoice(choice.index, answer.message(), UNSET, answer.finish_reason(choice.finish_reason))
+        message = answer.message()
+        if self._echo:
+            message.content = self._echo + (message.content or "")
+        return ChatChoice(choice.index, message, UNSET, answer.finish_reason(choice.finish_reason))
 
     def _take(self, delta: Delta) -> ChatDelta:
         return self._answer(delta.choice).push(delta.text, last=delta.finish_reason is not None)

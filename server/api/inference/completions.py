@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from fastapi import APIRouter
 from msgspec import UNSET
@@ -20,12 +21,14 @@ from server.api.inference.spec import (
     GenerationSpec,
     judge_choices,
     judge_logprobs,
+    judge_stream,
     output_room,
     sampling_params,
     text_options,
 )
 from server.api.inference.sse import generate
 from server.api.operation import Operation
+from server.errors import InvalidRequest
 from server.messages import EngineInfo, Logprobs
 
 router = APIRouter()
@@ -43,23 +46,34 @@ async def _spec(face: Face, info: EngineInfo, body: bytes) -> GenerationSpec:
     reading = await face.readers.completions(body, info)
     request, prompts = reading.request, reading.prompts
     mix = AdapterMix.of(request, face.base.name)
-    judge_choices(len(prompts), request.n)
+    judge_stream(request)
+    _judge_best_of(request)
+    judge_choices(len(prompts), request.sequences)
     sampling = []
     for ids in prompts:
         room = output_room(len(ids), request.max_tokens, _DEFAULT_MAX_TOKENS, info, "prompt")
-        sampling.append(sampling_params(request, info, room, reading.grammar))
+        params = sampling_params(request, info, face.tokenizer, max_tokens=room, grammar=reading.grammar)
+        sampling.append(params)
     judge_logprobs(request, prompts, sampling, "logprobs")
     return GenerationSpec(
         mix=mix,
         prompts=prompts,
         sampling=sampling,
-        n=request.n,
+        n=request.sequences,
         text=await text_options(request, face.tokenizer),
         stream=bool(request.stream),
         priority=request.priority,
         timeout_s=request.timeout,
+        cache_salt=request.cache_salt or "",
         reply=CompletionReply(request, face, reading.echoes),
     )
+
+
+def _judge_best_of(request: CompletionRequest) -> None:
+    if request.sequences < request.n:
+        raise InvalidRequest(f"best_of: must be n ({request.n}) or more", param="best_of")
+    if request.sequences > request.n and request.stream:
+        raise InvalidRequest("best_of: the best are known at the end, not in a stream", param="best_of")
 
 
 class CompletionReply(Reply):
@@ -73,6 +87,7 @@ class CompletionReply(Reply):
         super().__init__(request, face)
         self._echoes = echoes
         self._echoed_logprobs = request.echoed_logprobs
+        self._of_each = request.n
         self._echoed: dict[int, EchoedPrompt] = {}  # by prompt, where its log-probabilities are shown
         self._columns: dict[int, Columns] = {}  # of those
 
@@ -117,6 +132,13 @@ class CompletionReply(Reply):
 
     def choice_of_whole(self, choice: Choice, text: str) -> CompletionChoice:
         return CompletionChoice(choice.index, self._echo(choice) + text, UNSET, choice.finish_reason)
+
+    def shown(self) -> list[Choice]:
+        """With `best_of` those of each prompt whose tokens were likeliest, by the mean log-probability."""
+        best: list[Choice] = []
+        for _, of_prompt in groupby(self.choices, key=lambda choice: choice.prompt_index):
+            best += sorted(of_prompt, key=self.likelihood, reverse=True)[: self._of_each]
+        return best if len(best) < len(self.choices) else self.choices
 
     def add_prompt(self, prompt_index: int, piece: list[Logprobs]) -> None:
         super().add_prompt(prompt_index, piece)

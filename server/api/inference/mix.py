@@ -101,8 +101,12 @@ async def _recheck(registry: Registry, leased: LeasedMix) -> None:
 
 def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, str]]:
     model = None if request.model == base else request.model
+    if model is not None and model.startswith(f"{base}:"):  # as SGLang names an adapter
+        model = model.removeprefix(f"{base}:")
+    fields = {"adapter": request.adapter, "lora_path": request.lora_path, "adapter_id": request.adapter_id}
+    named = {name: value for name, value in fields.items() if value is not None}
     if request.adapters is not None:
-        if model is not None or request.adapter is not None:
+        if model is not None or named:
             raise InvalidRequest("adapters: another adapter is named as well", param="adapters")
         names = [member.name for member in request.adapters]
         if len(set(names)) != len(names):
@@ -110,10 +114,11 @@ def _members(request: GenerationRequest, base: str) -> list[tuple[str, float, st
         return [
             (member.name, member.weight, f"adapters[{i}].name") for i, member in enumerate(request.adapters)
         ]
-    if request.adapter is not None:
-        if model not in (None, request.adapter):
-            raise InvalidRequest("adapter: `model` names another adapter", param="adapter")
-        return [(request.adapter, 1.0, "adapter")]
+    for param, name in named.items():
+        if {model or name, *named.values()} != {name}:
+            other = "`model`" if model not in (None, name) else "another field"
+            raise InvalidRequest(f"{param}: {other} names another adapter", param=param)
+        return [(name, 1.0, param)]
     if request.model is None:
         raise InvalidRequest("Missing field: model", param="model")
     return [] if model is None else [(model, 1.0, "model")]

@@ -8,10 +8,12 @@ import msgspec
 import pydantic
 import pydantic_core
 
+from server.api.inference.chat_messages import MAX_MESSAGES
+from server.api.inference.field_lists import asks_for_nothing, is_neutral
 from server.api.inference.schemas import (
     IGNORED_FIELDS,
-    MAX_MESSAGES,
     MAX_PROMPTS,
+    MOST_TRUNCATED,
     NEUTRAL_FIELDS,
     GenerationRequest,
 )
@@ -24,8 +26,9 @@ _MOST_BESIDE = 128 * 2**10  # bytes; all fields but the prompt
 Body = TypeVar("Body", bound=Strict)
 
 
-def parse(kind: type[Body], body: bytes, longest: int) -> Body:
-    """A JSON body as one of the types above. `longest`: most tokens that one prompt can have.
+def parse(kind: type[Body], body: bytes, longest: int, ignored: list[str] | None = None) -> Body:
+    """A JSON body as one of the types above. `longest`: most tokens that one prompt can have. `ignored` takes
+    the names of unknown fields; without it they are refused.
 
     Bodies too large for what they could mean are refused before the parser makes objects of them.
     """
@@ -38,7 +41,7 @@ def parse(kind: type[Body], body: bytes, longest: int) -> Body:
     if not isinstance(fields, dict):
         raise InvalidRequest("The body must be a JSON object.")
     _refuse_unsupported(fields, kind)
-    _refuse_unknown(fields, kind)
+    _judge_unknown(fields, kind, ignored)
     try:
         request = kind.model_validate(fields)
     except pydantic.ValidationError as error:
@@ -52,7 +55,7 @@ class _LargeFields(msgspec.Struct):
     tokens: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _MessageShape(msgspec.Struct, forbid_unknown_fields=True):
+class _MessageShape(msgspec.Struct):
     """As `Message`, for a decoder that ends at the first fault."""
 
     role: str
@@ -126,8 +129,12 @@ def _judge_prompt(name: str, raw: bytes, longest: int) -> None:
         raise InvalidRequest(f"{name}: strings and other things are mixed", param=name)
     else:  # only numbers, commas and brackets are right here
         prompts = max(raw.count(b"[") - 1, 1)
-        if raw.count(b",") >= longest * prompts + prompts:
-            raise InvalidRequest(f"{name}: longer than the context of {longest} tokens", param=name)
+        if raw.count(b",") >= MOST_TRUNCATED * longest * prompts + prompts:
+            raise InvalidRequest(
+                f"{name}: far longer than the context of {longest} tokens",
+                param=name,
+                code="context_length_exceeded",
+            )
     if prompts > MAX_PROMPTS:
         raise InvalidRequest(f"{name}: {prompts} prompts, the limit is {MAX_PROMPTS}", param=name)
 
@@ -136,12 +143,10 @@ def _refuse_unsupported(fields: dict[str, Any], kind: type[Strict]) -> None:
     """Drops the fields that ask for nothing, and refuses by name those that ask for what we cannot do."""
     if not issubclass(kind, GenerationRequest):
         return
-    if fields.get("best_of") is not None and fields["best_of"] == fields.get("n"):
-        del fields["best_of"]
     for name in fields.keys() & IGNORED_FIELDS:
         del fields[name]
     for name in fields.keys() & NEUTRAL_FIELDS.keys() - kind.model_fields.keys():
-        if fields[name] not in NEUTRAL_FIELDS[name]:
+        if not (asks_for_nothing(fields[name]) or is_neutral(fields[name], NEUTRAL_FIELDS[name])):
             raise InvalidRequest(f"{name} is not supported by this server.", param=name, code="unsupported")
         del fields[name]
     for name, field in kind.model_fields.items():  # null means the default, as in OpenAI's API
@@ -149,10 +154,15 @@ def _refuse_unsupported(fields: dict[str, Any], kind: type[Strict]) -> None:
             del fields[name]
 
 
-def _refuse_unknown(fields: dict[str, Any], kind: type[Strict]) -> None:
-    """The first of them, which pydantic would make an error each of."""
-    for name in fields:
-        if name not in kind.model_fields:
+def _judge_unknown(fields: dict[str, Any], kind: type[Strict], ignored: list[str] | None) -> None:
+    """Drops those that ask for nothing. Of the others the first is refused: pydantic would refuse each."""
+    for name in fields.keys() - kind.model_fields.keys():
+        if asks_for_nothing(fields[name]):
+            del fields[name]
+        elif ignored is not None:
+            ignored.append(name[:200])
+            del fields[name]
+        else:
             raise InvalidRequest(f"Unknown field: {name[:200]}", param=name[:200], code="unknown_field")
 
 

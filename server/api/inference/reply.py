@@ -41,10 +41,12 @@ class _Kept:
         self.text: list[str] = []
         self.token_ids = array("i")
         self.logprobs = Columns()
+        self.logprob = 0.0  # of its tokens together, where they were asked for
 
     def add(self, delta: Delta, logprobs: msgspec.Struct | None) -> None:
         self.text.append(delta.text)
         self.token_ids.extend(delta.token_ids)
+        self.logprob += sum(entry.values.logprob for entry in delta.logprobs or ())
         if logprobs is not None:
             self.logprobs.add(logprobs)
 
@@ -60,11 +62,15 @@ class Reply(ABC):
     def __init__(self, request: GenerationRequest, face: Face) -> None:
         self.tokenizer = face.tokenizer
         self.names = TokenNames(face.tokenizer, as_ids=request.return_tokens_as_token_ids)
-        self._usage_wanted = bool(request.stream_options and request.stream_options.include_usage)
+        options = request.stream_options
+        self._usage_wanted = bool(options and options.include_usage)
+        self._usage_in_chunks = bool(options and options.continuous_usage_stats)
+        self._tokens_told = 0  # in chunks
+        self._logprobs_wanted = request.top_logprobs_wanted is not None
         self.token_ids_wanted = request.return_token_ids
         self._prompt_logprobs_wanted = request.prompt_logprobs
         self._head = self.part(
-            id=f"{self.id_prefix}-{uuid.uuid4().hex}",
+            id=f"{self.id_prefix}-{request.request_id or request.rid or uuid.uuid4().hex}",
             created=int(time.time()),
             model=request.model or face.base.name,
             adapter_version=None,
@@ -109,6 +115,7 @@ class Reply(ABC):
         if delta.prompt_logprobs is not None:
             return
         first = not self.has_started(delta.choice)
+        self._tokens_told += len(delta.token_ids)
         says_more = self.token_ids_wanted or delta.logprobs or delta.finish_reason
         if delta.text or says_more or first:
             yield self.chunk(delta.choice, delta.token_ids, self.choice_of_part(delta, first=first))
@@ -129,6 +136,8 @@ class Reply(ABC):
     def head_of_part(self, choices: list[AnyChoice]) -> Answer:
         """A chunk with these choices; used before the next is asked for."""
         self._head.choices = choices
+        if self._usage_in_chunks:
+            self._head.usage = usage_of(self.choices, self._tokens_told)
         return self._head
 
     def usage_chunk(self) -> bytes | None:
@@ -143,7 +152,7 @@ class Reply(ABC):
         if delta.prompt_logprobs is not None:
             self.add_prompt(delta.choice.prompt_index, delta.prompt_logprobs)
             return
-        logprobs = self.logprobs(delta.logprobs) if delta.logprobs else None
+        logprobs = self.logprobs(delta.logprobs) if delta.logprobs and self._logprobs_wanted else None
         self._kept[delta.choice.index].add(delta, logprobs)
 
     def add_prompt(self, prompt_index: int, piece: list[Logprobs]) -> None:
@@ -161,16 +170,27 @@ class Reply(ABC):
         before, after = _ENCODER.encode(whole).split(_NO_CHOICES, 1)
         yield before + _CHOICES
         prompts: dict[int, bytes] = {}  # its token ids once, however many choices it has
-        for choice, kept in zip(self.choices, self._kept, strict=True):
-            if choice is not self.choices[0]:
+        for index, choice in enumerate(self.shown()):
+            if index:
                 yield b","
-            yield from self._whole_choice(choice, kept, prompts)
+            yield from self._whole_choice(choice, index, prompts)
         yield b"]"
         yield from self.beside_choices()
         yield after
 
-    def _whole_choice(self, choice: Choice, kept: _Kept, prompts: dict[int, bytes]) -> Iterator[Piece]:
+    def shown(self) -> list[Choice]:
+        """Those that the whole answer has."""
+        return self.choices
+
+    def likelihood(self, choice: Choice) -> float:
+        """The mean log-probability of its tokens."""
+        kept = self._kept[choice.index]
+        return kept.logprob / max(len(kept.token_ids), 1)
+
+    def _whole_choice(self, choice: Choice, index: int, prompts: dict[int, bytes]) -> Iterator[Piece]:
+        kept = self._kept[choice.index]
         shown = self.choice_of_whole(choice, "".join(kept.text))
+        shown.index = index
         yield _ENCODER.encode(shown)[:-1]
         if self.token_ids_wanted:
             at = choice.prompt_index
@@ -204,10 +224,11 @@ class Reply(ABC):
             yield b"]"
 
 
-def usage_of(choices: list[Choice]) -> Usage:
-    """Tokens of one request: each prompt counted once, however many choices it has."""
+def usage_of(choices: list[Choice], told: int | None = None) -> Usage:
+    """Tokens of one request: each prompt counted once, however many choices it has. `told`: those of the
+    output; None: all."""
     first_of = {choice.prompt_index: choice for choice in reversed(choices)}
     prompt = sum(len(choice.request.prompt_token_ids) for choice in first_of.values())
     cached = sum(choice.cached_tokens for choice in first_of.values())
-    completion = sum(choice.completion_tokens for choice in choices)
+    completion = sum(choice.completion_tokens for choice in choices) if told is None else told
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,13 +13,13 @@ from pydantic import (
     Field,
     FiniteFloat,
     PlainValidator,
-    ValidationInfo,
-    field_validator,
 )
 
+from server.api.inference.chat_messages import Messages
+from server.api.inference.field_lists import NEUTRAL
 from server.api.inference.strict import Strict
 from server.api.inference.structured import Guided
-from server.api.inference.tools import MAX_TOOLS, CalledFunction, CalledTool, Offer
+from server.api.inference.tools import Offer
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
@@ -30,7 +31,12 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGPROB_ENTRIES = 2**19  # of one answer, which has up to 75 bytes for each
 MAX_TEMPLATE_OPTIONS = 64
-MAX_MESSAGES = 4096
+MAX_TEMPLATE_CHARACTERS = 65_536
+MAX_DOCUMENTS = 256
+MOST_TRUNCATED = 8  # contexts; of a longer prompt not even the end is looked for
+MAX_ALLOWED_TOKENS = 32_768
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARACTERS = 128
 MAX_MIX = 16
 MAX_PRIORITY = 9  # a request can only step back: what is before 0 is not a client's to say
 MAX_TIMEOUT_S = 86_400.0
@@ -39,23 +45,17 @@ _INT64 = 2**63
 # Accepted and without effect: they change nothing in what is answered.
 IGNORED_FIELDS = frozenset(
     {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    | {"prompt_cache_options", "session_id"}  # the latter of vLLM and SGLang
+    | {"guided_decoding_backend"}  # vLLM's: here is one
 )
 # Known, but only with a value that asks for nothing.
 NEUTRAL_FIELDS: Mapping[str, tuple[object, ...]] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
+    **NEUTRAL,
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None, "medium"),
-    "service_tier": (None, "auto", "default"),
 }
 
 
@@ -131,10 +131,22 @@ _LogitBias = Annotated[
     Field(max_length=MAX_LOGIT_BIAS),
     _no_more_than(MAX_LOGIT_BIAS),
 ]
+
+
+def _finite(value: object) -> object:
+    """Of JSON as deep as its reader lets it be."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(each)
+    return value
+
+
 _TemplateOptions = Annotated[
-    dict[str, str | int | FiniteFloat | bool | None],
+    dict[str, Any],
     Field(max_length=MAX_TEMPLATE_OPTIONS),
     _no_more_than(MAX_TEMPLATE_OPTIONS),
+    AfterValidator(_finite),
 ]
 _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
 
@@ -142,6 +154,13 @@ _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MI
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None  # no effect
+    continuous_usage_stats: bool | None = None  # in every chunk
+
+
+def _nothings(values: tuple[object, ...]) -> list[object]:
+    """All values of a neutral field that are accepted, each once."""
+    empty: list[object] = [None, "", [], {}]
+    return empty + [value for value in values if value is not None and value not in ("", [], {})]
 
 
 def _known_besides(schema: dict[str, Any]) -> None:
@@ -149,7 +168,8 @@ def _known_besides(schema: dict[str, Any]) -> None:
     for name in sorted(IGNORED_FIELDS):
         schema["properties"][name] = {"description": "Accepted and without effect."}
     for name, values in NEUTRAL_FIELDS.items():
-        schema["properties"].setdefault(name, {"enum": list(values), "description": "Asks for nothing."})
+        nothing = {"enum": _nothings(values), "description": "Asks for nothing."}
+        schema["properties"].setdefault(name, nothing)
 
 
 class GenerationRequest(Guided):
@@ -159,6 +179,8 @@ class GenerationRequest(Guided):
 
     model: str | None = None
     adapter: Annotated[str | None, Field(min_length=1)] = None
+    lora_path: Annotated[str | None, Field(min_length=1)] = None  # SGLang's word for it
+    adapter_id: Annotated[str | None, Field(min_length=1)] = None  # LoRAX's
     adapters: (
         Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)] | None
     ) = None
@@ -186,6 +208,23 @@ class GenerationRequest(Guided):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_ALLOWED_TOKENS, fail_fast=True)] | None
+    ) = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]],
+            Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+        ]
+        | None
+    ) = None
+    # The prompt's last tokens, or with `truncation_side` its first; -1: as many as the context has.
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1)] = None
+    truncation_side: Literal["left", "right"] | None = None
+    request_id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None
+    rid: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None  # SGLang's word for it
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
@@ -195,6 +234,11 @@ class GenerationRequest(Guided):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many are run for each prompt."""
+        return self.n
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -211,8 +255,14 @@ class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompts
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    add_special_tokens: bool = True
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = False
+
+    @property
+    def sequences(self) -> int:
+        return self.best_of or self.n
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -223,81 +273,22 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs if self.echo else None
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-def _content(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Message(Strict):
-    """One message of a chat. What an SDK sends back of an earlier answer is accepted where it is empty."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    name: str | None = None
-    refusal: str | None = None
-    audio: None = None
-    function_call: CalledFunction | None = None
-    tool_calls: Annotated[list[CalledTool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
-    tool_call_id: str | None = None
-    annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    content: Annotated[  # after those that may stand in its place
-        Annotated[list[TextPart], Field(fail_fast=True)] | None,
-        BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None),
-    ] = Field(None, validate_default=True)
-
-    @field_validator("tool_calls", "function_call")
-    @classmethod
-    def _of_an_assistant(cls, calls: object, info: ValidationInfo) -> object:
-        if calls and info.data.get("role") not in (None, "assistant"):
-            raise ValueError("only an assistant calls tools")
-        return calls
-
-    @field_validator("content")
-    @classmethod
-    def _says_something(cls, content: object, info: ValidationInfo) -> object:
-        others = ("tool_calls", "function_call", "refusal")
-        if content is None and not any(info.data.get(name) for name in others):
-            raise ValueError("must be a text or a list of parts")
-        return content
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates read it: role, content (one string), and what else there is."""
-        roles = {"developer": "system", "function": "tool"}
-        content = self.refusal or "" if self.content is None else "\n".join(p.text for p in self.content)
-        message: dict[str, Any] = {"role": roles.get(self.role, self.role), "content": content}
-        calls = [
-            {"id": call.id, "type": "function", "function": call.function.for_template()}
-            for call in self.tool_calls or ()
-        ]
-        if self.function_call is not None:
-            calls = [{"type": "function", "function": self.function_call.for_template()}]
-        reasoning = self.reasoning_content or self.reasoning
-        more = {
-            "name": self.name,
-            "tool_call_id": self.tool_call_id,
-            "tool_calls": calls or None,
-            "reasoning_content": reasoning,
-        }
-        return message | {name: value for name, value in more.items() if value is not None}
-
-
-_Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
 class ChatRequest(GenerationRequest, Offer):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: _Messages
+    messages: Messages
     max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    chat_template: Annotated[str | None, Field(min_length=1, max_length=MAX_TEMPLATE_CHARACTERS)] = None
     chat_template_kwargs: _TemplateOptions | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
+    reasoning_effort: Annotated[str | FiniteFloat | None, Field(union_mode="left_to_right")] = None
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None  # default: unless the last message is to be continued
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    echo: bool = False
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -309,9 +300,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

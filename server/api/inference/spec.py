@@ -31,6 +31,7 @@ class GenerationSpec:
     reply: Reply
     priority: int = 0
     timeout_s: float | None = None
+    cache_salt: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -55,6 +56,7 @@ class GenerationSpec:
                 priority=self.priority,
                 timeout_s=min(self.timeout_s or longest_s, longest_s),
                 weight=weight,
+                cache_salt=self.cache_salt,
             )
             choices += [
                 Choice(at * self.n + k, at, request, request_id, self.text)
@@ -66,6 +68,12 @@ class GenerationSpec:
 def _seed(seed: int | None, k: int) -> int | None:
     """Choices of one prompt differ: the k-th one counts its seed k up, within an int64."""
     return None if seed is None else (seed + k + 2**63) % 2**64 - 2**63
+
+
+def judge_stream(request: GenerationRequest) -> None:
+    """Raises InvalidRequest for options of a stream without one."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options: only with stream", param="stream_options")
 
 
 def judge_choices(prompts: int, n: int) -> None:
@@ -83,14 +91,14 @@ def logprobs_room(request: GenerationRequest, prompts: list[list[int]]) -> int |
     if wanted is None:
         return None
     left = MAX_LOGPROB_ENTRIES - _prompt_entries(request, prompts)
-    return max(left // ((wanted + 1) * request.n * len(prompts)), 1)
+    return max(left // ((wanted + 1) * request.sequences * len(prompts)), 1)
 
 
 def _prompt_entries(request: GenerationRequest, prompts: list[list[int]]) -> int:
     """Log-probabilities of the prompts' tokens in one answer: every choice has those of its prompt."""
     asked = (request.echoed_logprobs, request.prompt_logprobs)
     each = sum(top + 1 for top in asked if top is not None)
-    return each * request.n * sum(map(len, prompts))
+    return each * request.sequences * sum(map(len, prompts))
 
 
 def judge_logprobs(
@@ -153,11 +161,18 @@ def output_room(
 
 
 def sampling_params(
-    request: GenerationRequest, info: EngineInfo, max_tokens: int, grammar: str | None = None
+    request: GenerationRequest,
+    info: EngineInfo,
+    tokenizer: Tokenizer | None,
+    *,
+    max_tokens: int,
+    grammar: str | None = None,
 ) -> SamplingParams:
-    """The engine's sampling parameters. Raises InvalidRequest for token ids outside the vocabulary."""
+    """The engine's sampling parameters, of a request whose output is held to `grammar`. Raises InvalidRequest
+    for token ids outside the vocabulary, and words where there is no tokenizer."""
     if request.min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens: more than the {max_tokens} tokens there are", param="min_tokens")
+    ranked = request.sequences > request.n
     asked = [top for top in (request.echoed_logprobs, request.prompt_logprobs) if top is not None]
     return SamplingParams(
         max_tokens=max_tokens,
@@ -169,12 +184,14 @@ def sampling_params(
         frequency_penalty=_or(request.frequency_penalty, 0.0),
         repetition_penalty=request.repetition_penalty,
         logit_bias=_logit_bias(request.logit_bias, info.vocab_size),
+        allowed_token_ids=_token_ids(request.allowed_token_ids, info, "allowed_token_ids") or None,
+        bad_words=_bad_words(request.bad_words or [], tokenizer),
         seed=request.seed,
         min_tokens=request.min_tokens,
         ignore_eos=request.ignore_eos,
-        stop_token_ids=_stop_token_ids(request.stop_token_ids or [], info.vocab_size),
+        stop_token_ids=_token_ids(request.stop_token_ids, info, "stop_token_ids"),
         grammar=grammar,
-        logprobs=request.top_logprobs_wanted,
+        logprobs=0 if ranked and request.top_logprobs_wanted is None else request.top_logprobs_wanted,
         processed_logprobs=request.logprobs_mode in ("processed", "processed_logprobs"),
         prompt_logprobs=max(asked, default=None),
     )
@@ -185,10 +202,12 @@ async def text_options(
 ) -> TextOptions:
     """`keeps_special`: special tokens stay in the text, whatever the request says. Raises InvalidRequest for
     stop strings where there is no text to find them in."""
+    if request.stop and not request.detokenize:
+        raise InvalidRequest("stop: not without text; use stop_token_ids", param="stop")
     if request.stop and tokenizer is None:
         raise InvalidRequest("stop: this server's model has no tokenizer; use stop_token_ids", param="stop")
     return TextOptions(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if request.detokenize else None,
         stops=await _automaton(request.stop or []),
         include_stop=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens and not keeps_special,
@@ -220,9 +239,23 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
     return {int(key): value for key, value in bias.items()}
 
 
-def _stop_token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
-    if ids and max(ids) >= vocab_size:
-        raise InvalidRequest(
-            f"stop_token_ids: {max(ids)} is not in the vocabulary of {vocab_size}", param="stop_token_ids"
-        )
-    return tuple(ids)
+def _token_ids(ids: list[int] | None, info: EngineInfo, param: str) -> tuple[int, ...]:
+    if ids and max(ids) >= info.vocab_size:
+        largest = str(max(ids))[:40]
+        raise InvalidRequest(f"{param}: {largest} is not in the vocabulary of {info.vocab_size}", param=param)
+    return tuple(ids or ())
+
+
+def _bad_words(words: list[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """Each as it is tokenised at the beginning of a text, and after a space where that begins otherwise."""
+    if not words:
+        return ()
+    if tokenizer is None:
+        raise InvalidRequest("bad_words: this server's model has no tokenizer", param="bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare, spaced = (tuple(tokenizer.encode_chat(space + word.lstrip())) for space in ("", " "))
+        found[bare] = None
+        if spaced and spaced[:1] != bare[:1] and len(spaced) == len(bare):
+            found[spaced] = None
+    return tuple(ids for ids in found if ids)

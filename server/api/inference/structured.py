@@ -118,7 +118,6 @@ class Guided(Strict):
     guided_choice: _Alternatives | None = None
     guided_grammar: _Pattern | None = None
     guided_whitespace_pattern: _Pattern | None = None
-    guided_decoding_backend: str | None = None  # no effect: there is one
     json_schema: str | None = None
     regex: _Pattern | None = None
     ebnf: _Pattern | None = None

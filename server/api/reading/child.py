@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -29,7 +29,7 @@ from server.api.reading.messages import (
     frame,
     ids_to_bytes,
 )
-from server.api.reading.reader import NotHere, R, Reader, Reading, TemplateOptions
+from server.api.reading.reader import ChatPrompt, NotHere, R, Reader, Reading
 from server.api.reading.watch import at_most
 from server.errors import ChorusError, InvalidGrammar
 from server.text.chat_template import ChatTemplate
@@ -38,7 +38,8 @@ from server.text.tool_calls import STYLES
 
 logger = logging.getLogger(__name__)
 
-_LEFT_OUT = {"prompt", "messages", *GUIDED_FIELDS}  # the answer says them in other words
+# The answer says them in other words, or the face has no use for them.
+_LEFT_OUT = {"prompt", "messages", "chat_template", "chat_template_kwargs", "documents", *GUIDED_FIELDS}
 
 
 class _TimedReader(Reader):
@@ -51,16 +52,10 @@ class _TimedReader(Reader):
         self._start = start
         self.give_up: Callable[[ReadAnswer], None] = lambda answer: None  # says it: the process then ends
 
-    def render(
-        self,
-        template: ChatTemplate,
-        messages: list[dict[str, Any]],
-        options: TemplateOptions | None,
-        tools: list[dict[str, Any]] | None,
-    ) -> str:
+    def render(self, template: ChatTemplate | str, prompt: ChatPrompt) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, self._start.render_s)
         try:
-            return super().render(template, messages, options, tools)
+            return super().render(template, prompt)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
@@ -144,8 +139,13 @@ def _read(reader: Reader, job: ReadJob) -> ReadAnswer:
 
 def _of_reading(reading: Reading[R]) -> ReadAnswer:
     fields = reading.request.model_dump_json(exclude=_LEFT_OUT, exclude_unset=True)
-    prompts = [ids_to_bytes(ids) for ids in reading.prompts]
-    return ReadAnswer(fields.encode(), prompts, reading.echoes, reading.grammar)
+    return ReadAnswer(
+        fields=fields.encode(),
+        prompts=[ids_to_bytes(ids) for ids in reading.prompts],
+        echoes=reading.echoes,
+        grammar=reading.grammar,
+        ignored=reading.ignored,
+    )
 
 
 def _pages(at: int) -> int:

@@ -32,6 +32,16 @@ class ReaderStart(msgspec.Struct, frozen=True):
     memory_bytes: int = 2 * 2**30  # of address space, on top of what the process begins with
 
 
+class ReadRules(msgspec.Struct, frozen=True):
+    """What the server's settings say of bodies."""
+
+    ignore_unknown: bool = False  # fields, instead of refusing them
+    take_templates: bool = False  # of requests
+
+
+DEFAULT_RULES = ReadRules()
+
+
 class ReadJob(msgspec.Struct, frozen=True):
     """One body to be read. Between processes `body` is empty here and a frame of its own."""
 
@@ -39,6 +49,7 @@ class ReadJob(msgspec.Struct, frozen=True):
     max_model_len: int  # tokens
     vocab_size: int
     body: bytes
+    rules: ReadRules = DEFAULT_RULES
     compiles: bool = False  # whether a grammar in it may be compiled by who reads it
 
 
@@ -58,6 +69,7 @@ class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     prompts: list[bytes] = []  # each its token ids, int32 in the machine's order
     echoes: list[str] | None = None
     grammar: str | None = None  # that the output is held to
+    ignored: list[str] = []  # unknown fields
     answer: bytes = b""  # JSON, of a route that answers with nothing else
     error: ReadError | None = None
     resident_bytes: int = 0  # memory of the process now

@@ -3,21 +3,22 @@ body, so large ones are read in a process of their own (`process.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET
 
-from server.api.inference.parsing import parse
+from server.api.inference.parsing import Body, parse
 from server.api.inference.replies import Detokenized, Tokenized
 from server.api.inference.schemas import (
+    MOST_TRUNCATED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    Message,
     TokenizeRequest,
 )
 from server.api.inference.structured import Guide, guide_of
@@ -25,27 +26,60 @@ from server.api.inference.tools import ToolUse, tool_use
 from server.api.reading.messages import ReadJob
 from server.errors import InvalidGrammar, InvalidRequest
 from server.guidance.matcher import Vocabulary
-from server.text.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate, cut_after
 from server.text.tokenizer import Tokenizer
 from server.text.tool_calls import ToolStyle
 
 R = TypeVar("R", bound=GenerationRequest)
 _SHORT = 1024  # characters; so few are tokenised sooner than judged
-TemplateOptions = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
 class Reading(Generic[R]):
-    """A judged body with its prompts. Those and the messages may be left out of `request`."""
+    """A judged body with its prompts. Those and what they were made of may be left out of `request`."""
 
     request: R
     prompts: list[list[int]]  # token ids, none empty, all in the vocabulary
-    echoes: list[str] | None = None  # the text of each prompt, where it was asked for
+    echoes: list[str] | None = None  # what stands before each prompt's output, where it was asked for
     grammar: str | None = None  # what every output must match
+    ignored: list[str] = field(default_factory=list)  # unknown fields
 
 
 class NotHere(Exception):
     """The body asks for a grammar, which only a process that can be ended may compile."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What a chat template is given. `options`: extra names; `given`: those that fields of the body set."""
+
+    messages: list[dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    continues_last: bool = False  # the last message is the beginning of the answer
+
+    @classmethod
+    def of(cls, request: ChatRequest, use: ToolUse | None) -> ChatPrompt:
+        """Raises InvalidRequest where the last message is to be continued and cannot be."""
+        _judge_continuation(request)
+        options = dict(request.chat_template_kwargs or {})
+        if request.enable_thinking is not None:
+            options.setdefault("enable_thinking", request.enable_thinking)
+        if request.reasoning_effort is not None:
+            options.setdefault("reasoning_effort", request.reasoning_effort)
+            if request.reasoning_effort == "none":
+                options.setdefault("enable_thinking", False)
+        begins = request.add_generation_prompt
+        return cls(
+            [message.for_template() for message in request.messages],
+            options,
+            {
+                "add_generation_prompt": not request.continue_final_message if begins is None else begins,
+                "tools": use.for_template() if use else None,
+                "documents": request.documents,
+            },
+            request.continue_final_message,
+        )
 
 
 class Reader:
@@ -61,26 +95,54 @@ class Reader:
 
     def completions(self, job: ReadJob) -> Reading[CompletionRequest]:
         """Raises InvalidRequest, as the others do."""
-        request = parse(CompletionRequest, job.body, job.max_model_len)
-        prompts = [
-            self._encode(prompt, job, "prompt") if isinstance(prompt, str) else prompt
+        ignored: list[str] = []
+        request = _parsed(CompletionRequest, job, ignored)
+        _judge_truncation(request)
+        most = job.max_model_len if request.truncate_prompt_tokens is None else _most_truncated(job)
+        special = request.add_special_tokens
+        whole = [
+            self._encode(prompt, job, "prompt", special=special, most=most)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in request.prompt
         ]
+        prompts = [_truncated(ids, request, job) for ids in whole]
         _judge(prompts, job, "prompt")
         echoes = None
         if request.echo:
-            echoes = [self._echo(prompt, ids) for prompt, ids in zip(request.prompt, prompts, strict=True)]
-        return Reading(request, prompts, echoes, self._grammar(guide_of(request), job))
+            pairs = zip(request.prompt, whole, prompts, strict=True)
+            echoes = [self._echo(prompt if ids == shown else shown, shown) for prompt, ids, shown in pairs]
+        return Reading(request, prompts, echoes, self._grammar(guide_of(request), job), ignored)
 
     def chat(self, job: ReadJob) -> Reading[ChatRequest]:
-        request = parse(ChatRequest, job.body, job.max_model_len)
+        ignored: list[str] = []
+        request = _parsed(ChatRequest, job, ignored)
+        _judge_truncation(request)
+        use = self._tool_use(request)
+        template = self._template_of(request, job)
+        most = job.max_model_len if request.truncate_prompt_tokens is None else _most_truncated(job)
+        special = request.add_special_tokens
+        ids = self._chat_prompt(template, ChatPrompt.of(request, use), job, special=special, most=most)
+        prompt = _truncated(ids, request, job)
+        _judge([prompt], job, "messages")
+        last = request.messages[-1]
+        echoes = [last.text if last.role == "assistant" else ""] if request.echo else None
+        return Reading(request, [prompt], echoes, self._grammar(self._guide(request, use), job), ignored)
+
+    def _tool_use(self, request: ChatRequest) -> ToolUse | None:
         use = tool_use(request)
         if use is not None and self._style is None:
             raise InvalidRequest("tools: the model's chat template shows it none", param="tools")
-        tools = use.for_template() if use else None
-        prompt = self._chat_prompt(request.messages, request.chat_template_kwargs, job, tools)
-        _judge([prompt], job, "messages")
-        return Reading(request, [prompt], grammar=self._grammar(self._guide(request, use), job))
+        return use
+
+    def _template_of(self, request: ChatRequest, job: ReadJob) -> ChatTemplate | str | None:
+        if request.chat_template is not None and not job.rules.take_templates:
+            raise InvalidRequest(
+                "chat_template: this server takes none from requests (--trust-request-chat-template)",
+                param="chat_template",
+                code="unsupported",
+            )
+        return request.chat_template or self._template
 
     def _guide(self, request: ChatRequest, use: ToolUse | None) -> Guide | None:
         guide = guide_of(request)
@@ -92,12 +154,13 @@ class Reader:
 
     def tokenize(self, job: ReadJob) -> bytes:
         """The JSON of the answer."""
-        body = parse(TokenizeRequest, job.body, job.max_model_len)
+        body = _parsed(TokenizeRequest, job)
         tokenizer = self._require_tokenizer("prompt")
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("prompt: give either `prompt` or `messages`", param="prompt")
         if body.messages is not None:
-            ids = self._chat_prompt(body.messages, None, job)
+            prompt = ChatPrompt([message.for_template() for message in body.messages])
+            ids = self._chat_prompt(self._template, prompt, job)
         else:
             ids = self._encode(body.prompt or "", job, "prompt", special=body.add_special_tokens)
         token_strs = [tokenizer.token(token_id) for token_id in ids] if body.return_token_strs else UNSET
@@ -105,7 +168,7 @@ class Reader:
 
     def detokenize(self, job: ReadJob) -> bytes:
         """The JSON of the answer."""
-        body = parse(DetokenizeRequest, job.body, job.max_model_len)
+        body = _parsed(DetokenizeRequest, job)
         tokenizer = self._require_tokenizer("tokens")
         if len(body.tokens) > job.max_model_len:
             raise InvalidRequest(
@@ -119,26 +182,27 @@ class Reader:
 
     def _chat_prompt(
         self,
-        messages: list[Message],
-        options: TemplateOptions | None,
+        template: ChatTemplate | str | None,
+        prompt: ChatPrompt,
         job: ReadJob,
-        tools: list[dict[str, Any]] | None = None,
+        *,
+        special: bool = False,
+        most: int | None = None,
     ) -> list[int]:
         self._require_tokenizer("messages")
-        if self._template is None:
+        if template is None:
             raise InvalidRequest("messages: this server's model has no chat template", param="messages")
-        text = self.render(self._template, [message.for_template() for message in messages], options, tools)
-        return self._encode(text, job, "messages", special=False)
+        text = self.render(template, prompt)
+        if prompt.continues_last:
+            text = cut_after(text, prompt.messages[-1]["content"])
+        return self._encode(text, job, "messages", special=special, most=most)
 
-    def render(
-        self,
-        template: ChatTemplate,
-        messages: list[dict[str, Any]],
-        options: TemplateOptions | None,
-        tools: list[dict[str, Any]] | None,
-    ) -> str:
-        """The prompt's text. A process sets a limit to its time."""
-        return template.render(messages, options, tools=tools)
+    def render(self, template: ChatTemplate | str, prompt: ChatPrompt) -> str:
+        """The prompt's text; of a request's own template by its source. A process sets a limit to it."""
+        if isinstance(template, str):
+            tokenizer = self._require_tokenizer("messages")
+            template = ChatTemplate.of_request(template, tokenizer.special_tokens)
+        return template.render(prompt.messages, prompt.options, given=prompt.given)
 
     def _grammar(self, guide: Guide | None, job: ReadJob) -> str | None:
         if guide is None:
@@ -166,12 +230,15 @@ class Reader:
             self._vocabulary = Vocabulary.of(text, job.vocab_size, [0])
         return self._vocabulary
 
-    def _encode(self, text: str, job: ReadJob, param: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the tokenizer's own specials or none. Refuses what is too long before it is
-        tokenised, which takes some hundred times the text in memory."""
+    def _encode(
+        self, text: str, job: ReadJob, param: str, *, special: bool = True, most: int | None = None
+    ) -> list[int]:
+        """Token ids, with the tokenizer's own specials or none. Refuses what has more than `most` (None: the
+        context) before it is tokenised, which takes some hundred times the text in memory."""
         tokenizer = self._require_tokenizer(param)
-        fewest = tokenizer.bound.at_least(text, job.max_model_len) if len(text) > _SHORT else 0
-        if fewest > job.max_model_len:
+        most = most or job.max_model_len
+        fewest = tokenizer.bound.at_least(text, most) if len(text) > _SHORT else 0
+        if fewest > most:
             raise InvalidRequest(
                 f"This model's context is {job.max_model_len} tokens; the prompt has at least {fewest}.",
                 param=param,
@@ -190,6 +257,50 @@ class Reader:
                 f"{param}: this server's model has no tokenizer; send token ids", param=param
             )
         return self._tokenizer
+
+
+def _parsed(kind: type[Body], job: ReadJob, ignored: list[str] | None = None) -> Body:
+    """Names of unknown fields go to `ignored`, where the rules say so."""
+    unknown = ([] if ignored is None else ignored) if job.rules.ignore_unknown else None
+    return parse(kind, job.body, job.max_model_len, unknown)
+
+
+def _most_truncated(job: ReadJob) -> int:
+    """Tokens of a prompt of which a part is wanted."""
+    return MOST_TRUNCATED * job.max_model_len
+
+
+def _judge_truncation(request: GenerationRequest) -> None:
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens: must be -1, or 1 or more", param="truncate_prompt_tokens"
+        )
+
+
+def _judge_continuation(request: ChatRequest) -> None:
+    """What stands after a message's text is the end of it, so there may be nothing but that."""
+    if not request.continue_final_message:
+        return
+    last, reason = request.messages[-1], None
+    if request.add_generation_prompt:
+        reason = "not together with add_generation_prompt"
+    elif last.calls:
+        reason = "the last message calls tools, so it is at its end"
+    elif not last.text:
+        reason = "the last message has no text"
+    if reason is not None:
+        raise InvalidRequest(f"continue_final_message: {reason}", param="continue_final_message")
+
+
+def _truncated(ids: list[int], request: GenerationRequest, job: ReadJob) -> list[int]:
+    """The part of a prompt that is asked for; with -1 as much as leaves room for the output."""
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most < 0:
+        wanted = 1 if request.max_tokens is None else request.max_tokens
+        most = max(job.max_model_len - wanted, 1)
+    return ids[:most] if request.truncation_side == "right" else ids[-most:]
 
 
 def _judge(prompts: list[list[int]], job: ReadJob, param: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
 from typing import TypeVar
 
 import msgspec
@@ -11,7 +11,16 @@ from pydantic_core import from_json
 
 from server.api.inference.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.inference.structured import GUIDED_FIELDS
-from server.api.reading.messages import BodyKind, ReadAnswer, ReadError, ReaderStart, ReadJob, ids_of_bytes
+from server.api.reading.messages import (
+    DEFAULT_RULES,
+    BodyKind,
+    ReadAnswer,
+    ReadError,
+    ReaderStart,
+    ReadJob,
+    ReadRules,
+    ids_of_bytes,
+)
 from server.api.reading.process import ReaderProcess
 from server.api.reading.reader import NotHere, Reader, Reading
 from server.errors import ChorusError, InvalidRequest, Unavailable
@@ -26,7 +35,10 @@ _MOST_SMALL = 256  # bodies that wait or are read, of each size
 _MOST_LARGE = 8
 _MOST_GUIDED = 64  # whose grammars are compiled: nobody else waits for that
 _GUIDED_NAMES = [f'"{name}"'.encode() for name in sorted(GUIDED_FIELDS)]
+_MOST_TOLD = 256  # unknown fields in the log
 _IDS_A_TURN = 2**16  # token ids unpacked before other tasks of the loop get their turn
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_TEXT = {
     CompletionRequest: {"prompt": ""},
@@ -42,8 +54,12 @@ class Readers:
     `Reader` does, and Unavailable when too many wait.
     """
 
-    def __init__(self, start: ReaderStart, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, start: ReaderStart, tokenizer: Tokenizer | None, rules: ReadRules = DEFAULT_RULES
+    ) -> None:
         """`tokenizer`: the one of the folder that `start` names."""
+        self.rules = rules
+        self._told: set[str] = set()  # unknown fields that the log has
         self._inline = Reader(tokenizer, None)
         self._small = _Line(start, _MOST_SMALL)
         self._large = _Line(start, _MOST_LARGE)
@@ -57,25 +73,45 @@ class Readers:
         await asyncio.gather(self._small.close(), self._large.close(), self._guided.close())
 
     async def completions(self, body: bytes, info: EngineInfo) -> Reading[CompletionRequest]:
-        job = _job("completions", body, info)
-        if len(body) <= _INLINE:
-            with suppress(NotHere):
-                return self._inline.completions(job)
-        return await _reading(CompletionRequest, await self._ask(job))
+        job = self._job("completions", body, info)
+        reading = self._read_here(job) if len(body) <= _INLINE else None
+        if reading is None:
+            reading = await _reading(CompletionRequest, await self._ask(job))
+        self._tell(reading.ignored)
+        return reading
+
+    def _read_here(self, job: ReadJob) -> Reading[CompletionRequest] | None:
+        """None where that is not for this process."""
+        try:
+            return self._inline.completions(job)
+        except NotHere:
+            return None
 
     async def chat(self, body: bytes, info: EngineInfo) -> Reading[ChatRequest]:
-        return await _reading(ChatRequest, await self._ask(_job("chat", body, info)))
+        reading = await _reading(ChatRequest, await self._ask(self._job("chat", body, info)))
+        self._tell(reading.ignored)
+        return reading
 
     async def tokenize(self, body: bytes, info: EngineInfo) -> bytes:
         """The JSON of the answer."""
-        return (await self._ask(_job("tokenize", body, info))).answer
+        return (await self._ask(self._job("tokenize", body, info))).answer
 
     async def detokenize(self, body: bytes, info: EngineInfo) -> bytes:
         """The JSON of the answer."""
-        job = _job("detokenize", body, info)
+        job = self._job("detokenize", body, info)
         if len(body) <= _INLINE:
             return self._inline.detokenize(job)
         return (await self._ask(job)).answer
+
+    def _job(self, kind: BodyKind, body: bytes, info: EngineInfo) -> ReadJob:
+        return ReadJob(kind, info.max_model_len, info.vocab_size, body, self.rules)
+
+    def _tell(self, ignored: list[str]) -> None:
+        """Each once, and no more than a client could fill the log with."""
+        for name in ignored:
+            if name not in self._told and len(self._told) < _MOST_TOLD:
+                self._told.add(name)
+                logger.warning("unknown field %a in a request: ignored from now on", name)
 
     async def _ask(self, job: ReadJob) -> ReadAnswer:
         answer = await self._answer(job)
@@ -121,10 +157,6 @@ class _Line:
             self._jobs -= 1
 
 
-def _job(kind: BodyKind, body: bytes, info: EngineInfo) -> ReadJob:
-    return ReadJob(kind, info.max_model_len, info.vocab_size, body)
-
-
 def _error(error: ReadError) -> ChorusError:
     if error.internal:
         return ChorusError("The server made an error while it read this request.", code="internal_error")
@@ -141,4 +173,4 @@ async def _reading(kind: type[R], answer: ReadAnswer) -> Reading[R]:
         if unpacked > _IDS_A_TURN:
             unpacked = 0
             await asyncio.sleep(0)
-    return Reading(request, prompts, answer.echoes, answer.grammar)
+    return Reading(request, prompts, answer.echoes, answer.grammar, answer.ignored)

@@ -39,6 +39,7 @@ from server.model.sampling import Sampling
 from tests.devices.cuda import interpreted
 from tests.devices.cuda.interpreted import cuda_operators, make_interpreted
 from tests.engine.harness import adapter_ref, assert_at_rest, greedy, run, settings_for, tokens_of
+from tests.engine.prompt_scores import assert_right, prompt, scores_of, scoring
 from tests.lora.kernels import random_arena
 from tests.model.tiny_models import VOCAB, Job, add_adapter, build, expected, serve, targets_of
 
@@ -120,6 +121,22 @@ def test_captured_steps_give_the_tokens_of_the_model(
     assert fake.captures == captures, "captured while it served"
     assert fake.replays - before == engine._steps, "a step did not go through the graphs"
     assert_at_rest(engine)
+
+
+def test_prompts_whose_log_probabilities_are_wanted(
+    folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine]
+) -> None:
+    """As many rows as a graph has room for are replayed; more run as they are."""
+    model, (adapter, *_) = folders
+    engine, fake = triton_engine(max_num_batched_tokens=12), FakeCapture()
+    capture(engine, fake, most=5, tokens=12)
+    before = fake.replays
+    few = scoring("few", prompt(4, 1), adapter, tokens=1)
+    many = scoring("many", prompt(11, 2), tokens=1)
+    for request, who, replays in ((few, adapter, 1), (many, None, 1)):
+        engine.add(request)
+        assert_right(model, request, scores_of(run(engine)[request.request_id]), who)
+        assert fake.replays - before == replays
 
 
 def test_a_mix_with_too_many_adapters_runs_as_it_is(
