@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -32,6 +31,7 @@ from server.api.tls import tls_context
 from server.base_model import BaseModel, StartError
 from server.border.client import EngineClient
 from server.config import Settings
+from server.garbage import Garbage
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 _CHECK_S = 1.0  # between two looks at every connection
 _CLOSED_AT_ONCE = 8  # connections, before others of the loop get their turn
 _LAST_S = 1.0  # for the engine, when a second signal ends the server at once
+_FEW = 16  # requests, of which none would notice a millisecond
 _OWN_FILES = 256  # descriptors that are not connections: the registry, adapters, the engine's sockets
 
 
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
         self._ending: list[asyncio.Task[None]] = []
         self._signals = 0
         self._checked_at = 0.0
+        self._garbage: Garbage | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's own, with a bound on how long a client may take to agree on TLS."""
@@ -88,6 +90,8 @@ class Server(uvicorn.Server):
         if (elapsed := now - self._checked_at) >= _CHECK_S:
             self._checked_at = now
             await self._check_connections(now, elapsed)
+            if self._garbage is not None:
+                self._garbage.look_if_due(quiet=len(self.server_state.tasks) < _FEW)
         return await super().on_tick(counter)
 
     async def _check_connections(self, now: float, elapsed: float) -> None:
@@ -115,6 +119,10 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin, partial(self._end_at_once, 128 + sig))
         else:
             os._exit(128 + sig)
+
+    def ready(self) -> None:
+        """What there is now lives to the end."""
+        self._garbage = Garbage()
 
     def fail(self, reason: str) -> None:
         """The server cannot do its work: say why, end with code 1."""
@@ -162,7 +170,8 @@ def run(
 
     def on_ready(face: Face) -> None:
         face.background.start(face.readers.start())
-        gc.freeze()  # what lives from now on to the end need not be looked at by every collection
+        if server is not None:
+            server.ready()
         print_summary(face, url)
 
     def on_failed(reason: str) -> None:

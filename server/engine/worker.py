@@ -25,6 +25,7 @@ import zmq
 
 from server.config import Settings
 from server.errors import ChorusError
+from server.garbage import Garbage
 from server.log import configure
 from server.messages import (
     Abort,
@@ -308,9 +309,10 @@ def _run(start: Start, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> i
         inbox.poll(_LINGER_MS)  # the face answers with Shutdown when it has the reason
         return EXIT_START_FAILED
     gc.collect()
-    gc.freeze()  # the model's and the libraries' objects stay: no collection walks through them in a step
+    garbage = Garbage()  # the model's and the libraries' objects stay
     try:
         while worker.turn():
+            garbage.look_if_due(quiet=engine.idle_ms() is None)
             if os.getppid() != start.parent_pid:  # where PR_SET_PDEATHSIG is not to be had
                 break
     except Exception:

@@ -16,6 +16,7 @@ from server.scheduling.adapter_gate import AcquireStatus, AdapterGate
 from server.scheduling.adapter_turns import AdapterTurns
 from server.scheduling.block_pool import BlockPool
 from server.scheduling.deadlines import Deadlines
+from server.scheduling.flight import Flight
 from server.scheduling.policy import FirstComeFirstServed, Policy
 from server.scheduling.prompt_group import SharedPrompts
 from server.scheduling.refusals import TOO_LARGE, late, never_fits, refusal
@@ -69,7 +70,7 @@ class Scheduler:
         self._running = Running(pool.block_size, max_scored_tokens)
         self._prompts = SharedPrompts(pool)
         self._blocks = SequenceBlocks(pool, self._prompts)
-        self._in_flight: list[tuple[StepPlan, list[bool]]] = []  # oldest first, with the runs that count
+        self._flight = Flight()
         self._is_owed_a_place = False  # somebody who waits, once no step is in flight
 
         self.preemptions = 0
@@ -183,7 +184,7 @@ class Scheduler:
     def preempt(self) -> bool:
         """Send a running sequence back to the line, the policy says which, to be recomputed later; nothing of
         it is lost. False when at most one runs. Raises RuntimeError while a step is in flight."""
-        if self._in_flight:
+        if self._flight:
             raise RuntimeError("a sequence in flight cannot be preempted: tokens of it are not known yet")
         if len(self._running) < 2:
             return False
@@ -238,9 +239,7 @@ class Scheduler:
         return []
 
     def _lose_flight(self) -> None:
-        lost = {run.seq: None for plan, _ in self._in_flight for run in plan.runs}
-        self._in_flight.clear()
-        for seq in lost:
+        for seq in self._flight.lose():
             if seq.state is State.RUNNING:
                 self._send_back(seq)
                 seq.forget_unread()
@@ -314,9 +313,9 @@ class Scheduler:
     def _may_take_place(self, seq: Sequence) -> bool:
         """Whether somebody who runs is to make way for it now."""
         owed = self._policy.may_hand_over and self._policy.owed_by(seq, self._running) is not None
-        if owed and self._in_flight:
+        if owed and self._flight:
             self._is_owed_a_place = True
-        return owed and not self._in_flight
+        return owed and not self._flight
 
     def _take_room(self, seq: Sequence) -> bool:
         """A place and blocks, from those who owe them where there are none."""
@@ -336,20 +335,17 @@ class Scheduler:
         Each run that samples gets a place for its token, which `update` brings. Only for plans whose runs
         have one row at most. Updates come in the order of launches.
         """
-        counts = [run.seq.state is State.RUNNING and run.seq.num_computed == run.start for run in plan.runs]
-        for run, counted in zip(plan.runs, counts, strict=True):
+        if plan.copies:
+            for run in plan.runs:
+                self._prompts.copied(run.seq)
+        for run in self._flight.launch(plan):
             seq = run.seq
-            if plan.copies:
-                self._prompts.copied(seq)
-            if not counted:
-                continue
             if run.start < seq.num_prompt_tokens:
                 end = min(run.start + run.num_tokens, seq.num_prompt_tokens)
                 self.prompt_tokens += end - run.start
             self._running.advance(run)
             if seq.group is not None and seq.num_computed >= seq.num_prompt_tokens:
                 self._prompts.computed(seq)
-        self._in_flight.append((plan, counts))
 
     def update(
         self,
@@ -363,14 +359,12 @@ class Scheduler:
         since the plan is ignored. Raises ValueError when there are not as many lists as runs."""
         if len(token_ids) != len(plan.runs):
             raise ValueError(f"{len(token_ids)} tokens for {len(plan.runs)} runs")
-        if not self._in_flight:
+        if not self._flight:
             self.launched(plan)
-        launched, counts = self._in_flight.pop(0)
-        if launched is not plan:
-            raise ValueError("steps are updated in the order in which they were launched")
+        counts = self._flight.land(plan)
         outputs: list[TokenOutput] = []
         for at, run in enumerate(plan.runs):
-            if counts[at] and run.seq.state is State.RUNNING:
+            if counts[at]:
                 self._blocks.offer(run)
                 if prompt_logprobs and prompt_logprobs[at]:
                     outputs += run.seq.scored(prompt_logprobs[at])

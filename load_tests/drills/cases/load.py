@@ -97,10 +97,17 @@ async def pins_fill_the_arena(site: Site) -> str:
     return f"pins {statuses}; requests {seen}"
 
 
-@case(33, "out of accelerator memory on load", "503; clean; serving goes on", "--arena-bytes", "2MiB")
+@case(
+    33,
+    "out of accelerator memory on load",
+    "503; clean; serving goes on",
+    "--arena-bytes",
+    "2MiB",
+    limit_s=300,
+)
 async def no_room_on_load(site: Site) -> str:
     names = [model["id"] for model in (await site.http.get("/v1/models")).json()["data"]][1:]
-    in_use = asyncio.gather(*(site.complete(name, max_tokens=600, ignore_eos=True) for name in names))
+    in_use = asyncio.gather(*(site.complete(name, max_tokens=200, ignore_eos=True) for name in names))
     statuses: list[int] = []
     while 503 not in statuses and not in_use.done():
         statuses += [(await site.http.post(f"/v1/adapters/{name}/load")).status_code for name in names]

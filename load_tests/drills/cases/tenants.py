@@ -101,7 +101,11 @@ def _probes(name: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", "/v1/completions", {"json": {"model": name, **prompt}}),
         ("POST", "/v1/completions", {"json": {"model": name, "stream": True, **prompt}}),
         ("POST", "/v1/completions", {"json": {"adapters": [{"name": name}], **prompt}}),
-        ("POST", "/v1/chat/completions", {"json": {"model": name, "messages": []}}),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"json": {"model": name, "messages": [{"role": "user", "content": "hi"}]}},
+        ),
         ("GET", f"/v1/models/{name}", {}),
         ("GET", f"/v1/adapters/{name}", {}),
         ("DELETE", f"/v1/adapters/{name}", {}),

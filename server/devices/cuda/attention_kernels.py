@@ -25,7 +25,8 @@ def write(
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """K and V of one token, all heads, into the cache; grid (T,)."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + t)
     if slot < 0:
@@ -147,7 +148,8 @@ def attend(
     GROUP is RATIO (query heads of a KV head) rounded up to a power of two. An item of a cut tile gives
     `parts` its own softmax and `lse` the logarithm (base 2) of its sum of exponentials.
     """
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     item, kv_head = items + tl.program_id(0) * 8, tl.program_id(1)
     tokens = tl.load(item + 2)
     if tokens == 0:
@@ -199,7 +201,8 @@ def join(
 
     Grid (cuts, programs that share a tile's tokens, H).
     """
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     cut = cuts + tl.program_id(0) * 4
     for token in range(tl.program_id(1), tl.load(cut + 1), tl.num_programs(1)):
         _join_token(parts, lse, out, cut, token, tile_tokens, V_DIM, BLOCK_P, BLOCK_E)

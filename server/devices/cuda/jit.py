@@ -102,15 +102,14 @@ def constexpr(value: int) -> Any:
 
 
 @jit()
-def after_the_last(PDL: tl.constexpr):
+def after_the_last():
     """First of all in a kernel, before it returns anywhere: the next kernel's programs may start, and this
     one's wait until what the kernel before has written can be read (programmatic dependent launch).
 
     Each kernel that is launched so waits for the one before, so that by then all before that are over too.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
 
 
 def dependent(on: bool) -> dict[str, bool]:

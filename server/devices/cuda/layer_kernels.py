@@ -41,7 +41,8 @@ def _add_norm(
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """residual += multiplier * norm(x); out = norm(residual). Grid (T,), or (N,) over `rows`."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     row = tl.program_id(0).to(tl.int64)
     token = row
     if ROWS:
@@ -124,7 +125,8 @@ def _norm_rotate(
     BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norms and rotates the heads of one token in place; grid (T, 2): Q, then K."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     token, is_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.where(is_k == 1, K_HEADS, Q_HEADS)
     h_H = tl.arange(0, BLOCK_H)[:, None]
@@ -148,7 +150,8 @@ def _rotate_write(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_norm_rotate` for Q; K goes into the cache alone, and V with it. Grid (T, 3): Q, K, V."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     is_k = tl.minimum(part, 1)
     slot = tl.load(slot_mapping + token)
@@ -183,7 +186,8 @@ def _activate(
     gate_up, out, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """out = activation(gate) * up; grid (T, blocks of the intermediate size)."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     token = tl.program_id(0).to(tl.int64)
     i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_I = i_I < WIDTH

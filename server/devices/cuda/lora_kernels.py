@@ -133,7 +133,8 @@ def shrink_rows(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[s, t, m, columns] = weight * x_t A^T over split s of K."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     live = tl.load(items)
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
@@ -175,7 +176,8 @@ def expand_rows(
     """out_t = (1 + gain) * out_t + bias + sum over entries and splits of h[s, t, m] B, gain and bias being
     weighted sums over entries too. `BLOCK_S` splits at most.
     """
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     live = tl.load(items)
     splits, _, _ = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     s_S = tl.arange(0, BLOCK_S)
@@ -229,7 +231,8 @@ def shrink_tiles(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """As `shrink_rows`, for up to BLOCK_T tokens of one segment."""
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     live = tl.load(items)
     splits, split_size, sharers = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     for task in range(tl.program_id(0), live * modules * splits * sharers, tl.num_programs(0)):
@@ -279,7 +282,8 @@ def expand_tiles(
 
     h stays float32: B is widened, and at PRECISION tf32 a bfloat16 B loses nothing.
     """
-    after_the_last(PDL)
+    if PDL:
+        after_the_last()
     live = tl.load(items)
     splits, _, _ = _shares(live, modules, in_features, programs, most_splits, BLOCK_K)
     tasks = live * _blocks(width_0, width_1, width_2, BLOCK_O)
