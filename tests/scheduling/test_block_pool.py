@@ -197,3 +197,9 @@ def test_random_traces_keep_the_books(seed: int, num_blocks: int, caching: bool)
         pool.release(blocks)
     assert pool.held == 0
     check(pool)
+
+
+def test_another_salt_or_tenant_is_another_root() -> None:
+    mixes = [(), (("a", 0.0),), (("a", 1.0),)]
+    roots = [root_hash(mix, tenant, salt) for mix in mixes for tenant in ("", "a") for salt in ("", "a", "b")]
+    assert len(set(roots)) == len(roots)

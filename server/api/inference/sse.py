@@ -146,9 +146,9 @@ class GenerationResponse(Response):
         for delta in ready:
             for chunk in self._spec.reply.chunks(delta):
                 events += event(chunk)
+                if delta.prompt_logprobs:
+                    await asyncio.sleep(0)
             meter.add(delta)
-            if delta.prompt_logprobs:
-                await asyncio.sleep(0)
         return bytes(events)
 
 

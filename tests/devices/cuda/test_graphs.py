@@ -129,7 +129,10 @@ def test_prompts_whose_log_probabilities_are_wanted(
     """As many rows as a graph has room for are replayed; more run as they are."""
     model, (adapter, *_) = folders
     engine, fake = triton_engine(max_num_batched_tokens=12), FakeCapture()
-    capture(engine, fake, most=5, tokens=12)
+    runner = engine._runner
+    runner._graphs = interpreted.captured_steps(
+        runner, fake, most=5, tokens=12
+    )  # captured at their first use
     before = fake.replays
     few = scoring("few", prompt(4, 1), adapter, tokens=1)
     many = scoring("many", prompt(11, 2), tokens=1)
