@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
 
 from server.errors import InvalidGrammar
 
@@ -43,6 +46,11 @@ class Matcher:
         self._matcher.consume_tokens(list(token_ids))
         self.followed += len(token_ids)
 
+    @property
+    def library(self) -> LLMatcher:
+        """For `Masks`."""
+        return self._matcher
+
     def allowed(self) -> bytes:
         """The tokens that may come next, a bit each from the lowest on, 4 * ceil(vocabulary / 32) bytes.
 
@@ -59,6 +67,36 @@ class Matcher:
     def error(self) -> str | None:
         """Why it can go no further: a limit was met, or a token was wrong. None: it can."""
         return _reason(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class Masks:
+    """The next tokens of many matchers at once, in a thread: the caller may do other things meanwhile."""
+
+    def __init__(self) -> None:
+        self._executor = LLExecutor(num_threads=1)
+        self._thread = ThreadPoolExecutor(1, "masks")
+
+    def begin(
+        self, matchers: Sequence[Matcher], tokens: Sequence[Sequence[int]], width: int
+    ) -> Future[npt.NDArray[np.int32]]:
+        """Each matcher takes its tokens in; then as `Matcher.allowed`, a row for each: [R, width]."""
+        bits_RB = np.empty((len(matchers), width), np.int32)
+        return self._thread.submit(self._fill, matchers, tokens, bits_RB)
+
+    def _fill(
+        self, matchers: Sequence[Matcher], tokens: Sequence[Sequence[int]], bits_RB: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int32]:
+        if all(len(of_one) == 1 for of_one in tokens):  # nearly always, and then no interpreter is held
+            pairs = [(m.library, of_one[0]) for m, of_one in zip(matchers, tokens, strict=True)]
+            self._executor.consume_token_par(pairs)
+            for matcher in matchers:
+                matcher.followed += 1
+        else:
+            for matcher, of_one in zip(matchers, tokens, strict=True):
+                matcher.follow(of_one)
+        places = [(matcher.library, at) for at, matcher in enumerate(matchers)]
+        fill_next_token_bitmask_par(self._executor, places, bits_RB)
+        return bits_RB
 
 
 class Vocabulary:

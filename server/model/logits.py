@@ -8,13 +8,15 @@ side by side, and the sampler asks no other question.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from server.guidance.matcher import Matcher
+from server.guidance.matcher import Masks, Matcher
 from server.model.sampling import Draws, SampleRow, Sampling
 from server.model.seen_tokens import SeenTokens
 
@@ -27,6 +29,10 @@ class LogitsProcessor(Protocol):
     @staticmethod
     def wants(row: SampleRow) -> bool:
         """Whether the row's logits may change by it. If not, then at no later token either."""
+        ...
+
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        """Before the logits are computed: what can be done beside that for the rows that want it."""
         ...
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
@@ -55,6 +61,9 @@ class Penalties:
     def wants(row: SampleRow) -> bool:
         params = row.params
         return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         if self._seen is None:
@@ -86,6 +95,9 @@ class LogitBias:
     def wants(row: SampleRow) -> bool:
         return bool(row.params.logit_bias)
 
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        pass
+
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
             if "logit_bias" not in row.state:
@@ -111,6 +123,9 @@ class MinimumLength:
     def wants(row: SampleRow) -> bool:
         return row.position - row.num_prompt_tokens < row.params.min_tokens
 
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        pass
+
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
             if "ending" not in row.state:
@@ -134,6 +149,9 @@ class AllowedTokens:
     @staticmethod
     def wants(row: SampleRow) -> bool:
         return row.params.allowed_token_ids is not None
+
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
@@ -160,6 +178,9 @@ class BadWords:
     def wants(row: SampleRow) -> bool:
         return bool(row.params.bad_words)
 
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        pass
+
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         ids = [torch.tensor(_ending(row), dtype=torch.long).to(scores_NV.device) for row in rows]
         never = scores_NV.new_full((), float("-inf"))
@@ -182,21 +203,39 @@ class Grammar:
 
     reads_output: ClassVar[bool] = True
 
+    def __init__(self) -> None:
+        self._masks: Masks | None = None  # has a thread
+        self._begun: _Begun | None = None
+
     @staticmethod
     def wants(row: SampleRow) -> bool:
         return row.guide is not None
 
-    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+        self._begun = self._begin(rows, vocabulary)
+
+    def _begin(self, rows: Sequence[SampleRow], vocabulary: int) -> _Begun:
+        if self._masks is None:
+            self._masks = Masks()
         matchers = [_matcher(row) for row in rows]
-        bits_RB = np.frombuffer(b"".join([matcher.allowed() for matcher in matchers]), np.uint8)
-        banned_RV = _unpacked(~bits_RB.reshape(len(rows), -1), scores_NV)
+        tokens = [row.output[m.followed :].tolist() for row, m in zip(rows, matchers, strict=True)]
+        bits = self._masks.begin(matchers, tokens, -(-vocabulary // 32))
+        return _Begun(list(rows), [row.position for row in rows], matchers, bits)
+
+    def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+        begun = self._begun
+        if begun is None or not begun.is_of(rows):
+            begun = self._begin(rows, scores_NV.shape[1])
+        self._begun = None
+        bits_RB = begun.bits.result()
+        banned_RV = _unpacked(~bits_RB.view(np.uint8), scores_NV)
         if len(rows) < len(scores_NV):
             banned_NV = torch.zeros_like(scores_NV, dtype=torch.bool)
             banned_NV[at_R] = banned_RV
         else:
             banned_NV = banned_RV
         scores_NV.masked_fill_(banned_NV, float("-inf"))
-        for at, banned_V, matcher in zip(at_R, banned_RV, matchers, strict=True):
+        for at, banned_V, matcher in zip(at_R, banned_RV, begun.matchers, strict=True):
             if matcher.error:
                 scores_NV[at] = float("nan")  # no token: see `grammar_error`
             elif matcher.complete:
@@ -204,6 +243,22 @@ class Grammar:
 
     def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Masks that are made: of these rows, for the tokens at these positions."""
+
+    rows: list[SampleRow]
+    positions: list[int]
+    matchers: list[Matcher]
+    bits: Future[npt.NDArray[np.int32]]
+
+    def is_of(self, rows: Sequence[SampleRow]) -> bool:
+        return len(rows) == len(self.rows) and all(
+            row is known and row.position == position
+            for row, known, position in zip(rows, self.rows, self.positions, strict=True)
+        )
 
 
 def _unpacked(bits_RB: npt.NDArray[np.uint8], scores_NV: torch.Tensor) -> torch.Tensor:
@@ -221,13 +276,11 @@ _MATCHER = "matcher"
 
 
 def _matcher(row: SampleRow) -> Matcher:
-    """The row's own, after the output so far. Made anew where its state was dropped."""
+    """The row's own, which may not know all of the output yet. Made anew where its state was dropped."""
     assert row.guide is not None
     matcher: Matcher | None = row.state.get(_MATCHER)
     if matcher is None:
         matcher = row.state[_MATCHER] = row.guide.copy()
-    if matcher.followed < len(row.output):
-        matcher.follow(row.output[matcher.followed :].tolist())
     return matcher
 
 

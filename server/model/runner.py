@@ -105,6 +105,7 @@ class Runner:
         self._caches, self._num_blocks, self._block_size = caches, num_blocks, block_size
         self._attention = operators.attention
         self._operators, self._sampler = operators, Sampler(operators)
+        self._vocabulary = loaded.vocab_size
         self._graphs: StepGraphs | None = None
         self._flat: FlatModel | None = None
         self.fused = self._fuse(loaded, operators)
@@ -169,6 +170,7 @@ class Runner:
         """Begin the step of a batch on the host: the device has its work when this returns."""
         if batch.copies is not None:
             self._copy_blocks(batch.copies.to(self._device, non_blocking=True))
+        self._sampler.begin(batch.sampling, self._vocabulary)
         logits_NV, scores = self.logits(batch, arena), None
         if batch.scored is not None:
             logits_NV, scores = batch.scored.split(logits_NV)

@@ -125,6 +125,13 @@ class Sampler:
             processor.taken(token_ids_N[at_R], rows)
         return Sampled(token_ids_N, finite_N, _logprobs(logits_NV, scores_NV, token_ids_N, sampling))
 
+    def begin(self, sampling: Sampling, vocabulary: int) -> None:
+        """Before the logits of these rows are computed: what can be done beside that."""
+        for processor in self._processors if sampling.changed else ():
+            rows = [sampling.rows[n] for n in sampling.changed if processor.wants(sampling.rows[n])]
+            if rows:
+                processor.begin(rows, vocabulary)
+
     def _changes(
         self, sampling: Sampling, device: torch.device
     ) -> list[tuple[LogitsProcessor, torch.Tensor, list[SampleRow]]]:

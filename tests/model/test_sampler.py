@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from server.guidance import grammars
+from server.guidance.matcher import Matcher, Vocabulary
 from server.messages import SamplingParams
 from server.model import logits as logits_module
 from server.model.logits import PROCESSORS, Penalties, sampling_of, wanted
 from server.model.sampler import SampledTokens, Sampler, torch_argmax, torch_draw
 from server.model.sampling import SampleRow, uniforms
+from tests.text import tiny_tokenizer
 
 VOCAB = 50
 
@@ -263,7 +266,7 @@ def test_a_token_that_is_banned_may_be_anything() -> None:
 
 def test_every_option_that_changes_logits_is_one_processor() -> None:
     """Each is wanted by the rows that ask for it and by no others."""
-    held = Next(3)
+    held = held_to("a")
     asks: list[list[dict[str, object]]] = [
         [{"repetition_penalty": 1.2}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}],
         [{"logit_bias": {3: 1.0}}],
@@ -320,42 +323,43 @@ def test_counts_of_a_sequence_that_ended_are_anothers() -> None:
     assert sample(flat.expand(9, -1), together, sampler).token_ids == [8] * 9
 
 
-class Next:
-    """A matcher that allows these tokens; `test_guides.py` has real ones."""
-
-    def __init__(self, *tokens: int, error: str | None = None, complete: bool = False) -> None:
-        self.tokens, self.error, self.complete = tokens, error, complete
-        self.followed = 0
-
-    def copy(self) -> Next:
-        return self
-
-    def follow(self, token_ids: list[int]) -> None:
-        self.followed += len(token_ids)
-
-    def allowed(self) -> bytes:
-        bits = np.zeros(64, np.uint8)
-        bits[list(self.tokens)] = 1
-        return np.packbits(bits, bitorder="little").tobytes()
+WORDS = tiny_tokenizer.byte_level()
+WIDE = 310  # a little more than the tokenizer has
+A, B, C = (WORDS.token_to_id(letter) for letter in "abc")
 
 
-def test_a_grammar_bans_all_other_tokens_of_its_own_rows() -> None:
-    rows = [row(temperature=0.0) for _ in range(4)]
-    rows[1].guide, rows[3].guide = Next(3, 49), Next(5)  # type: ignore[assignment]
-    scores = logits(rows=4)
-    before = scores.clone()
-    sampled = sample(scores, rows)
-    free = before.argmax(dim=-1).tolist()
-    likelier = 3 if before[1, 3] > before[1, 49] else 49
-    assert sampled.token_ids == [free[0], likelier, free[2], 5]
+def held_to(regex: str) -> Matcher:
+    return Vocabulary.of(WORDS.to_str(), WIDE, [1]).compile(grammars.of_regex(regex))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_grammar_bans_all_other_tokens_of_its_own_rows(begun: bool) -> None:
+    rows = [row(temperature=0.0, prompt=[5], output=output) for output in ([], [], [], [A])]
+    rows[1].guide, rows[3].guide = held_to("[ab]"), held_to("[ab]c")
+    scores = torch.randn(4, WIDE, generator=torch.Generator().manual_seed(0))
+    likelier = A if scores[1, A] > scores[1, B] else B
+    free = scores.argmax(dim=-1).tolist()
+    sampler = Sampler(Plain())
+    if begun:
+        sampler.begin(sampling_of(rows), WIDE)
+    sampled = sample(scores, rows, sampler)
+    assert sampled.token_ids == [free[0], likelier, free[2], C]
     assert all(sampled.finite)
 
 
+def test_masks_that_were_begun_for_other_tokens_are_not_taken() -> None:
+    asked, sampler = row(temperature=0.0, output=[]), Sampler(Plain())
+    asked.guide = held_to("ab")
+    sampler.begin(sampling_of([asked]), WIDE)
+    asked.tokens = np.array([A])
+    asked.position = 1
+    assert sample(torch.zeros(1, WIDE), [asked], sampler).token_ids == [B]
+
+
 def test_the_end_of_a_grammar_comes_before_the_minimum_length_and_an_error_gives_no_token() -> None:
-    rows = [row(temperature=0.0, min_tokens=5) for _ in range(2)]
-    rows[0].guide = Next(1, complete=True)  # type: ignore[assignment]
-    rows[1].guide = Next(1, error="it is too complex")  # type: ignore[assignment]
-    sampled = sample(logits(rows=2), rows)
+    rows = [row(temperature=0.0, min_tokens=5, output=[token]) for token in (A, B)]
+    rows[0].guide = rows[1].guide = held_to("a")
+    sampled = sample(torch.randn(2, WIDE), rows)
     assert (sampled.token_ids[0], sampled.finite) == (1, [True, False])
 
 
