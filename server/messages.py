@@ -135,6 +135,7 @@ class ErrorCode(enum.StrEnum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
     PIN_LIMIT = "pin_limit"
     GRAMMAR = "grammar"  # it cannot be compiled or followed
+    NO_TOKEN_LEFT = "no_token_left"  # what the request forbids is everything; the message has its fields
     INTERNAL = "internal_error"
 
 

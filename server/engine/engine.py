@@ -38,9 +38,10 @@ from server.messages import (
 from server.model.batch import BatchBuilder
 from server.model.device import Device, Operators, is_out_of_memory
 from server.model.loader import LoadedModel, load, read_classes, threads_for
-from server.model.logits import grammar_error
+from server.model.logits import grammar_error, nothing_left
 from server.model.memory import MemorySizes, memory_sizes, rank_limit, scored_tokens, token_budget
 from server.model.runner import Pending, Runner
+from server.model.sampling import SampleRow
 from server.scheduling.adapter_gate import AcquireStatus
 from server.scheduling.block_pool import BlockPool
 from server.scheduling.policy import new_policy
@@ -103,6 +104,7 @@ class Engine:
             wake=self._wakeup.set,
         )
         self._guides = Guides(partial(open_vocabulary, settings, loaded), self._wakeup.set)
+        self._eos_token_ids = loaded.eos_token_ids
         self._batches = BatchBuilder(self._residency.slot, settings.block_size, loaded.eos_token_ids)
         self._pool = BlockPool(memory.kv_blocks, settings.block_size, settings.prefix_caching)
         self._scheduler = Scheduler(
@@ -332,10 +334,12 @@ class Engine:
             )
 
     def _fail_broken(self, seq: Sequence) -> TokenOutput | None:
-        problem = grammar_error(seq.logits_state)
-        if problem is not None:
-            return self._scheduler.fail(seq.request_id, ErrorCode.GRAMMAR, problem)
-        return self._scheduler.fail(seq.request_id, ErrorCode.NON_FINITE, _NON_FINITE)
+        code, reason = ErrorCode.NON_FINITE, _NON_FINITE
+        if problem := grammar_error(seq.logits_state):
+            code, reason = ErrorCode.GRAMMAR, problem
+        elif fields := nothing_left(SampleRow.of_next_read(seq, self._eos_token_ids), self.info.vocab_size):
+            code, reason = ErrorCode.NO_TOKEN_LEFT, fields
+        return self._scheduler.fail(seq.request_id, code, reason)
 
     def _answer_calls(self) -> list[AdapterResult]:
         """Answers to those adapter calls that have come to an end; the others are asked again next step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -199,7 +199,8 @@ def _ending(row: SampleRow) -> list[int]:
 
 class Grammar:
     """Tokens that the output's grammar allows, and no others. The last processor: where nothing but the end
-    is left, that is allowed whatever was said before."""
+    can come, or by what else the request says nothing but the end is left, that is allowed whatever was said
+    before."""
 
     reads_output: ClassVar[bool] = True
 
@@ -235,11 +236,13 @@ class Grammar:
         else:
             banned_NV = banned_RV
         scores_NV.masked_fill_(banned_NV, float("-inf"))
-        for at, banned_V, matcher in zip(at_R, banned_RV, begun.matchers, strict=True):
+        for at, banned_V, matcher, row in zip(at_R, banned_RV, begun.matchers, rows, strict=True):
             if matcher.error:
                 scores_NV[at] = float("nan")  # no token: see `grammar_error`
             elif matcher.complete:
                 scores_NV[at] = scores_NV[at].masked_fill(~banned_V, 0.0)
+            elif row.params.bad_words or row.params.allowed_token_ids is not None:
+                scores_NV[at] = _or_the_end(scores_NV[at], banned_V, row)
 
     def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         pass
@@ -259,6 +262,14 @@ class _Begun:
             row is known and row.position == position
             for row, known, position in zip(rows, self.rows, self.positions, strict=True)
         )
+
+
+def _or_the_end(scores_V: torch.Tensor, banned_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
+    """The scores, or where they leave nothing the end of the text, if the grammar allows that now."""
+    ending_E = torch.tensor(row.eos_token_ids, dtype=torch.long).to(scores_V.device, non_blocking=True)
+    ended_V = torch.full_like(scores_V, float("-inf")).index_fill_(0, ending_E, 0.0)
+    ended_V.masked_fill_(banned_V, float("-inf"))
+    return torch.where(scores_V.amax() == float("-inf"), ended_V, scores_V)
 
 
 def _unpacked(bits_RB: npt.NDArray[np.uint8], scores_NV: torch.Tensor) -> torch.Tensor:
@@ -306,6 +317,28 @@ PROCESSORS: tuple[type[LogitsProcessor], ...] = (
     BadWords,
     Grammar,
 )
+
+
+# What may leave no token, in the words of a request.
+_NARROWING: Mapping[type[LogitsProcessor], str] = {
+    AllowedTokens: "allowed_token_ids",
+    BadWords: "bad_words",
+    MinimumLength: "min_tokens",
+    Grammar: "the grammar",
+}
+
+
+def nothing_left(row: SampleRow, vocabulary: int) -> str | None:
+    """What bans all tokens of the vocabulary in a row that gave none; None where it gave none for another
+    reason. It is found anew, since a device says no more than that there is none."""
+    here = replace(row, state={name: value for name, value in row.state.items() if name == _MATCHER})
+    scores_1V, first = torch.zeros(1, vocabulary), torch.zeros(1, dtype=torch.long)
+    kinds = [kind for kind in _NARROWING if kind.wants(row)]
+    for kind in kinds:
+        kind().apply(scores_1V, first, [here])
+    if bool((scores_1V > float("-inf")).any()):
+        return None
+    return ", ".join(_NARROWING[kind] for kind in kinds)
 
 
 def wanted(row: SampleRow) -> list[type[LogitsProcessor]]:

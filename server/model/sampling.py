@@ -45,6 +45,14 @@ class SampleRow:
             state=seq.logits_state,
         )
 
+    @classmethod
+    def of_next_read(cls, seq: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
+        """For the first token that the host has not read yet."""
+        row = cls.of(seq, eos_token_ids)
+        row.position -= seq.num_unread
+        row.tokens = row.tokens[: row.position]
+        return row
+
     @property
     def output(self) -> Tokens:
         return self.tokens[self.num_prompt_tokens :]

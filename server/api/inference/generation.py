@@ -303,6 +303,12 @@ def engine_error(output: TokenOutput) -> ChorusError:
             return DeadlineExceeded(text or "The request's time was over.", param="timeout")
         case ErrorCode.GRAMMAR:
             return InvalidGrammar(f"The grammar of this request cannot be followed: {text}.")
+        case ErrorCode.NO_TOKEN_LEFT:
+            return InvalidRequest(
+                f"No token is left that could come next, by {text}.",
+                param=text.partition(",")[0],
+                code="no_token_left",
+            )
         case ErrorCode.OUT_OF_MEMORY:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:
