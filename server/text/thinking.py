@@ -7,6 +7,11 @@ from server.text.markers import split_at
 BEGIN, END = "<think>", "</think>"
 
 
+def is_open(text: str) -> bool:
+    """Whether it ends within reasoning."""
+    return text.rfind(BEGIN) > text.rfind(END)
+
+
 class Thinking:
     """Parts an answer into reasoning and the rest, as it comes. `inside`: the prompt has begun reasoning."""
 

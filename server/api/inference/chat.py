@@ -87,12 +87,12 @@ def _max_tokens(request: ChatRequest) -> int | None:
 
 
 def _begins_reasoning(face: Face, reading: Reading[ChatRequest]) -> bool | None:
-    """Whether the prompt ends with the beginning of the reasoning; None where there is to be none: the model
-    does not reason, or the output is held to a form."""
+    """Whether the prompt ends with the beginning of the reasoning, or within it; None where there is to be
+    none: the model does not reason, or the output is held to a form."""
     if not face.style.thinks or face.tokenizer is None or reading.grammar is not None:
         return None
     end = face.tokenizer.decode(reading.prompts[0][-_ENDING_TOKENS:], skip_special_tokens=False)
-    return end.rstrip().endswith(thinking.BEGIN)
+    return reading.in_thought or end.rstrip().endswith(thinking.BEGIN)
 
 
 _ENDING_TOKENS = 16  # of a prompt: its last line

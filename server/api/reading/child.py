@@ -145,6 +145,7 @@ def _of_reading(reading: Reading[R]) -> ReadAnswer:
         echoes=reading.echoes,
         grammar=reading.grammar,
         ignored=reading.ignored,
+        in_thought=reading.in_thought,
     )
 
 

@@ -70,6 +70,7 @@ class ReadAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     echoes: list[str] | None = None
     grammar: str | None = None  # that the output is held to
     ignored: list[str] = []  # unknown fields
+    in_thought: bool = False  # the prompt breaks off within reasoning
     answer: bytes = b""  # JSON, of a route that answers with nothing else
     error: ReadError | None = None
     resident_bytes: int = 0  # memory of the process now

@@ -26,6 +26,7 @@ from server.api.inference.tools import ToolUse, tool_use
 from server.api.reading.messages import ReadJob
 from server.errors import InvalidGrammar, InvalidRequest
 from server.guidance.matcher import Vocabulary
+from server.text import thinking
 from server.text.chat_template import ChatTemplate, cut_after
 from server.text.tokenizer import Tokenizer
 from server.text.tool_calls import ToolStyle
@@ -43,6 +44,7 @@ class Reading(Generic[R]):
     echoes: list[str] | None = None  # what stands before each prompt's output, where it was asked for
     grammar: str | None = None  # what every output must match
     ignored: list[str] = field(default_factory=list)  # unknown fields
+    in_thought: bool = False  # the message that is to be continued breaks off within reasoning
 
 
 class NotHere(Exception):
@@ -127,7 +129,9 @@ class Reader:
         _judge([prompt], job, "messages")
         last = request.messages[-1]
         echoes = [last.text if last.role == "assistant" else ""] if request.echo else None
-        return Reading(request, [prompt], echoes, self._grammar(self._guide(request, use), job), ignored)
+        grammar = self._grammar(self._guide(request, use), job)
+        in_thought = request.continue_final_message and thinking.is_open(last.text)
+        return Reading(request, [prompt], echoes, grammar, ignored, in_thought)
 
     def _tool_use(self, request: ChatRequest) -> ToolUse | None:
         use = tool_use(request)

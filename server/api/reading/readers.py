@@ -173,4 +173,4 @@ async def _reading(kind: type[R], answer: ReadAnswer) -> Reading[R]:
         if unpacked > _IDS_A_TURN:
             unpacked = 0
             await asyncio.sleep(0)
-    return Reading(request, prompts, answer.echoes, answer.grammar, answer.ignored)
+    return Reading(request, prompts, answer.echoes, answer.grammar, answer.ignored, answer.in_thought)
