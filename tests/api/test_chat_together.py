@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from server.api.inference.chat_text import ChatStyle
+from server.messages import ErrorCode, TokenOutput
 from server.text.tool_calls import STYLES
-from tests.api.face_site import Site
+from tests.api.face_site import Site, events
 from tests.api.test_tools import CALL, TOOLS, deltas, message, site, site_of
 from tests.text import tiny_tokenizer
 
@@ -167,3 +168,23 @@ async def test_salt_seed_and_words_beside_a_form(site: Site) -> None:
         assert request.sampling.allowed_token_ids == (5, 7)
         assert request.sampling.bad_words
         assert request.sampling.grammar
+
+
+async def test_the_fields_that_leave_no_token_are_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = site.engine._outputs
+
+    def ends(request: Any, tokens: int = 0) -> Any:
+        fields = "bad_words, the grammar"
+        code = ErrorCode.NO_TOKEN_LEFT
+        last = TokenOutput(request.request_id, [], finish_reason="error", error=code, message=fields)
+        return [*outputs(request)[:tokens], last]
+
+    monkeypatch.setattr(site.engine, "_outputs", ends)
+    answer = await site.chat(regex="[^x]+", bad_words=["quick"])
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("bad_words", "no_token_left")
+    assert error["message"] == "Nothing can come next: bad_words and the grammar leave no token."
+    monkeypatch.setattr(site.engine, "_outputs", lambda request: ends(request, 2))
+    parts = events((await site.chat(regex="[^x]+", bad_words=["quick"], stream=True)).text)
+    assert parts[-1]["error"]["code"] == "no_token_left"

@@ -304,11 +304,9 @@ def engine_error(output: TokenOutput) -> ChorusError:
         case ErrorCode.GRAMMAR:
             return InvalidGrammar(f"The grammar of this request cannot be followed: {text}.")
         case ErrorCode.NO_TOKEN_LEFT:
-            return InvalidRequest(
-                f"No token is left that could come next, by {text}.",
-                param=text.partition(",")[0],
-                code="no_token_left",
-            )
+            fields = text.split(", ")
+            reason = f"Nothing can come next: {' and '.join(fields)} leave no token."
+            return InvalidRequest(reason, param=fields[0], code="no_token_left")
         case ErrorCode.OUT_OF_MEMORY:
             return OutOfMemory(text or "There is no accelerator memory for this request now.")
         case ErrorCode.ADAPTER_LOAD_FAILED:
