@@ -36,8 +36,9 @@ types: setup
 unit: setup
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-conformance: $(LOWEST)/installed $(CLIENTS)/lm-eval/installed  ## lowest versions allowed; clients that others wrote (minutes, once installed)
+conformance: $(LOWEST)/installed $(CLIENTS)/lm-eval/installed  ## lowest versions allowed; clients that others wrote; long tests (minutes, once installed)
 	$(BIN)/pytest tests/conformance
+	$(BIN)/pytest -m long
 	PYTHONPATH=$(LOWEST) $(BIN)/pytest -W "ignore:Conversion of an array with ndim:DeprecationWarning" tests/model tests/lora
 
 $(LOWEST)/installed: tests/lowest.txt | setup

@@ -169,6 +169,7 @@ class Site:
         await self.until(self.ready, "the server to be ready")
         await self.complete()
         await self.complete(prompt="word " * 60_000)  # the process that reads large bodies
+        await self.complete(regex="a+", max_tokens=2)  # and the one that judges grammars
         await self.http.post("/v1/adapters", json={"name": "absent", "source": "file:/absent"})
         await asyncio.gather(*(self.http.get("/v1/usage") for _ in range(16)))  # all connections to SQLite
 

@@ -36,6 +36,7 @@ CARRIED = {
     "dotenv": "python-dotenv",
     "pydantic_settings": "pydantic-settings",
     "msgspec": "msgspec",
+    "llguidance": "llguidance",
 }
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 MISSING = 3  # exit status

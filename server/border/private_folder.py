@@ -10,10 +10,17 @@ from pathlib import Path
 
 _PREFIX = "chorus-"
 _LOCK = "lock"
+_LONGEST = 79  # of the folder around it: the system takes 107 bytes as a socket's name, and ours end with 28
+
+
+def _place() -> str:
+    """The folder for temporary files, or the system's own where a socket's name would be too long."""
+    chosen = tempfile.gettempdir()
+    return chosen if len(os.fsencode(chosen)) <= _LONGEST else "/tmp"
 
 
 class PrivateFolder:
-    """In the folder for temporary files, mode 0700; `cleanup` removes it. Making one sweeps the dead ones.
+    """Among the temporary files, mode 0700; `cleanup` removes it. Making one sweeps the dead ones.
 
     A living one is known by the lock that its process holds, not by a process id, which another may have by
     now, or another container at the same time.
@@ -21,7 +28,7 @@ class PrivateFolder:
 
     def __init__(self) -> None:
         sweep()
-        self.name = tempfile.mkdtemp(prefix=_PREFIX)
+        self.name = tempfile.mkdtemp(prefix=_PREFIX, dir=_place())
         unseen = Path(self.name, f".{_LOCK}")
         self._lock_fd = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
@@ -37,7 +44,7 @@ class PrivateFolder:
 
 def sweep() -> None:
     """Remove this user's folders whose servers are dead."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in Path(_place()).glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.geteuid():
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,15 @@ def test_what_lives_and_what_is_not_ours_stays(temporary: Path) -> None:
         assert path.exists()
     first.cleanup()
     second.cleanup()
+
+
+def test_a_long_path_for_temporary_files(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = temporary / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    folder = PrivateFolder()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder.name}/from-engine")
+    folder.cleanup()
+    assert not Path(folder.name).exists()
+    assert list(long.iterdir()) == []

@@ -28,7 +28,7 @@ typing-extensions urllib3 uvloop werkzeug wheel wrapt xxhash yarl zipp
 # What the image's packages need in the versions that are installed here.
 NEEDED_HERE = ["httpcore2", "httpx2", "truststore"]
 WHEELS = """
-annotated-types msgspec pydantic pydantic-core pydantic-settings python-dotenv typing-inspection
+annotated-types llguidance msgspec pydantic pydantic-core pydantic-settings python-dotenv typing-inspection
 """
 HIDE = """
 import importlib.metadata as metadata, sys

@@ -142,6 +142,7 @@ def test_prompts_whose_log_probabilities_are_wanted(
         assert fake.replays - before == replays
 
 
+@pytest.mark.long
 def test_a_mix_with_too_many_adapters_runs_as_it_is(
     folders: tuple[Path, list[Path]], triton_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
