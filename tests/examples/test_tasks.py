@@ -118,5 +118,5 @@ def test_calls_are_of_tools_that_are_offered_and_the_template_shows_them():
             {"function": {"name": name, "parameters": {"properties": {key: {} for key in TOOLS[name]}}}}
             for name in names
         ]
-        rendered = template.render([{"role": "user", "content": text}], tools=tools)
+        rendered = template.render([{"role": "user", "content": text}], given={"tools": tools})
         assert rendered == tools_prompt(example.prompt)
