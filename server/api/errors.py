@@ -10,14 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 
 from server.api.inference.parsing import from_validation
+from server.api.methods import methods_of
 from server.errors import ChorusError
 
 logger = logging.getLogger(__name__)
 
-_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _WORTH_A_RETRY = {408, 429, 503}
 
 
@@ -69,20 +68,8 @@ async def _handle(request: Request, error: Exception) -> Response:
     request.state.error_code, request.state.error_reason = shown.code, shown.reason
     response = error_response(shown)
     if isinstance(error, HTTPException) and error.status_code == 405:
-        response.headers["allow"] = ", ".join(_methods(request))
+        response.headers["allow"] = ", ".join(methods_of(request.app.routes, request.scope))
     return response
-
-
-def _methods(request: Request) -> list[str]:
-    """All that the path takes (RFC 9110, 15.5.6). A route tells its own only, and a path may have several."""
-    return [
-        method
-        for method in _METHODS
-        if any(
-            route.matches({**request.scope, "method": method})[0] is Match.FULL
-            for route in request.app.routes
-        )
-    ]
 
 
 def install(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""HEAD and OPTIONS of the routes that there are."""
+"""The methods that paths take, and HEAD and OPTIONS of the routes that there are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from collections.abc import Iterable
 
 from fastapi import APIRouter
 from starlette.responses import Response
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _FOUND = ("endpoint", "route", "path_params")  # what the router says of a request, for its log line
+
+
+def methods_of(routes: Iterable[BaseRoute], scope: Scope) -> list[str]:
+    """All that a path takes (RFC 9110, 15.5.6). A route tells its own only, and a path may have several."""
+    routes = list(routes)
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 class HeadAndOptions:
@@ -41,8 +52,6 @@ class HeadAndOptions:
             scope.update({name: asked[name] for name in _FOUND if name in asked})
 
     def _methods(self, scope: Scope) -> list[str]:
-        found = [route.methods or () for route in self._routes if route.matches(scope)[0] is not Match.NONE]
-        methods = {method for of_route in found for method in of_route}
-        if "GET" in methods:
-            methods.add("HEAD")
-        return sorted(methods | {"OPTIONS"}) if methods else []
+        methods = methods_of(self._routes, scope)
+        added = {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}
+        return sorted(added.union(methods)) if methods else []
