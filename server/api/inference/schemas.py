@@ -148,6 +148,7 @@ _TemplateOptions = Annotated[
     _no_more_than(MAX_TEMPLATE_OPTIONS),
     AfterValidator(_finite),
 ]
+_RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 _Adapters = Annotated[list[AdapterWeight], Field(min_length=1, max_length=MAX_MIX, fail_fast=True)]
 
 
@@ -222,8 +223,8 @@ class GenerationRequest(Guided):
     # The prompt's last tokens, or with `truncation_side` its first; -1: as many as the context has.
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1)] = None
     truncation_side: Literal["left", "right"] | None = None
-    request_id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None
-    rid: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] = None  # SGLang's word for it
+    request_id: _RequestId | None = None
+    rid: _RequestId | None = None  # SGLang's word for it
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False

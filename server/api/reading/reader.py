@@ -99,8 +99,7 @@ class Reader:
         """Raises InvalidRequest, as the others do."""
         ignored: list[str] = []
         request = _parsed(CompletionRequest, job, ignored)
-        _judge_truncation(request)
-        most = job.max_model_len if request.truncate_prompt_tokens is None else _most_truncated(job)
+        most = _most_tokens(request, job)
         special = request.add_special_tokens
         whole = [
             self._encode(prompt, job, "prompt", special=special, most=most)
@@ -119,10 +118,9 @@ class Reader:
     def chat(self, job: ReadJob) -> Reading[ChatRequest]:
         ignored: list[str] = []
         request = _parsed(ChatRequest, job, ignored)
-        _judge_truncation(request)
+        most = _most_tokens(request, job)
         use = self._tool_use(request)
         template = self._template_of(request, job)
-        most = job.max_model_len if request.truncate_prompt_tokens is None else _most_truncated(job)
         special = request.add_special_tokens
         ids = self._chat_prompt(template, ChatPrompt.of(request, use), job, special=special, most=most)
         prompt = _truncated(ids, request, job)
@@ -269,16 +267,14 @@ def _parsed(kind: type[Body], job: ReadJob, ignored: list[str] | None = None) ->
     return parse(kind, job.body, job.max_model_len, unknown)
 
 
-def _most_truncated(job: ReadJob) -> int:
-    """Tokens of a prompt of which a part is wanted."""
-    return MOST_TRUNCATED * job.max_model_len
-
-
-def _judge_truncation(request: GenerationRequest) -> None:
+def _most_tokens(request: GenerationRequest, job: ReadJob) -> int:
+    """That a prompt may have before it is truncated. Raises InvalidRequest where it is to be to nothing."""
     if request.truncate_prompt_tokens == 0:
         raise InvalidRequest(
             "truncate_prompt_tokens: must be -1, or 1 or more", param="truncate_prompt_tokens"
         )
+    contexts = 1 if request.truncate_prompt_tokens is None else MOST_TRUNCATED
+    return contexts * job.max_model_len
 
 
 def _judge_continuation(request: ChatRequest) -> None:
