@@ -28,7 +28,7 @@ class CallObject:
 
     def __init__(self, names: Collection[str] | None = None) -> None:
         self.name: str | None = None
-        self.raw = ""
+        self._raw: list[str] = []
         self.done = self.failed = False
         self._names = names
         self._at = _At.KEY
@@ -39,9 +39,13 @@ class CallObject:
         self._arguments = ""  # written before the name
         self._has_arguments = False
 
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
     def push(self, char: str) -> str:
         """The part of the arguments that this makes certain."""
-        self.raw += char
+        self._raw.append(char)
         if not self._depth:
             self._depth = 1  # its own brace
             return ""

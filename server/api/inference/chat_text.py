@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
@@ -26,7 +26,7 @@ class ChatStyle:
 class _Call:
     id: str
     name: str
-    arguments: str = ""
+    arguments: list[str] = field(default_factory=list)  # in pieces
 
 
 class ChatText:
@@ -64,7 +64,7 @@ class ChatText:
         if self._reasoning:
             message.reasoning = message.reasoning_content = "".join(self._reasoning)
         parts = [
-            ToolCallPart(UNSET, call.id, "function", CalledPart(call.name, call.arguments))
+            ToolCallPart(UNSET, call.id, "function", CalledPart(call.name, "".join(call.arguments)))
             for call in self._calls
         ]
         if self._use is not None and self._use.as_function_call:
@@ -105,7 +105,7 @@ class ChatText:
         return ToolCallPart(len(self._calls) - 1, call.id, "function", CalledPart(name, ""))
 
     def _go_on(self, arguments: str, parts: list[ToolCallPart]) -> None:
-        self._calls[-1].arguments += arguments
+        self._calls[-1].arguments.append(arguments)
         if parts:
             parts[-1].function.arguments += arguments
         else:
