@@ -7,10 +7,11 @@ side by side, and the sampler asks no other question.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,34 +22,32 @@ from server.model.sampling import Draws, SampleRow, Sampling
 from server.model.seen_tokens import SeenTokens
 
 
-class LogitsProcessor(Protocol):
+class LogitsProcessor(ABC):
     """One option's effect on logits."""
 
     reads_output: ClassVar[bool]  # whether the host must know every token before the one to be drawn
 
     @staticmethod
+    @abstractmethod
     def wants(row: SampleRow) -> bool:
         """Whether the row's logits may change by it. If not, then at no later token either."""
-        ...
 
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
+    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:  # noqa: B027  # most do nothing
         """Before the logits are computed: what can be done beside that for the rows that want it."""
-        ...
 
+    @abstractmethod
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         """Change the scores of the R rows that want it, which stand at `at_R`, in place, on their device.
 
         scores_NV: [N, vocabulary] float32; some may be -inf already, by a processor before. Does not wait for
         the device.
         """
-        ...
 
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:  # noqa: B027  # as above
         """The tokens that were then taken from those rows, on the device."""
-        ...
 
 
-class Penalties:
+class Penalties(LogitsProcessor):
     """Repetition penalty over prompt and output (Keskar et al. 2019); presence and frequency penalties over
     the output, as OpenAI's."""
 
@@ -61,9 +60,6 @@ class Penalties:
     def wants(row: SampleRow) -> bool:
         params = row.params
         return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
-
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
-        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         if self._seen is None:
@@ -86,7 +82,7 @@ class Penalties:
         self._seen.add(token_ids_R, rows)
 
 
-class LogitBias:
+class LogitBias(LogitsProcessor):
     """A number added to the logit of each token that the request names."""
 
     reads_output: ClassVar[bool] = False
@@ -94,9 +90,6 @@ class LogitBias:
     @staticmethod
     def wants(row: SampleRow) -> bool:
         return bool(row.params.logit_bias)
-
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
-        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
@@ -110,11 +103,8 @@ class LogitBias:
         at_E = _repeated(at_R, ids)
         scores_NV.index_put_((at_E, torch.cat(ids)), torch.cat(values), accumulate=True)
 
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        pass
 
-
-class MinimumLength:
+class MinimumLength(LogitsProcessor):
     """No token that would end the sequence before `min_tokens`."""
 
     reads_output: ClassVar[bool] = False
@@ -122,9 +112,6 @@ class MinimumLength:
     @staticmethod
     def wants(row: SampleRow) -> bool:
         return row.position - row.num_prompt_tokens < row.params.min_tokens
-
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
-        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
@@ -137,11 +124,8 @@ class MinimumLength:
         never = scores_NV.new_full((), float("-inf"))
         scores_NV.index_put_((_repeated(at_R, ids), torch.cat(ids)), never)
 
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        pass
 
-
-class AllowedTokens:
+class AllowedTokens(LogitsProcessor):
     """No token but those that the request names."""
 
     reads_output: ClassVar[bool] = False
@@ -149,9 +133,6 @@ class AllowedTokens:
     @staticmethod
     def wants(row: SampleRow) -> bool:
         return row.params.allowed_token_ids is not None
-
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
-        pass
 
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         for row in rows:
@@ -165,11 +146,8 @@ class AllowedTokens:
         scores_NV.index_fill_(0, at_R, float("-inf"))
         scores_NV.index_put_((at_E, ids_E), kept_E)
 
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        pass
 
-
-class BadWords:
+class BadWords(LogitsProcessor):
     """No token that would end one of the request's bad words in the output."""
 
     reads_output: ClassVar[bool] = True
@@ -178,16 +156,10 @@ class BadWords:
     def wants(row: SampleRow) -> bool:
         return bool(row.params.bad_words)
 
-    def begin(self, rows: Sequence[SampleRow], vocabulary: int) -> None:
-        pass
-
     def apply(self, scores_NV: torch.Tensor, at_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         ids = [torch.tensor(_ending(row), dtype=torch.long).to(scores_NV.device) for row in rows]
         never = scores_NV.new_full((), float("-inf"))
         scores_NV.index_put_((_repeated(at_R, ids), torch.cat(ids)), never)
-
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        pass
 
 
 def _ending(row: SampleRow) -> list[int]:
@@ -197,7 +169,7 @@ def _ending(row: SampleRow) -> list[int]:
     return [word[-1] for word in row.params.bad_words if said[len(said) - len(word) + 1 :] == word[:-1]]
 
 
-class Grammar:
+class Grammar(LogitsProcessor):
     """Tokens that the output's grammar allows, and no others. The last processor: where nothing but the end
     can come, or by what else the request says nothing but the end is left, that is allowed whatever was said
     before."""
@@ -243,9 +215,6 @@ class Grammar:
                 scores_NV[at] = scores_NV[at].masked_fill(~banned_V, 0.0)
             elif row.params.bad_words or row.params.allowed_token_ids is not None:
                 scores_NV[at] = _or_the_end(scores_NV[at], banned_V, row)
-
-    def taken(self, token_ids_R: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -184,11 +184,10 @@ def _processed(
     scores_PV = scores_PV / temperature_P1
     weights_PV = (scores_PV - scores_PV.amax(dim=-1, keepdim=True)).exp()
     left_out_PV = _cut(weights_PV, *cuts) == 0
-    never = float("-inf")
-    total_P1 = scores_PV.masked_fill(left_out_PV, never).logsumexp(dim=-1, keepdim=True)
+    total_P1 = scores_PV.masked_fill(left_out_PV, _NEVER).logsumexp(dim=-1, keepdim=True)
     # The kernels that draw may round a limit otherwise: a drawn token has a finite one all the same.
     chosen_P1 = scores_PV.gather(1, token_ids_P1) - total_P1
-    return (scores_PV - total_P1).masked_fill(left_out_PV, never), chosen_P1
+    return (scores_PV - total_P1).masked_fill(left_out_PV, _NEVER), chosen_P1
 
 
 def torch_argmax(scores_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
