@@ -22,7 +22,7 @@ from functools import cache
 import torch
 
 from server.devices.cuda.attention_kernels import attend, join, write
-from server.devices.cuda.jit import dependent, power_of_2, triton
+from server.devices.cuda.jit import launch_options, power_of_2, triton
 from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.work_list import work_list
 from server.model.attention.interface import (
@@ -97,7 +97,7 @@ class PagedTritonAttention:
         shapes = [Shape.of(layer, dtype) for layer in layers]
         self._small_t = min(shape.small_t for shape in shapes)
         self._large_t = min(shape.large_t for shape in shapes)
-        self._dependent = dependent(levers.dependent_launch)
+        self._dependent = launch_options(dependent=levers.dependent_launch)
         self._spare = max(1, (programs or _fill()) // min(layer.num_kv_heads for layer in layers))
 
     def prepare(self, plan: AttentionPlan) -> AttentionPlan:

@@ -25,9 +25,9 @@ except ModuleNotFoundError:  # a CPU install: whoever launches a kernel says so
 __all__ = [
     "after_the_last",
     "constexpr",
-    "dependent",
     "jit",
     "kernel",
+    "launch_options",
     "power_of_2",
     "power_of_2_below",
     "tile_of",
@@ -112,9 +112,9 @@ def after_the_last():
     tl.extra.cuda.gdc_wait()
 
 
-def dependent(on: bool) -> dict[str, bool]:
-    """Options of a launch whose kernel begins with `after_the_last`."""
-    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+def launch_options(*, dependent: bool) -> dict[str, bool]:
+    """Of a kernel that can begin with `after_the_last`."""
+    return {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
 
 
 @jit()

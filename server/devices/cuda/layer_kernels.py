@@ -20,8 +20,7 @@ from functools import cache
 
 import torch
 
-from server.devices.cuda.jit import after_the_last, jit, kernel, power_of_2, tl
-from server.devices.cuda.jit import dependent as options
+from server.devices.cuda.jit import after_the_last, jit, kernel, launch_options, power_of_2, tl
 from server.model.attention.interface import LayerCache
 from server.model.decoder_layers import Tables
 from server.model.layer_reader import Activation, Norm
@@ -226,7 +225,7 @@ def add_norm(
         residual_TW if x_norm is None else x_norm.weight, residual_TW if norm is None else norm.weight,
         float(multiplier), 0.0 if x_norm is None else x_norm.eps, 0.0 if norm is None else norm.eps,
         WIDTH=width, BEGIN=begin, ROWS=rows_N is not None, X_NORM=x_norm is not None, NORM=norm is not None,
-        BLOCK=block, num_warps=_warps(block), **options(dependent),
+        BLOCK=block, num_warps=_warps(block), **launch_options(dependent=dependent),
     )  # fmt: skip
     return out
 
@@ -263,7 +262,7 @@ def norm_rotate(
     _norm_rotate[(qkv_TW.shape[0], 2)](
         qkv_TW, *(tables or (qkv_TW, qkv_TW)), positions_T, *_weight(norm, qkv_TW),
         **_turn(qkv_TW.shape[1], heads, kv_heads, dim, _rotary_dim(tables), norm and norm.per_head),
-        **options(dependent),
+        **launch_options(dependent=dependent),
     )  # fmt: skip
 
 
@@ -291,7 +290,7 @@ def rotate_write(
         qkv_TW, *(tables or (qkv_TW, qkv_TW)), positions_T, *_weight(norm, qkv_TW),
         cache.k, cache.v, slots_T, *cache.k.stride()[:3], *cache.v.stride()[:3],
         V_DIM=spec.v_head_dim, BLOCK_SIZE=cache.k.shape[2], BLOCK_E=power_of_2(spec.v_head_dim),
-        **turn, **options(dependent),
+        **turn, **launch_options(dependent=dependent),
     )  # fmt: skip
 
 
@@ -331,7 +330,12 @@ def activate(gate_up_TW: torch.Tensor, activation: Activation, *, dependent: boo
     out_TI = gate_up_TW.new_empty(tokens, width)
     block = min(1024, power_of_2(width))
     _activate[(tokens, -(-width // block))](
-        gate_up_TW, out_TI, WIDTH=width, GELU=activation == "gelu", BLOCK=block, **options(dependent)
+        gate_up_TW,
+        out_TI,
+        WIDTH=width,
+        GELU=activation == "gelu",
+        BLOCK=block,
+        **launch_options(dependent=dependent),
     )
     return out_TI
 

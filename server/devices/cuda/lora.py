@@ -29,8 +29,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from server.devices.cuda.jit import dependent as options
-from server.devices.cuda.jit import power_of_2, triton
+from server.devices.cuda.jit import launch_options, power_of_2, triton
 from server.devices.cuda.levers import USUAL, Levers
 from server.devices.cuda.lora_kernels import expand_rows, expand_tiles, shrink_rows, shrink_tiles
 from server.devices.cuda.lora_work import ROWS, TILES, longest_of, lora_work
@@ -229,7 +228,7 @@ class _Begun:
     @property
     def _options(self) -> dict[str, bool]:
         """Of a launch: one beside a fork or a join has more than one to wait for."""
-        return options(self.dependent and self.side is None)
+        return launch_options(dependent=self.dependent and self.side is None)
 
     @property
     def _any(self) -> bool:
