@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from huggingface_hub import hf_hub_download
-
 from server.config import Settings
 from server.errors import InvalidGrammar
 from server.guidance.matcher import Matcher, Vocabulary
@@ -131,16 +129,9 @@ class GuidedModel(Protocol):
 
 
 def open_vocabulary(settings: Settings, model: GuidedModel) -> Vocabulary:
-    """Of the tokenizer that `settings` name. Raises InvalidGrammar where there is none."""
-    folder = Path(settings.tokenizer or settings.model).expanduser()
-    path = folder / "tokenizer.json"
+    """Of the tokenizer in the folder that `settings` name. Raises InvalidGrammar where there is none."""
     try:
-        if not folder.is_dir():
-            name = hf_hub_download(
-                settings.model, path.name, revision=settings.revision, local_files_only=True
-            )
-            path = Path(name)
-        text = path.read_text(encoding="utf-8")
+        text = Path(settings.tokenizer or settings.model, "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InvalidGrammar("the model has no tokenizer") from error
     return Vocabulary.of(text, model.vocab_size, model.eos_token_ids)
