@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
@@ -94,12 +94,12 @@ async def _copies(site: Site) -> None:
         expect(answer.status_code in (200, 201), f"a sound upload: {answer.status_code} {answer.text[:200]}")
 
 
-async def _in_turns(calls: list[object]) -> None:
+async def _in_turns(calls: Iterable[Awaitable[None]]) -> None:
     turns = asyncio.Semaphore(_AT_A_TIME)
 
-    async def one(call: object) -> None:
+    async def one(call: Awaitable[None]) -> None:
         async with turns:
-            await call  # type: ignore[misc]  # an awaitable
+            await call
 
     await asyncio.gather(*map(one, calls))
 

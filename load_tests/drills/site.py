@@ -94,6 +94,15 @@ class Site:
     def engine(self) -> psutil.Process:
         return psutil.Process(engine_of(self.server.pid))
 
+    async def end(self) -> None:
+        """SIGTERM, and the server is gone."""
+        self.face.terminate()
+        await asyncio.to_thread(self.server.process.wait, 60)
+
+    def shown(self, key: str) -> Site:
+        """The same with another key, to be used with `async with`."""
+        return Site(self.server, self.data_dir, self.scratch, self.adapter, key)
+
     async def complete(self, model: str | None = None, **body: Any) -> httpx.Response:
         """A short greedy completion, unless `body` says otherwise."""
         asked = {"model": model or self.base, "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | body

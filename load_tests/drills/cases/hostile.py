@@ -134,8 +134,7 @@ async def changed_on_disk(site: Site) -> str:
     seen = f"{answer.status_code} {answer.json().get('error')}"
     expect(answer.status_code >= 400 and "adapter_damaged" in seen, seen)
     expect((await site.complete()).status_code == 200, "the base model does not answer")
-    site.face.terminate()
-    await asyncio.to_thread(site.server.process.wait, 60)
+    await site.end()
     command = [_other_weights(part, site.scratch) for part in site.server.command]
     ended = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
     said = ended.stderr.strip()
@@ -177,8 +176,7 @@ def _foreign(file: Path) -> None:
 )
 async def damaged_registry(site: Site) -> str:
     await site.upload("kept", site.adapter_files())
-    site.face.terminate()
-    await asyncio.to_thread(site.server.process.wait, 60)
+    await site.end()
     sound = {path.name: path.read_bytes() for path in site.data_dir.glob("registry.db*")}
     stored = len(list((site.data_dir / "adapters").glob(f"*/*/{_CONFIG}")))
     seen = []

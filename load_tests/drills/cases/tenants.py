@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import httpx
-
 from load_tests.drills.case import case, expect
 from load_tests.drills.cases.adapters import scaled
-from load_tests.drills.site import PROMPT, Site
+from load_tests.drills.site import Site
 
 OPERATOR = "--api-key", "the-operators-own-key"
 
@@ -68,30 +66,11 @@ async def around_the_door(site: Site) -> str:
     return f"{tried[401]} times 401; with a key 200"
 
 
-class _Tenant:
-    """A client with a key that the operator made for it."""
-
-    def __init__(self, site: Site, key: str) -> None:
-        self._http, self._base = site.http, site.base
-        self._headers = {"authorization": f"Bearer {key}"}
-
-    @classmethod
-    async def of(cls, site: Site, name: str) -> _Tenant:
-        wanted = {"tenant": name, "scopes": ["infer", "upload", "manage"]}
-        made = await site.http.post("/v1/keys", json=wanted)
-        expect(made.status_code == 201, made.text[:200])
-        return cls(site, made.json()["key"])
-
-    async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return await self._http.request(method, path, headers=self._headers, **options)
-
-    async def complete(self, model: str | None = None, **body: Any) -> httpx.Response:
-        asked = {"model": model or self._base, "prompt": PROMPT, "max_tokens": 4, "temperature": 0} | body
-        return await self.ask("POST", "/v1/completions", json=asked)
-
-    async def upload(self, name: str, files: dict[str, bytes]) -> httpx.Response:
-        parts = [("files", (file, content)) for file, content in files.items()]
-        return await self.ask("POST", "/v1/adapters", data={"name": name}, files=parts)
+async def _of_tenant(site: Site, name: str) -> Site:
+    """With a key that the operator made for it."""
+    made = await site.http.post("/v1/keys", json={"tenant": name, "scopes": ["infer", "upload", "manage"]})
+    expect(made.status_code == 201, made.text[:200])
+    return site.shown(made.json()["key"])
 
 
 def _probes(name: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -120,35 +99,39 @@ _LISTS = "/v1/models", "/v1/adapters", "/v1/usage"
 
 @case(39, "key A asks for tenant B's adapter", "404, no hint that it exists", *OPERATOR)
 async def anothers_adapter(site: Site) -> str:
-    owner, other = await _Tenant.of(site, "acme"), await _Tenant.of(site, "other")
+    async with await _of_tenant(site, "acme") as owner, await _of_tenant(site, "other") as other:
+        return await _hidden(owner, other)
+
+
+async def _hidden(owner: Site, other: Site) -> str:
     secret, nothing = "acme-secret", "acme-absent"
-    made = await owner.upload(secret, site.adapter_files())
+    made = await owner.upload(secret, owner.adapter_files())
     expect(made.status_code == 201, made.text[:200])
     digest = made.json()["digest"]
     expect((await owner.complete(secret)).status_code == 200, "its own tenant gets no answer")
     for suffix in ("", "@1", f"@{digest[:8]}"):
         pairs = zip(_probes(secret + suffix), _probes(nothing + suffix), strict=True)
         for (method, path, options), (_, path_of_none, options_of_none) in pairs:
-            there = await other.ask(method, path, **options)
-            absent = await other.ask(method, path_of_none, **options_of_none)
+            there = await other.http.request(method, path, **options)
+            absent = await other.http.request(method, path_of_none, **options_of_none)
             same = there.text.replace(secret, nothing) == absent.text
             expect(there.status_code == absent.status_code and same, f"{path}: {there.text} {absent.text}")
             expect(
                 there.status_code in ((404,) if not suffix else (400, 404)), f"{path}: {there.status_code}"
             )
-    lists = [await other.ask("GET", path) for path in _LISTS]
+    lists = [await other.http.request("GET", path) for path in _LISTS]
     told = [path for path, answer in zip(_LISTS, lists, strict=True) if secret in answer.text]
     expect(not told, f"{told} name it")
     seen = f"{len(_probes(secret)) * 3} calls answered as for a name that never was; no list names it"
     expect((await owner.complete(secret)).status_code == 200, "its own tenant gets no answer afterwards")
-    own = await other.upload(secret, scaled(site.adapter_files(), -1.0))
+    own = await other.upload(secret, scaled(owner.adapter_files(), -1.0))
     expect(own.status_code == 201, f"the same name for itself: {own.status_code} {own.text[:100]}")
     for tenant in (owner, other):
-        await tenant.ask("DELETE", f"/v1/adapters/{secret}")
+        await tenant.http.request("DELETE", f"/v1/adapters/{secret}")
     return f"{seen}; the name is free for others"
 
 
-async def _cached(tenant: _Tenant, prompt: list[int]) -> int:
+async def _cached(tenant: Site, prompt: list[int]) -> int:
     """How many of the prompt's tokens were there already."""
     usage = (await tenant.complete(prompt=prompt)).json()["usage"]
     cached: int = usage["prompt_tokens_details"]["cached_tokens"]
@@ -157,10 +140,10 @@ async def _cached(tenant: _Tenant, prompt: list[int]) -> int:
 
 @case(56, "another client's prompt", "cached_tokens tells it within a tenant only", *OPERATOR)
 async def anothers_prompt(site: Site) -> str:
-    one, other = await _Tenant.of(site, "first"), await _Tenant.of(site, "second")
     prompt = list(range(100, 356))
-    first, again = await _cached(one, prompt), await _cached(one, prompt)
-    others, othersagain = await _cached(other, prompt), await _cached(other, prompt)
+    async with await _of_tenant(site, "first") as one, await _of_tenant(site, "second") as other:
+        first, again = await _cached(one, prompt), await _cached(one, prompt)
+        others, othersagain = await _cached(other, prompt), await _cached(other, prompt)
     seen = f"{first}, then {again}; of another tenant {others}, then {othersagain}"
     expect(first == others == 0 and again == othersagain > 0, seen)
     return f"cached tokens of {len(prompt)}: {seen}"
