@@ -53,6 +53,14 @@ class Site:
         assert self.face.tokenizer is not None
         self.engine.tokens = self.face.tokenizer.encode(text)
 
+    @property
+    def prompts(self) -> list[str]:
+        """What the engine was asked, as text."""
+        tokenizer = self.face.tokenizer
+        assert tokenizer is not None
+        asked = (request.prompt_token_ids for request in self.engine.requests)
+        return [tokenizer.decode(ids, skip_special_tokens=False) for ids in asked]
+
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json={"model": "base", "prompt": "hello"} | fields)
 

@@ -14,7 +14,6 @@ from server.messages import ErrorCode, TokenOutput
 from server.text.tool_calls import STYLES
 from tests.api.face_site import Site, events
 from tests.api.test_tools import CALL, TOOLS, deltas, message, site, site_of
-from tests.text import tiny_tokenizer
 
 __all__ = ["site"]  # the fixture
 
@@ -26,11 +25,6 @@ SHOWS_ALL = (
     "{% for call in message.tool_calls or [] %}({{ call.function.name }}{{ call.function.arguments.n }})"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
 )
-
-
-def prompts(site: Site) -> list[str]:
-    decode = tiny_tokenizer.byte_level().decode
-    return [decode(request.prompt_token_ids, skip_special_tokens=False) for request in site.engine.requests]
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
@@ -118,7 +112,7 @@ async def test_tools_in_prompts_that_are_rendered_in_other_ways(
 ) -> None:
     async with site_of(tmp_path, trust_request_chat_template=True) as site:
         said = await message(site, **{"messages": BEGUN, "tools": TOOLS, "chat_template": SHOWS_ALL} | fields)
-        assert prompts(site) == [want]
+        assert site.prompts == [want]
         assert ("tool_calls" in said) is ("tool_choice" not in fields)
 
 

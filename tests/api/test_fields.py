@@ -25,13 +25,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield site
 
 
-def prompts(site: Site) -> list[str]:
-    """What the engine was asked, as text."""
-    tokenizer = site.face.tokenizer
-    assert tokenizer is not None
-    return [tokenizer.decode(r.prompt_token_ids, skip_special_tokens=False) for r in site.engine.requests]
-
-
 @pytest.mark.parametrize("server", LISTS)
 async def test_the_defaults_of_other_servers_are_accepted(site: Site, server: str) -> None:
     for name, values in LISTS[server].items():
@@ -169,7 +162,7 @@ async def test_a_text_longer_than_the_context_may_be_truncated(site: Site) -> No
     assert (await site.complete(prompt=text)).status_code == 400
     response = await site.complete(prompt=text, truncate_prompt_tokens=-1, max_tokens=8)
     assert response.json()["usage"]["prompt_tokens"] == 120
-    assert text.endswith(prompts(site)[0])
+    assert text.endswith(site.prompts[0])
     response = await site.chat(
         messages=[{"role": "user", "content": text}], truncate_prompt_tokens=20, max_tokens=8
     )
@@ -197,7 +190,7 @@ TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": 
 )
 async def test_rendered_chats(site: Site, fields: dict[str, Any], want: str) -> None:
     assert (await site.chat(**fields)).status_code == 200
-    assert prompts(site) == [want]
+    assert site.prompts == [want]
 
 
 async def test_echo_in_a_chat(site: Site) -> None:
@@ -241,7 +234,7 @@ async def test_what_a_template_is_given(tmp_path: Path, fields: dict[str, Any], 
         site.say("yes")
         response = await site.chat(messages=messages, chat_template=TEMPLATE, **fields)
         assert response.status_code == 200, response.text
-        assert prompts(site)[0].rstrip("|") == want.rstrip("|")
+        assert site.prompts[0].rstrip("|") == want.rstrip("|")
 
 
 @pytest.mark.parametrize(
