@@ -63,7 +63,7 @@ def create_app(
     *,
     on_ready: Callable[[Face], None] | None = None,
     on_failed: Callable[[str], None] | None = None,
-) -> FastAPI:
+) -> DescribedApp:
     """The app. Its lifespan locks the data folder, starts the engine, opens the registry, calls `on_ready`.
 
     `on_failed` gets the reason, one line, when that cannot be. Raises StartError for a tokenizer or chat

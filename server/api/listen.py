@@ -170,6 +170,7 @@ def run(
 
     def on_ready(face: Face) -> None:
         face.background.start(face.readers.start())
+        face.background.start(app.describe())
         if server is not None:
             server.ready()
         print_summary(face, url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from server.api import openapi
 from server.api.adapters.views import AdapterListView, AdapterView, DeletedView, LoadedView, PublishedView
 from server.api.app import ROUTERS
 from server.api.inference.replies import Chat, Completion, Detokenized, ModelList, Tokenized
@@ -138,3 +140,18 @@ async def test_answers_are_of_the_types_that_describe_them(site: Site) -> None:
         assert response.is_success, response.text
         read = msgspec.json.decode(response.content, type=kind)  # raises where a field is missing or wrong
         assert msgspec.to_builtins(read).keys() >= response.json().keys()
+
+
+async def test_it_is_made_beside_the_event_loop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    make = openapi._complete
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return make(*arguments)
+
+    monkeypatch.setattr(openapi, "_complete", noted)
+    await site.app.describe()
+    assert (await site.client.get("/openapi.json")).status_code == 200
+    (thread,) = threads
+    assert thread != threading.get_ident()
