@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 DRAWING = ROOT / "docs" / "architecture.md"
-WORDS = {"messages", "errors", "config", "log", "garbage"}  # single files that cross rooms
+WORDS = {"messages", "errors", "config", "log", "garbage", "turns"}  # single files that cross rooms
 TOPS = {
     "cli",
     "__main__",

@@ -20,11 +20,11 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.api.entrance import Entrance
 from server.api.errors import error_response
 from server.api.exchange import AnswerFlow, Exchange
 from server.config import Settings
 from server.errors import ChorusError, HeadTooLarge, InvalidRequest, TooSlow, Unavailable
+from server.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ _LINGER_BYTES = 2**20  # and so much
 _MOST_EARNED_S = 60.0  # that what came of a body faster than it must gives to the rest of it
 _LATE_ANSWER_S = 5.0  # after the end of a body's time, for the error to go out
 _REFUSED_AT_ONCE = 128  # connections over the limit that are told so; more of them are only closed
-_READ_AT_ONCE = 64  # pieces of what clients send, in a turn of the loop; a head takes some 50 microseconds
+_READ_AT_ONCE = (
+    8  # pieces of what clients send, in a turn of the loop; one may be the rest of a body, which is then read
+)
 _PROBE = b"GET /health"
 _EVICTED_SHARE = 64  # of all connections, one in so many is closed when room is needed
 
@@ -81,8 +83,8 @@ class ConnectionConfig(uvicorn.Config):
             **more,
         )
         self.limits = limits or ConnectionLimits.of(settings)
-        self.entrance = Entrance()
-        self.reading = Entrance(_READ_AT_ONCE)
+        self.entrance = Turns()
+        self.reading = Turns(_READ_AT_ONCE)
 
 
 class Connection(HttpToolsProtocol):
@@ -98,6 +100,7 @@ class Connection(HttpToolsProtocol):
         self._reading: Literal["nothing", "head", "body"] = "nothing"
         self._since = self.loop.time()  # of what is read, or waited for, now
         self._size = 0  # bytes of it so far
+        self._told = 0  # bytes of this piece that are not of the head it ends in
         self._exchange: Exchange | None = None
         self._refused = False
         self._judged = 0  # how often a limit was felt
@@ -144,7 +147,7 @@ class Connection(HttpToolsProtocol):
                 self.transport.resume_reading()
 
     def _parse(self, data: bytes) -> None:
-        in_head = self._reading == "head"
+        self._told = 0
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -156,11 +159,11 @@ class Connection(HttpToolsProtocol):
                 cause = InvalidRequest("This is not a valid HTTP request.")
             self._refuse(cause)
         else:
-            if in_head and self._reading == "head":
-                self._count_head(len(data))
+            if self._reading == "head":
+                self._count_head(len(data) - self._told)
 
     def _count_head(self, size: int) -> None:
-        """Of a piece that is within a head; what the parser has not told of yet counts as well."""
+        """Of a piece that ends within a head; what the parser has not told of yet counts as well."""
         self._size += size
         if self._size > self._limits.head_bytes:
             self._refuse(self._head_too_large())
@@ -191,12 +194,14 @@ class Connection(HttpToolsProtocol):
             raise self._head_too_large()
         if not self.url.startswith((b"/", b"*")):
             self._take_authority()
+        self._told += size
         self._begin("body")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         most = self._limits.rate * (self.loop.time() - self._since + _MOST_EARNED_S)
         self._size = min(self._size + len(body), int(most))
+        self._told += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -242,7 +247,7 @@ class Connection(HttpToolsProtocol):
             self._check_closing(now)
         elif flow.overdue(now, limits.unread_s, limits.rate):
             self._abort("it does not read its answer")
-        elif flow.read_paused:
+        elif flow.read_paused or self._unread:
             self._since += elapsed  # it is us who do not read
         elif self._reading == "body":
             self._check_body(now)

@@ -16,7 +16,6 @@ from server.access.keyring import Keyring
 from server.api.background import Background
 from server.api.caller import caller_of
 from server.api.drain import Drain
-from server.api.entrance import Entrance
 from server.api.inference.chat_text import ChatStyle
 from server.api.reading.readers import Readers
 from server.api.waiting_room import WaitingRoom
@@ -30,6 +29,7 @@ from server.registry.registry import Registry
 from server.registry.sources.table import Sources
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
+from server.turns import Turns
 from server.usage.ledger import UsageLedger
 from server.usage.quotas import Quota, Quotas, Subject
 
@@ -68,7 +68,7 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
-    upload_turns: Entrance = field(default_factory=Entrance)
+    upload_turns: Turns = field(default_factory=Turns)
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
     usage: UsageLedger | None = None  # the same

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from uvicorn.config import STARTUP_FAILURE
 
+from server.api.acceptor import Acceptor
 from server.api.app import create_app
 from server.api.connection import Connection, ConnectionConfig, ConnectionLimits
 from server.api.face import Face
@@ -42,6 +44,7 @@ _UNSENT_BYTES = 128 * 2**10  # of an answer, in the kernel, or it takes megabyte
 _UPLOADS_S = 5  # what may still run after the drain: an upload, say
 _CHECK_S = 1.0  # between two looks at every connection
 _CLOSED_AT_ONCE = 8  # connections, before others of the loop get their turn
+_CHECKED_AT_ONCE = 512  # of those that may stay
 _LAST_S = 1.0  # for the engine, when a second signal ends the server at once
 _FEW = 16  # requests, of which none would notice a millisecond
 _OWN_FILES = 256  # descriptors that are not connections: the registry, adapters, the engine's sockets
@@ -62,23 +65,17 @@ class Server(uvicorn.Server):
         self._garbage: Garbage | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's own, with a bound on how long a client may take to agree on TLS."""
+        """uvicorn's own, with connections that are taken in turns."""
         self._loop = asyncio.get_running_loop()
         self._checked_at = self._loop.time()
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
-        tls = self.config.ssl
-        self.servers = [
-            await self._loop.create_server(
-                self._connection,
-                sock=each,
-                backlog=BACKLOG,
-                ssl=tls,
-                ssl_handshake_timeout=self._face.settings.read_timeout_s if tls else None,
-            )
-            for each in sockets or ()
+        tls, handshake_s = self.config.ssl, self._face.settings.read_timeout_s
+        acceptors = [
+            Acceptor(each, self._connection, tls=tls, handshake_s=handshake_s) for each in sockets or ()
         ]
+        self.servers = cast("list[asyncio.Server]", acceptors)  # uvicorn closes them, and waits for their end
         self.started = True
 
     def _connection(self) -> asyncio.Protocol:
@@ -96,12 +93,13 @@ class Server(uvicorn.Server):
 
     async def _check_connections(self, now: float, elapsed: float) -> None:
         """A few closings at a time: a thousand clients that are late at once must not hold up the others."""
-        closed = 0
+        room = 1.0
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Connection) and connection.check(now, elapsed):
-                closed += 1
-                if closed % _CLOSED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            closed = isinstance(connection, Connection) and connection.check(now, elapsed)
+            room -= 1 / (_CLOSED_AT_ONCE if closed else _CHECKED_AT_ONCE)
+            if room <= 0:
+                room = 1.0
+                await asyncio.sleep(0)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,10 +6,14 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from server.border.stream import OutputStream
 from server.errors import ChorusError
 from server.messages import AdapterResult, TokenOutput
+from server.turns import Turns
+
+_OUTPUTS_AT_ONCE = 32  # in a turn of the loop; one that ends its request makes the whole answer
 
 
 class OpenCalls:
@@ -19,6 +23,7 @@ class OpenCalls:
         self._streams: dict[str, OutputStream] = {}  # choices of one request have the same
         self._calls: dict[int, asyncio.Future[AdapterResult]] = {}
         self._call_ids = itertools.count(1)
+        self._turns = Turns(_OUTPUTS_AT_ONCE)
 
     @contextmanager
     def stream(self, request_ids: Sequence[str]) -> Iterator[OutputStream]:
@@ -50,10 +55,14 @@ class OpenCalls:
             del self._calls[call_id]
 
     def push(self, outputs: Sequence[TokenOutput]) -> None:
+        """Wakes who waits for them; in turns, because hundreds may end in the same step."""
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:  # else it was aborted meanwhile
-                stream.push(output)
+            self._turns.enter(partial(self._push, output))
+
+    def _push(self, output: TokenOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is not None:  # else it was aborted meanwhile
+            stream.push(output)
 
     def answer(self, result: AdapterResult) -> None:
         answer = self._calls.get(result.call_id)
@@ -61,7 +70,8 @@ class OpenCalls:
             answer.set_result(result)
 
     def fail(self, error: Callable[[], ChorusError]) -> None:
-        """End everything with an error of its own."""
+        """End everything with an error of its own, after what has come."""
+        self._turns.finish()
         for stream in self._streams.values():
             stream.fail(error())
         for answer in self._calls.values():

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from load_tests.drills.archives import tarred, zipped
-from server.api.entrance import _BEGUN_AT_ONCE
 from server.messages import ErrorCode
 from server.registry.store import Sink
+from server.turns import _AT_ONCE
 from tests.api.adapter_app import Site
 from tests.api.file_changes import changes_here
 from tests.registry import adapter_files
@@ -703,7 +703,7 @@ async def test_uploads_at_once_are_taken_in_by_turns(site: Site) -> None:
     answers = await asyncio.gather(*uploads)
     assert {answer.status_code for answer in answers} == {201}
     assert sum(taken.values()) == 50 * len(pieces)
-    assert max(taken.values()) <= 2 * _BEGUN_AT_ONCE  # those that begin, and those that go on
+    assert max(taken.values()) <= 2 * _AT_ONCE  # those that begin, and those that go on
 
 
 async def test_the_event_loop_changes_nothing_on_the_disk(site: Site) -> None:

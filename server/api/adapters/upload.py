@@ -14,7 +14,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from server.access.caller import DEFAULT_TENANT, Caller
 from server.api.caller import caller_of
-from server.api.entrance import Entrance
 from server.api.face import Face
 from server.errors import ChorusError, Forbidden, InvalidRequest, TooSlow
 from server.registry.publication import Publication
@@ -22,6 +21,7 @@ from server.registry.records import Published
 from server.registry.sources.archive import ARCHIVE_SUFFIXES
 from server.registry.sources.upload import Upload, check_size
 from server.registry.store import CHUNK_BYTES, FILE_NAMES
+from server.turns import Turns
 
 _THREADS = 4  # for all uploads, so that those who wait for them hold up nothing else
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
@@ -153,7 +153,7 @@ async def _gathered(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
     yield pieces
 
 
-async def _in_time(body: AsyncIterator[bytes], most_s: float, turns: Entrance) -> AsyncIterator[bytes]:
+async def _in_time(body: AsyncIterator[bytes], most_s: float, turns: Turns) -> AsyncIterator[bytes]:
     """The chunks of `body`. Raises TooSlow when they take longer than `most_s` seconds in all; their least
     rate is the connection's matter, as of every body. Only some of all uploads take one in a turn of the
     loop: each is up to 256 KB, copied more than once, and while it is not taken no other is read for it."""
@@ -170,7 +170,7 @@ async def _in_time(body: AsyncIterator[bytes], most_s: float, turns: Entrance) -
         yield chunk
 
 
-async def _drain(body: AsyncIterator[bytes], turns: Entrance) -> None:
+async def _drain(body: AsyncIterator[bytes], turns: Turns) -> None:
     """Read on for a while: a connection closed on a client that still sends may lose it the answer."""
     left = _DRAINED_BYTES
     with suppress(ClientDisconnect, TimeoutError):

@@ -1,4 +1,4 @@
-"""How much begins in one turn of the event loop: a thousand requests at once must not hold up the others."""
+"""How much is done in one turn of the event loop: a thousand requests at once must not hold up the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-_BEGUN_AT_ONCE = 8  # a request's first step takes less than a millisecond
+_AT_ONCE = 8  # a request's first step takes less than a millisecond
 
 
-class Entrance:
+class Turns:
     """Begins what comes in its order, `at_once` of it in each turn of the loop."""
 
-    def __init__(self, at_once: int = _BEGUN_AT_ONCE) -> None:
+    def __init__(self, at_once: int = _AT_ONCE) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
         self._at_once = at_once
         self._left = at_once  # in this turn
@@ -29,6 +29,11 @@ class Entrance:
         if not self._armed:
             self._armed = True
             asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def finish(self) -> None:
+        """Begin all that waits, now."""
+        while self._waiting:
+            self._waiting.popleft()()
 
     async def turn(self) -> None:
         """Waits for one's turn among those who go on in this way."""
