@@ -30,11 +30,6 @@ class Turns:
             self._armed = True
             asyncio.get_running_loop().call_soon(self._next_turn)
 
-    def finish(self) -> None:
-        """Begin all that waits, now."""
-        while self._waiting:
-            self._waiting.popleft()()
-
     async def turn(self) -> None:
         """Waits for one's turn among those who go on in this way."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -6,14 +6,13 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from server.border.stream import OutputStream
 from server.errors import ChorusError
 from server.messages import AdapterResult, TokenOutput
 from server.turns import Turns
 
-_OUTPUTS_AT_ONCE = 32  # in a turn of the loop; one that ends its request makes the whole answer
+_WOKEN_AT_ONCE = 32  # streams, in a turn of the loop; hundreds may end in the same step
 
 
 class OpenCalls:
@@ -23,12 +22,12 @@ class OpenCalls:
         self._streams: dict[str, OutputStream] = {}  # choices of one request have the same
         self._calls: dict[int, asyncio.Future[AdapterResult]] = {}
         self._call_ids = itertools.count(1)
-        self._turns = Turns(_OUTPUTS_AT_ONCE)
+        self._turns = Turns(_WOKEN_AT_ONCE)
 
     @contextmanager
     def stream(self, request_ids: Sequence[str]) -> Iterator[OutputStream]:
         """Where the outputs of these choices arrive meanwhile."""
-        stream = OutputStream(request_ids)
+        stream = OutputStream(request_ids, self._turns)
         self._streams.update(dict.fromkeys(request_ids, stream))
         try:
             yield stream
@@ -55,14 +54,10 @@ class OpenCalls:
             del self._calls[call_id]
 
     def push(self, outputs: Sequence[TokenOutput]) -> None:
-        """Wakes who waits for them; in turns, because hundreds may end in the same step."""
         for output in outputs:
-            self._turns.enter(partial(self._push, output))
-
-    def _push(self, output: TokenOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is not None:  # else it was aborted meanwhile
-            stream.push(output)
+            stream = self._streams.get(output.request_id)
+            if stream is not None:  # else it was aborted meanwhile
+                stream.push(output)
 
     def answer(self, result: AdapterResult) -> None:
         answer = self._calls.get(result.call_id)
@@ -70,8 +65,7 @@ class OpenCalls:
             answer.set_result(result)
 
     def fail(self, error: Callable[[], ChorusError]) -> None:
-        """End everything with an error of its own, after what has come."""
-        self._turns.finish()
+        """End everything with an error of its own."""
         for stream in self._streams.values():
             stream.fail(error())
         for answer in self._calls.values():

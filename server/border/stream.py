@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 
 from server.errors import ChorusError
 from server.messages import TokenOutput
+from server.turns import Turns
 
 
 class OutputStream:
-    """Outputs of a request and its forks, read by one task of the event loop; one wake for all that came."""
+    """Outputs of a request and its forks, read by one task of the event loop.
 
-    __slots__ = ("_error", "_outputs", "_waiter", "running")
+    It is woken in its turn, once for all that has come by then: a loop that is behind has fewer wakes.
+    """
 
-    def __init__(self, request_ids: Iterable[str]) -> None:
+    __slots__ = ("_error", "_outputs", "_turns", "_waiter", "running")
+
+    def __init__(self, request_ids: Iterable[str], turns: Turns) -> None:
+        self._turns = turns
         self._outputs: list[TokenOutput] = []
         self._waiter: asyncio.Future[None] | None = None
         self._error: ChorusError | None = None
@@ -50,5 +56,11 @@ class OutputStream:
         return outputs
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():  # done: woken already, or cancelled
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._turns.enter(partial(_end, self._waiter))
+            self._waiter = None
+
+
+def _end(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # cancelled meanwhile
+        waiter.set_result(None)
