@@ -1,27 +1,98 @@
-"""Taking a body in: bounded while it comes."""
+"""Taking a body in: bounded while it comes, and all that come together."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import InvalidRequest, TooLarge
+from server.errors import InvalidRequest, TooLarge, Unavailable
+
+_SMALL = 64 * 2**10  # bytes; as many such bodies as there are connections may come
+_TOGETHER = 256 * 2**20  # bytes of larger ones
+
+Grow = Callable[[int], None]
+
+
+@dataclass(eq=False)
+class _Coming:
+    patience: asyncio.Timeout
+    held: int = 0  # bytes
+
+
+class BodyRoom:
+    """How much of larger bodies may be here before they are whole: what thousands of clients send and do not
+    end would fill the memory. Where there is no room, the one that has been coming the longest is given up:
+    who means it has sent its body in a moment."""
+
+    def __init__(self, limit: int = _TOGETHER) -> None:
+        self._limit = limit
+        self._held = 0
+        self._coming: dict[_Coming, None] = {}  # the oldest first
+
+    @property
+    def held(self) -> int:
+        return self._held
+
+    @asynccontextmanager
+    async def enter(self) -> AsyncIterator[Grow]:
+        """While a body comes; to be called with the size of each piece. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(None) as patience:
+                coming = _Coming(patience)
+                self._coming[coming] = None
+                try:
+                    yield partial(self._grow, coming)
+                finally:
+                    self._drop(coming)
+        except TimeoutError:
+            raise Unavailable("Too many large bodies are on their way.", code="overloaded") from None
+
+    def _grow(self, coming: _Coming, size: int) -> None:
+        if coming not in self._coming:
+            return  # given up; its reader is about to hear of it
+        coming.held += size
+        self._held += size
+        while self._held > self._limit and (oldest := next(iter(self._coming))) is not coming:
+            self._drop(oldest)
+            oldest.patience.reschedule(asyncio.get_running_loop().time())
+
+    def _drop(self, coming: _Coming) -> None:
+        if coming in self._coming:
+            del self._coming[coming]
+            self._held -= coming.held
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is known to be over `limit` bytes."""
+    """The whole body. Raises TooLarge as soon as it is known to be over `limit` bytes, and Unavailable."""
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > limit:
+    size = int(announced[:20]) if announced.isdecimal() else None
+    if size is not None and size > limit:
         raise _too_large(limit)
-    chunks: list[bytes] = []
-    size = 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-            chunks.append(chunk)
+        if size is not None and size <= _SMALL:
+            return await _whole(request, limit)
+        room: BodyRoom = request.app.state.face.body_room
+        async with room.enter() as grow:
+            return await _whole(request, limit, grow)
     except ClientDisconnect as error:
         raise InvalidRequest("The client went away before its request was complete.") from error
+
+
+async def _whole(request: Request, limit: int, grow: Grow | None = None) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        if grow is not None:
+            grow(len(chunk))
+        chunks.append(chunk)
     return b"".join(chunks)
 
 

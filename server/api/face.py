@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from server.access.keyring import Keyring
 from server.api.background import Background
+from server.api.body import BodyRoom
 from server.api.caller import caller_of
 from server.api.drain import Drain
 from server.api.inference.chat_text import ChatStyle
@@ -68,7 +69,9 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    body_room: BodyRoom = field(default_factory=BodyRoom)
     upload_turns: Turns = field(default_factory=Turns)
+    uploads: int = 0  # that come now
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
     usage: UsageLedger | None = None  # the same

@@ -14,6 +14,7 @@ from server.api.adapters.views import SHARED_SOURCE
 from server.api.body import read_body
 from server.api.caller import caller_of
 from server.api.face import Face, face_of
+from server.api.inference.limits import within_limits_of_requests
 from server.api.inference.replies import Detokenized, Model, ModelList, Tokenized
 from server.api.inference.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.operation import SEE_ADAPTERS, Operation
@@ -89,8 +90,9 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 async def tokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    body = await read_body(request, face.settings.max_request_bytes)
-    return Response(await face.readers.tokenize(body, info), media_type="application/json")
+    with within_limits_of_requests(request):
+        body = await read_body(request, face.settings.max_request_bytes)
+        return Response(await face.readers.tokenize(body, info), media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -98,5 +100,6 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     face = face_of(request)
     info = _known(face)
-    body = await read_body(request, face.settings.max_request_bytes)
-    return Response(await face.readers.detokenize(body, info), media_type="application/json")
+    with within_limits_of_requests(request):
+        body = await read_body(request, face.settings.max_request_bytes)
+        return Response(await face.readers.detokenize(body, info), media_type="application/json")

@@ -61,6 +61,18 @@ async def test_of_a_key_and_of_an_adapter(tenants: Tenants) -> None:
     assert tenants.site.face.waiting_room.waiting == 0
 
 
+async def test_requests_for_tokens_alone_count_too(tenants: Tenants) -> None:
+    await put(tenants, "tenant/acme", requests_per_s=0.001, tokens_per_s=100.0)
+    first = await tenants.acme.ask("POST", "/tokenize", json={"prompt": "hello"})
+    assert (first.status_code, first.headers["x-ratelimit-remaining-requests"]) == (200, "0")
+    assert first.headers["x-ratelimit-remaining-tokens"] == "100"
+    for path, body in (("/tokenize", {"prompt": "hello"}), ("/detokenize", {"tokens": [1]})):
+        refused = await tenants.acme.ask("POST", path, json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (429, "requests_per_s")
+        assert int(refused.headers["retry-after"]) > 1
+    assert (await tenants.other.ask("POST", "/tokenize", json={"prompt": "hello"})).status_code == 200
+
+
 async def test_concurrency_is_given_back_when_a_client_goes(tenants: Tenants) -> None:
     await put(tenants, "tenant/acme", concurrent_requests=1, weight=3.0)
     engine = tenants.site.engine

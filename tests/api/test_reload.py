@@ -46,6 +46,16 @@ async def test_what_has_changed_is_taken_over_and_told(configured: Site, file: P
     assert configured.face.settings.max_num_seqs == 64
 
 
+async def test_what_is_asked_of_each_request_changes_with_the_next(configured: Site, file: Path) -> None:
+    write(file, KEPT + "request_timeout_s = 0.05\nmax_unread_bytes = 9\nupload_timeout_s = 7\n")
+    answer = await configured.client.post("/v1/admin/reload")
+    assert answer.json()["changed"] == {
+        "request_timeout_s": 0.05, "max_unread_bytes": 9, "upload_timeout_s": 7.0
+    }  # fmt: skip
+    await configured.complete()
+    assert configured.engine.requests[-1].timeout_s == 0.05
+
+
 @pytest.mark.parametrize(
     ("text", "param"), [("watchdog_s = -1", "watchdog_s"), ("no_such = 1", "no_such"), ("=", "config")]
 )

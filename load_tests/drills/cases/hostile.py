@@ -84,7 +84,15 @@ async def million_keys(site: Site) -> str:
     uploads = [site.upload(f"keys-{k}", site.adapter_files() | {_WEIGHTS: content}) for k in range(6)]
     for answer in await asyncio.gather(*uploads):
         expect(answer.status_code in (400, 413), f"{answer.status_code} {answer.text[:100]}")
-    return "six times refused"
+    entry = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    for within in (
+        b"{" + b",".join(b'"t%d":%b' % (i, entry) for i in range(19_900)) + b"}",
+        b'{"__metadata__":{' + b",".join(b'"%d":"%d"' % (i, i) for i in range(190_000)) + b"}}",
+    ):  # as much as the cap on a header's size lets in
+        files = site.adapter_files() | {_WEIGHTS: header(within)}
+        for answer in await asyncio.gather(*(site.upload(f"keys-{k}", files) for k in range(6))):
+            refused(answer, 400)
+    return "six times refused, and six each of the most tensors and values that a header of 4 MiB has"
 
 
 @case(49, "a PUT that dribbles", "least rate, total time; DELETE wins")
@@ -100,11 +108,12 @@ async def dribbling_put(site: Site) -> str:
     return f"another PUT {second.status_code}, DELETE {gone.status_code}"
 
 
-@case(52, "(?R) in target_modules; 5,000 tiny patterns", "400")
+@case(52, "(?R) in target_modules; 40,000 tiny patterns", "400")
 async def hostile_patterns(site: Site) -> str:
     wanted = {
         "target_modules": changed_config(site, target_modules="(a|(?R))*"),
         "rank_pattern": changed_config(site, rank_pattern={f"a{i}": 4 for i in range(5_000)}),
+        "adapter_config.json": changed_config(site, rank_pattern={f"a{i}": 4 for i in range(40_000)}),
         "alpha_pattern": changed_config(site, alpha_pattern={"(?:" * 50 + "a" + ")*" * 50: 4}),
     }
     for field, files in wanted.items():

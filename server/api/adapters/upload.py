@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
@@ -23,6 +23,8 @@ from server.registry.sources.upload import Upload, check_size
 from server.registry.store import CHUNK_BYTES, FILE_NAMES
 from server.turns import Turns
 
+_GATHERED_BYTES = 64 * 2**20  # of all uploads together, before it is written
+_LEAST_GATHERED_BYTES = 16 * 2**10  # of one, of a rate that may be as low in a second
 _THREADS = 4  # for all uploads, so that those who wait for them hold up nothing else
 _DRAINED_BYTES, _DRAINED_SECONDS = 32 * 2**20, 2.0  # of a refused upload, so that its client reads why
 
@@ -65,7 +67,8 @@ async def receive(face: Face, request: Request, *, name: str | None, replace: bo
         try:
             if name is not None:
                 publication.begin(name)
-            return await _receive_into(publication, request.headers.get("content-type", ""), body, face)
+            with _counted(face):
+                return await _receive_into(publication, request.headers.get("content-type", ""), body, face)
         except ClientDisconnect as error:
             raise InvalidRequest("The client went away before its upload was complete.") from error
         except ChorusError:
@@ -131,23 +134,33 @@ async def _receive_into(
         return publication.publish(upload.finish(), description=description)
 
     upload = Upload(content_type, publication.staging, on_field, face.settings.limits)
-    async for pieces in _gathered(_in_time(body, face.settings.upload_timeout_s, face.upload_turns)):
+    chunks = _in_time(body, face.settings.upload_timeout_s, face.upload_turns)
+    async for pieces in _gathered(chunks, lambda: _GATHERED_BYTES // max(face.uploads, 1)):
         await in_thread(partial(_feed, upload, pieces), UPLOADERS)
     return await in_thread(finish, UPLOADERS)
+
+
+@contextmanager
+def _counted(face: Face) -> Iterator[None]:
+    face.uploads += 1
+    try:
+        yield
+    finally:
+        face.uploads -= 1
 
 
 def _feed(upload: Upload, pieces: list[bytes]) -> None:
     upload.feed(b"".join(pieces))
 
 
-async def _gathered(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """A megabyte at a time."""
+async def _gathered(chunks: AsyncIterator[bytes], share: Callable[[], int]) -> AsyncIterator[list[bytes]]:
+    """A megabyte at a time, or `share` bytes where that is less: what thousands leave half sent is memory."""
     pieces: list[bytes] = []
     size = 0
     async for chunk in chunks:
         pieces.append(chunk)
         size += len(chunk)
-        if size >= CHUNK_BYTES:
+        if size >= min(CHUNK_BYTES, max(share(), _LEAST_GATHERED_BYTES)):
             yield pieces
             pieces, size = [], 0
     yield pieces

@@ -23,6 +23,20 @@ def check_limits(request: Request) -> None:
 
 
 @contextmanager
+def within_limits_of_requests(request: Request) -> Iterator[None]:
+    """While one runs that costs no tokens of a model. Raises RateLimited."""
+    check_limits(request)
+    quotas = face_of(request).quotas
+    if quotas is None:
+        yield
+        return
+    subjects = _subjects(request)
+    with quotas.enter(subjects, 0):
+        request.state.headers = quotas.headers(subjects)
+        yield
+
+
+@contextmanager
 def within_limits(request: Request, leased: LeasedMix, prompt_tokens: int) -> Iterator[Grant]:
     """While it runs. Raises RateLimited."""
     quotas = face_of(request).quotas
