@@ -25,7 +25,7 @@ from pydantic_settings import (
 # What a running server takes over when its --config file is read again. All else is read once, at start.
 RELOADABLE = frozenset({
     "max_upload_bytes", "max_unpacked_bytes", "upload_timeout_s", "max_request_bytes", "max_unread_bytes",
-    "request_timeout_s", "shutdown_grace_s", "watchdog_s", "log_level",
+    "max_waiting_requests", "request_timeout_s", "shutdown_grace_s", "watchdog_s", "log_level",
 })  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

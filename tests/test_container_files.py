@@ -51,7 +51,7 @@ def _metric_names() -> set[str]:
     )  # fmt: skip
     engine: Any = SimpleNamespace(state="ready", restarts=0, info=info, stats=_stats())
     metrics = Metrics(engine, lambda digest: digest)
-    metrics.watch_queue(lambda: 0, 1)
+    metrics.watch_queue(lambda: 0, lambda: 1)
     metrics.adapters.count(Served("a", "a", "completed", 1, 1, 0.1))
     text = (metrics.render() + metrics.render_adapters()).decode()
     samples = {s.name for family in text_string_to_metric_families(text) for s in family.samples}

@@ -27,15 +27,16 @@ class Acceptor:
         listener: socket.socket,
         new_protocol: Callable[[], asyncio.Protocol],
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         handshake_s: float | None = None,
     ) -> None:
-        """Begins at once. `handshake_s`: how long a client may take to agree on TLS."""
+        """Begins at once. `tls` is asked for each connection, as certificates are renewed; `handshake_s`: how
+        long a client may take to agree on it."""
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._new_protocol = new_protocol
         self._tls = tls
-        self._handshake_s = handshake_s if tls is not None else None
+        self._handshake_s = handshake_s
         self._opening: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         listener.setblocking(False)
@@ -78,9 +79,11 @@ class Acceptor:
     async def _open(self, taken: socket.socket) -> None:
         try:
             taken.setblocking(False)
+            tls = self._tls()
+            handshake_s = self._handshake_s if tls is not None else None
             with suppress(OSError):  # by which a client's TLS fails, or the client has gone
                 await self._loop.connect_accepted_socket(
-                    self._new_protocol, taken, ssl=self._tls, ssl_handshake_timeout=self._handshake_s
+                    self._new_protocol, taken, ssl=tls, ssl_handshake_timeout=handshake_s
                 )
         except BaseException:
             taken.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ class Face:
     body_room: BodyRoom = field(default_factory=BodyRoom)
     upload_turns: Turns = field(default_factory=Turns)
     uploads: int = 0  # that come now
+    tls: ssl.SSLContext | None = None  # for connections that begin now
     waiting_room: WaitingRoom = field(init=False)
     keyring: Keyring | None = None  # open when the data folder is
     usage: UsageLedger | None = None  # the same
@@ -82,7 +84,7 @@ class Face:
 
     def __post_init__(self) -> None:
         self.waiting_room = WaitingRoom(self.settings.max_waiting_requests)
-        self.metrics.watch_queue(lambda: self.waiting_room.waiting, self.settings.max_waiting_requests)
+        self.metrics.watch_queue(lambda: self.waiting_room.waiting, lambda: self.waiting_room.limit)
 
     @property
     def status(self) -> str:

@@ -71,9 +71,10 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
-        tls, handshake_s = self.config.ssl, self._face.settings.read_timeout_s
+        face, handshake_s = self._face, self._face.settings.read_timeout_s
         acceptors = [
-            Acceptor(each, self._connection, tls=tls, handshake_s=handshake_s) for each in sockets or ()
+            Acceptor(each, self._connection, tls=lambda: face.tls, handshake_s=handshake_s)
+            for each in sockets or ()
         ]
         self.servers = cast("list[asyncio.Server]", acceptors)  # uvicorn closes them, and waits for their end
         self.started = True
@@ -180,10 +181,10 @@ def run(
     app = create_app(settings, engine, base, on_ready=on_ready, on_failed=on_failed)
     limits = ConnectionLimits.of(settings)
     limits = replace(limits, connections=_room_for(limits.connections))
-    encrypted = {"ssl_context_factory": lambda config, default: tls} if tls else {}
     config = ConnectionConfig(
-        app, settings, limits=limits, lifespan="on", timeout_graceful_shutdown=_UPLOADS_S, **encrypted
+        app, settings, limits=limits, lifespan="on", timeout_graceful_shutdown=_UPLOADS_S
     )
+    app.state.face.tls = tls
     server = Server(config, app.state.face)
     sys.setswitchinterval(_SWITCH_S)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

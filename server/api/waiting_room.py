@@ -41,11 +41,11 @@ class WaitingRoom:
 
     With nobody waiting any request is let in, so that none is too large for ever. A named tenant may have at
     most four times as many waiting as there are places left: alone it fills four fifths of them, and each
-    further tenant finds some. `clock`: seconds.
+    further tenant finds some. `limit` may change: who waits by then goes on. `clock`: seconds.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
+        self.limit = limit
         self._clock = clock
         self._waiting = 0
         self._by_tenant = Counter[str]()
@@ -60,10 +60,10 @@ class WaitingRoom:
         """Raises QueueFull, or QueueShareFull where others would still be let in."""
         if not self._waiting:
             return
-        free = self._limit - self._waiting - sequences
+        free = self.limit - self._waiting - sequences
         if free < 0:
             raise QueueFull(
-                f"As many sequences wait for their first token as this server lets: {self._limit}.",
+                f"As many sequences wait for their first token as this server lets: {self.limit}.",
                 retry_after_s=self.retry_after_s,
             )
         if tenant and self._by_tenant[tenant] + sequences > _TENANT_SHARE * free:

@@ -53,11 +53,11 @@ class Metrics:
             made.labels(value)
         return made
 
-    def watch_queue(self, waiting: Callable[[], int], limit: int) -> None:
+    def watch_queue(self, waiting: Callable[[], int], limit: Callable[[], int]) -> None:
         """Show how many sequences wait for their first token, of how many that may."""
         text = "Without a first token."
         Gauge("chorus_queue_sequences", text, registry=self._registry).set_function(waiting)
-        Gauge("chorus_queue_limit", "How many may.", registry=self._registry).set(limit)
+        Gauge("chorus_queue_limit", "How many may.", registry=self._registry).set_function(limit)
 
     def count_request(self, outcome: str, reason: str | None = None) -> None:
         """One inference request that has ended; `reason`: of the error that it ended with."""

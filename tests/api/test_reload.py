@@ -39,6 +39,7 @@ async def test_what_has_changed_is_taken_over_and_told(configured: Site, file: P
     assert answer.json() == {
         "changed": {"max_request_bytes": 500, "watchdog_s": 9.0, "log_level": "error"},
         "needs_restart": ["max_num_seqs"],
+        "certificate": False,
     }
     assert (await configured.complete(prompt="x" * 1000)).status_code == 413
     assert logging.getLogger().level == logging.ERROR
@@ -54,6 +55,25 @@ async def test_what_is_asked_of_each_request_changes_with_the_next(configured: S
     }  # fmt: skip
     await configured.complete()
     assert configured.engine.requests[-1].timeout_s == 0.05
+
+
+async def test_the_waiting_room_grows_and_shrinks_around_those_who_wait(configured: Site, file: Path) -> None:
+    room = configured.face.waiting_room
+
+    async def limited_to(sequences: int) -> float:
+        write(file, KEPT + f"max_waiting_requests = {sequences}\n")
+        answer = await configured.client.post("/v1/admin/reload")
+        assert answer.json()["changed"] == {"max_waiting_requests": sequences}
+        metrics = (await configured.client.get("/metrics")).text
+        return float(metrics.partition("\nchorus_queue_limit ")[2].partition("\n")[0])
+
+    with room.enter("", 3):
+        assert await limited_to(2) == 2
+        assert room.waiting == 3
+        refused = await configured.complete()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert await limited_to(4) == 4
+        assert (await configured.complete()).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trustme
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from server.api.tls import tls_context
@@ -79,6 +81,44 @@ def test_https(tmp_path: Path, files: Path, authority: trustme.CA) -> None:
         assert server.wait(20) == 0
         assert server.stderr is not None
         assert "Traceback" not in server.stderr.read()
+
+
+def presented(url: str) -> int:
+    """The serial number of the certificate that a new connection is shown."""
+    host, _, port = url.removeprefix("https://").rpartition(":")
+    pem = ssl.get_server_certificate((host, int(port)), timeout=20)
+    return x509.load_pem_x509_certificate(pem.encode()).serial_number
+
+
+def test_a_renewed_certificate_is_taken_over_and_a_wrong_one_is_not(
+    tmp_path: Path, files: Path, authority: trustme.CA
+) -> None:
+    own = tmp_path / "own.pem"
+    shutil.copy(files / "both.pem", own)
+    config = tmp_path / "chorus.toml"
+    config.write_text("watchdog_s = 9\n")
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with (
+        served(tmp_path, {"ssl_certfile": str(own), "config": str(config)}) as (server, url),
+        httpx.Client(verify=trusting, base_url=url) as client,
+    ):
+        first = presented(url)
+        config.write_text("watchdog_s = 8\n")
+        own.write_bytes((files / "chain.pem").read_bytes())  # the key is not there any more
+        refused = client.post("/v1/admin/reload")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "ssl_certfile")
+        assert str(tmp_path) not in refused.text
+        assert presented(url) == first
+        renewed = authority.issue_cert("localhost", "127.0.0.1")
+        own.write_bytes(renewed.private_key_and_cert_chain_pem.bytes())
+        taken = client.post("/v1/admin/reload")  # on the connection that the first one was for
+        assert taken.json() == {"changed": {"watchdog_s": 8.0}, "needs_restart": [], "certificate": True}
+        assert presented(url) not in (first, 0)
+        with httpx.Client(verify=trusting, base_url=url) as another:
+            assert another.get("/health/ready").status_code == 200
+        server.terminate()
+        assert server.wait(20) == 0
 
 
 def test_a_client_that_never_agrees_on_tls_is_closed(tmp_path: Path, files: Path) -> None:

@@ -23,7 +23,7 @@ def metrics_of(name_of: Any = lambda digest: f"tenant/customer-{int(digest, 16)}
         state="ready", restarts=0, info=engine_info(), stats=msgspec.structs.replace(empty_stats(), **fields)
     )
     metrics = Metrics(engine, name_of, "Llama-3.1-8B-Instruct")
-    metrics.watch_queue(lambda: 123_456, 123_456)
+    metrics.watch_queue(lambda: 123_456, lambda: 123_456)
     return metrics
 
 
