@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,16 +42,15 @@ def play_all(
 ) -> Iterator[Result]:
     """One server for each set of flags, and one for each case that wants its own; yields as they end.
 
-    `out` gets the servers' logs and data folders. A case that holds the loop longer than `most_held_ms` is
-    broken.
+    `out` gets the servers' logs and data folders, in place of those of an earlier run. A case that holds the
+    loop longer than `most_held_ms` is broken.
     """
     alone = [case for case in cases if case.own_server or case.model]
     shared = sorted((case for case in cases if case not in alone), key=_flags)
     groups = [list(group) for _, group in itertools.groupby(shared, key=_flags)]
     groups += [[case] for case in alone]
     for at, group in enumerate(groups):
-        folder = out / f"server-{at}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _emptied(out / f"server-{at}")
         try:
             served = group[0].model(model, folder) if group[0].model else model
         except CannotPlay as reason:
@@ -63,6 +64,14 @@ def play_all(
                 scratch.mkdir()
                 site = Site(server, data_dir, scratch, _first(adapters), _key(flags))
                 yield asyncio.run(playing.play(case, site))
+
+
+def _emptied(folder: Path) -> Path:
+    """Without what an earlier run has left there, which a case would take for its own."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _unplayed(case: Case, reason: CannotPlay) -> Result:

@@ -14,6 +14,7 @@ import server
 from server.access.keyring import Keyring
 from server.api import errors, health, keys, models, quotas, reload, usage
 from server.api.adapters import routes as adapters
+from server.api.adapters.changes import audit_folders
 from server.api.browser import BrowserGuard, HostNames
 from server.api.cors import AllowedOrigins, Cors
 from server.api.door import Door, check_host
@@ -79,6 +80,7 @@ def create_app(
     metrics = Metrics(engine, names.name_of, base.name)
     audit_log, traces = _open_records(settings)
     face = Face(settings, base, engine, tokenizer, readers, metrics, Sources.of(settings), style, names=names)
+    face.audit_log = audit_log
     engine.on_ready = face.restore_adapters
 
     @asynccontextmanager
@@ -222,7 +224,7 @@ def _open_registry(face: Face, folder: DataFolder) -> Registry:
         folder, info.lora_targets, info.parameters, limits, face.base.name, quota_of=face.quota_of
     )
     try:
-        register_tree(registry, face.settings.adapters)
+        audit_folders(face.audit_log, register_tree(registry, face.settings.adapters))
     except BaseException:
         registry.close()
         raise

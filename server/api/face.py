@@ -29,6 +29,7 @@ from server.messages import EngineInfo, ErrorCode
 from server.registry.records import AdapterVersion, LastLoad
 from server.registry.registry import Registry
 from server.registry.sources.table import Sources
+from server.telemetry.audit import AuditLog
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from server.turns import Turns
@@ -70,6 +71,7 @@ class Face:
     drain: Drain = field(default_factory=Drain)
     background: Background = field(default_factory=Background)
     names: AdapterNames = field(default_factory=AdapterNames)
+    audit_log: AuditLog = field(default_factory=AuditLog)
     body_room: BodyRoom = field(default_factory=BodyRoom)
     upload_turns: Turns = field(default_factory=Turns)
     uploads: int = 0  # that come now

@@ -69,7 +69,7 @@ def _read_config(settings: Settings) -> Settings:
 
 
 def _read_tls(settings: Settings) -> ssl.SSLContext | None:
-    """From the files that were named at start: another name for them is a setting that waits for a restart."""
+    """From the files named at start: another name for them is a setting that waits for a restart."""
     try:
         return tls_context(settings)
     except StartError as error:

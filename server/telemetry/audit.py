@@ -1,7 +1,7 @@
 """The audit log: who changed which adapter or key, when, and what came of it.
 
 A route says what is asked for (`audit`); the record is written when the answer is out, so that what was
-refused stands there too.
+refused stands there too. What the start changes is written at once (`AuditLog.record`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def audit(event: str, request: Request, **facts: object) -> None:
     record = request.scope.setdefault("state", {}).setdefault(_ATTRIBUTE, {})
     record["event"] = event
     for name, value in facts.items():
-        record[name] = value[:_LONGEST] if isinstance(value, str) else value
+        record[name] = _cut(value)
+
+
+def _cut(value: object) -> object:
+    return value[:_LONGEST] if isinstance(value, str) else value
 
 
 class AuditLog:
@@ -59,8 +63,15 @@ class AuditLog:
         facts = {**asked, "outcome": outcome, "status": status, "client": client, **request_facts(state)}
         if state.get("error_code"):
             facts["error"] = state["error_code"]
-        name = ascii(asked.get("name", ""))[1:-1]  # a log line stays one line
-        logger.info("%s %s %s", asked["event"], name, outcome, extra={"facts": facts})
+        self._write(facts)
+
+    def record(self, event: str, **facts: object) -> None:
+        """A change that no request asked for, with its `name` and `outcome`. Never raises OSError."""
+        self._write({"event": event} | {name: _cut(value) for name, value in facts.items()})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        name = ascii(facts.get("name", ""))[1:-1]  # a log line stays one line
+        logger.info("%s %s %s", facts["event"], name, facts["outcome"], extra={"facts": facts})
         if self._path is not None:
             self._append(self._path, {"time": utc(time.time()), **facts})
 

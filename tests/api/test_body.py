@@ -88,6 +88,40 @@ async def test_who_was_given_up_gives_back_once() -> None:
     assert room.held == 0
 
 
+async def test_a_tenant_that_sends_more_makes_way_for_others_and_they_never_for_it() -> None:
+    room = BodyRoom(100)
+    ended: list[str] = []
+
+    async def body(tenant: str, name: str, size: int) -> None:
+        try:
+            async with room.enter(tenant) as grow:
+                grow(size)
+                await asyncio.Event().wait()
+        except Unavailable:
+            ended.append(name)
+
+    async with asyncio.TaskGroup() as senders:
+        sent = []
+
+        async def send(tenant: str, name: str, size: int) -> None:
+            sent.append(senders.create_task(body(tenant, name, size)))
+            await asyncio.sleep(0.01)
+
+        await send("quiet", "q0", 30)
+        for at in range(4):
+            await send("loud", f"l{at}", 30)
+        assert ended == ["l0", "l1"]
+        await send("quiet", "q1", 15)
+        assert ended == ["l0", "l1", "l2"]  # though the other has more by number now
+        await send("third", "t0", 40)
+        assert ended == ["l0", "l1", "l2", "q0"]  # who holds the most, whoever that is
+        assert room.held == 30 + 15 + 40
+        for each in sent:
+            each.cancel()
+    assert room.held == 0
+    assert not room._by_tenant
+
+
 async def test_of_many_uploads_each_keeps_less_in_memory() -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(64):

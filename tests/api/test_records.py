@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ async def test_every_change_of_an_adapter_is_audited_and_so_is_what_was_refused(
         for quiet in ("/v1/adapters", "/v1/models", "/v1/adapters/sql", "/metrics"):
             await call.get(quiet)
         await site.complete(model="sql")
-    kept = records(path)
+    kept = [record for record in records(path) if "status" in record]  # not of the start
     assert [told(record, "event", "name", "outcome", "status", "error") for record in kept] == [
         ("adapter.replace", "new", "completed", 201, None),
         ("adapter.replace", "new", "completed", 200, None),
@@ -60,6 +61,31 @@ async def test_every_change_of_an_adapter_is_audited_and_so_is_what_was_refused(
     assert kept[1]["change"] == "unchanged"
     assert kept[4]["pin"] is True
     assert all(len(record["request_id"]) > 3 for record in kept)
+
+
+async def test_what_the_adapters_folder_changes_at_a_start_is_audited(tmp_path: Path) -> None:
+    """What was there before is not told again; what is refused is, at each start."""
+    path = tmp_path / "audit.jsonl"
+    adapter_files.write(tmp_path / "adapters" / "gone", adapter_files.files(seed=8))
+    (tmp_path / "adapters" / "bad").mkdir()
+    (tmp_path / "adapters" / "bad" / "adapter_config.json").write_text("{}")
+    async with open_site(tmp_path, audit_log=path):
+        first = records(path)
+    shutil.rmtree(tmp_path / "adapters" / "gone")
+    async with open_site(tmp_path, audit_log=path):
+        second = records(path)[len(first) :]
+    assert [told(record, "event", "name", "outcome", "version", "change") for record in first] == [
+        ("adapter.create", "bad", "rejected", None, None),
+        ("adapter.create", "gone", "completed", 1, "created"),
+        ("adapter.create", "sql", "completed", 1, "created"),
+        ("adapter.create", "team/json", "completed", 1, "created"),
+    ]
+    assert "safetensors" in first[0]["reason"]
+    assert first[1]["source"] == "folder:gone"
+    assert [told(record, "event", "name", "outcome") for record in second] == [
+        ("adapter.create", "bad", "rejected"),
+        ("adapter.delete", "gone", "completed"),
+    ]
 
 
 async def test_an_audit_file_that_cannot_be_opened_ends_the_start(tmp_path: Path) -> None:

@@ -53,7 +53,11 @@ def test_cases_a_fuzz_and_a_soak_in_short(tmp_path: Path) -> None:
         *told,
     ]
     cases = [dataclasses.replace(case, flags=flags) for case in played]
+    of_an_earlier_run = tmp_path / "server-0" / f"case-{FAST[0]}" / "written"
+    of_an_earlier_run.parent.mkdir(parents=True)
+    of_an_earlier_run.touch()
     results = {result.number: result for result in play_all(cases, MODEL, ADAPTERS, tmp_path, math.inf)}
+    assert not of_an_earlier_run.exists()
     *sound, leaking, broken = results.values()
     assert [(one.number, one.seen, one.leaks) for one in sound if one.verdict != "kept"] == []
     assert {one.number for one in sound} == {*FAST, 101, 102, 103}

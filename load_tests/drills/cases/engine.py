@@ -199,6 +199,13 @@ def small_disk(model: Path, folder: Path) -> Path:
 
 @case(27, "disk full", "507; what was there still serves", own_server=True, model=small_disk)
 async def disk_full(site: Site) -> str:
+    try:
+        return await _fill_disk(site)
+    finally:
+        await asyncio.create_subprocess_exec("umount", "-l", str(site.data_dir))
+
+
+async def _fill_disk(site: Site) -> str:
     files = site.adapter_files()
     statuses = []
     for k in range(40):
@@ -210,7 +217,6 @@ async def disk_full(site: Site) -> str:
     expect(answer.status_code == 200, answer.text[:100])
     gone = await site.http.delete("/v1/adapters/many-0")
     expect(gone.status_code in (200, 202), f"a delete on the full disk: {gone.status_code}")
-    await asyncio.create_subprocess_exec("umount", "-l", str(site.data_dir))
     return f"{len(statuses) - 1} times 201, then 507; serves; delete {gone.status_code}"
 
 

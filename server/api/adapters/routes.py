@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.adapters.changes import change_of
 from server.api.adapters.upload import UPLOAD_FORM, UPLOADERS, fetch, in_thread, receive
 from server.api.adapters.views import (
     AdapterListView,
@@ -219,7 +220,7 @@ async def load_lora_adapter(request: Request) -> Response:
         published = await in_thread(call, UPLOADERS)
     except ChorusError as error:
         raise _as_compatible(error) from error
-    audit(event, request, **_change(published))
+    audit(event, request, **change_of(published))
     _follow_up(face, published)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is loaded.")
 
@@ -242,16 +243,9 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 
 def _published(request: Request, published: Published) -> Response:
-    audit("adapter.replace" if request.method == "PUT" else "adapter.create", request, **_change(published))
+    audit("adapter.replace" if request.method == "PUT" else "adapter.create", request, **change_of(published))
     _follow_up(face_of(request), published)
     return JSONResponse(published_view(published.version), 201 if published.outcome == "created" else 200)
-
-
-def _change(published: Published) -> dict[str, object]:
-    """For the audit log."""
-    version = published.version
-    known = {"name": version.name, "version": version.number, "digest": version.digest}
-    return {**known, "source": version.source, "change": published.outcome}
 
 
 def _follow_up(face: Face, published: Published) -> None:

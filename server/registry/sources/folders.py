@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import ChorusError, Conflict
 from server.peft.format import CONFIG_NAME
+from server.registry.records import Published
 from server.registry.registry import Registry
 from server.registry.sources.local import copy_folder
 from server.registry.store import FILE_NAMES
@@ -19,12 +21,23 @@ _DEPTH = 4
 _log = logging.getLogger(__name__)
 
 
-def register_tree(registry: Registry, root: Path | None) -> list[tuple[str, str | None]]:
+@dataclass(frozen=True)
+class FolderOutcome:
+    """What came of one folder. `error`: why it was refused. `published`: None where nothing was written, as
+    when it was registered before. `gone`: it is there no longer, and its name is not served any more."""
+
+    name: str
+    error: str | None = None
+    published: Published | None = None
+    gone: bool = False
+
+
+def register_tree(registry: Registry, root: Path | None) -> list[FolderOutcome]:
     """Make each PEFT folder under `root` an adapter named by its path below `root`.
 
     Unchanged folders are not read again, changed ones become a new version, and names that came from a
     folder alone go when it is there no longer. A name that was uploaded is left alone. Nothing in a folder
-    stops the start: what is wrong is logged, listed as failed and returned, by name (None: all is well).
+    stops the start: what is wrong is logged, listed as failed and returned.
     """
     if root is not None and not root.is_dir():
         _log.error("the adapters folder %s does not exist; what came from it before is kept", root)
@@ -32,40 +45,40 @@ def register_tree(registry: Registry, root: Path | None) -> list[tuple[str, str 
     folders = dict(adapter_folders(root)) if root is not None else {}
     stamps = registry.folder_stamps()
 
-    def register(name: str) -> str | None:
-        reason = _register(registry, name, folders[name], stamps.get(name))
-        if reason is not None:
-            _log.error("adapter folder %s was not registered: %s", name, reason)
-            registry.failed(name, reason)
-        return reason
+    def register(name: str) -> FolderOutcome:
+        outcome = _register(registry, name, folders[name], stamps.get(name))
+        if outcome.error is not None:
+            _log.error("adapter folder %s was not registered: %s", name, outcome.error)
+            registry.failed(name, outcome.error)
+        return outcome
 
     with ThreadPoolExecutor(4, thread_name_prefix="adapter-folder") as pool:
-        outcome = list(zip(folders, pool.map(register, folders), strict=True))
+        outcomes = list(pool.map(register, folders))
     for name in stamps.keys() - folders.keys():
         sources = [version.version.source for version in registry.get(name).versions]
         if all(source.startswith(FOLDER_SOURCE) for source in sources):
             _log.info("adapter %s: its folder is gone, so it is not served any more", name)
             registry.delete(name)
-    return outcome
+            outcomes.append(FolderOutcome(name, gone=True))
+    return outcomes
 
 
-def _register(registry: Registry, name: str, folder: Path, known_stamp: str | None) -> str | None:
-    """Returns why it failed."""
+def _register(registry: Registry, name: str, folder: Path, known_stamp: str | None) -> FolderOutcome:
     try:
         stamp = folder_stamp(folder)
         if stamp is not None and stamp == known_stamp:
-            return None
+            return FolderOutcome(name)
         with registry.publication(create=True, replace=known_stamp is not None) as publication:
             publication.begin(name)
             copy_folder(folder, publication.staging)
-            publication.publish(FOLDER_SOURCE + name, stamp=stamp)
-        return None
+            published = publication.publish(FOLDER_SOURCE + name, stamp=stamp)
+        return FolderOutcome(name, published=published)
     except Conflict:
-        return "an adapter of this name was uploaded and is served instead of the folder"
+        return FolderOutcome(name, "an adapter of this name was uploaded and is served instead of the folder")
     except ChorusError as error:
-        return error.message
+        return FolderOutcome(name, error.message)
     except OSError as error:
-        return f"its files cannot be read: {error.strerror}"
+        return FolderOutcome(name, f"its files cannot be read: {error.strerror}")
 
 
 def folder_stamp(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import ModelNotFound
 from server.registry.registry import Registry
-from server.registry.sources.folders import register_tree
+from server.registry.sources.folders import FolderOutcome, register_tree
 from tests.registry import adapter_files
 from tests.registry.conftest import Publish
 
@@ -32,7 +32,7 @@ def test_a_folder_tree_is_registered(
     (root / "README.md").write_text("not an adapter")
     registry = reopen()
     with caplog.at_level(logging.ERROR):
-        outcome = dict(register_tree(registry, root))
+        outcome = {each.name: each.error for each in register_tree(registry, root)}
     assert outcome["sql"] is None
     assert outcome["team/json"] is None
     assert {name for name, error in outcome.items() if error} == {"bad", "not a name", "pickle"}
@@ -63,7 +63,7 @@ def test_only_changed_folders_are_read_again(
         Registry, "look", lambda self, name, **kw: (read.append(name.name), real(self, name, **kw))[1]
     )
     registry = reopen()
-    assert register_tree(registry, root) == [("a", None), ("b", None)]
+    assert register_tree(registry, root) == [FolderOutcome("a"), FolderOutcome("b")]
     assert read == []
     assert registry.acquire("a").version.number == 2
 
@@ -85,7 +85,8 @@ def test_folders_that_went_are_not_served_any_more(reopen: Reopen, publish: Publ
     for name in ("goes", "was-replaced"):
         (root / name / "adapter_config.json").unlink()
     registry = reopen()
-    register_tree(registry, root)
+    gone = [each.name for each in register_tree(registry, root) if each.gone]
+    assert gone == ["goes"]
     assert [v.name for v in registry.current_versions()] == ["stays", "uploaded", "was-replaced"]
     register_tree(registry, tmp_path / "mistyped")
     assert len(registry.current_versions()) == 3
@@ -97,7 +98,7 @@ def test_an_uploaded_name_is_not_taken_over_by_a_folder(
     version = publish(registry, "a", seed=1).version
     root = tmp_path / "adapters"
     adapter_files.write(root / "a", adapter_files.files(seed=2))
-    ((_, error),) = register_tree(registry, root)
-    assert error is not None
-    assert "uploaded" in error
+    (outcome,) = register_tree(registry, root)
+    assert outcome.error is not None
+    assert "uploaded" in outcome.error
     assert registry.acquire("a").version == version
