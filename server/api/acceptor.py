@@ -25,7 +25,7 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        new_protocol: Callable[[], asyncio.Protocol],
+        new_protocol: Callable[[], asyncio.BaseProtocol],
         *,
         tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         handshake_s: float | None = None,

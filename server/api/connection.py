@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from server.api.errors import error_response
 from server.api.exchange import AnswerFlow, Exchange
+from server.api.intake import Intake
 from server.config import Settings
 from server.errors import ChorusError, HeadTooLarge, InvalidRequest, TooSlow, Unavailable
 from server.turns import Turns
@@ -85,6 +86,7 @@ class ConnectionConfig(uvicorn.Config):
         self.limits = limits or ConnectionLimits.of(settings)
         self.entrance = Turns()
         self.reading = Turns(_READ_AT_ONCE)
+        self.intake = Intake()
 
 
 class Connection(HttpToolsProtocol):
@@ -95,6 +97,7 @@ class Connection(HttpToolsProtocol):
         self._limits = config.limits
         self._entrance = config.entrance
         self._pieces = config.reading
+        self._intake = config.intake
         self._unread = 0  # pieces that have come and wait for a turn of the loop
         self._held = False  # no more of them is wanted meanwhile
         self._reading: Literal["nothing", "head", "body"] = "nothing"
@@ -130,6 +133,7 @@ class Connection(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._unread += 1
+        self._intake.waiting += len(data)
         at_once = self._unread == 1 and data.startswith(_PROBE)
         self._pieces.enter(partial(self._take, data), at_once=at_once)
         if self._unread and not self._held:
@@ -139,6 +143,7 @@ class Connection(HttpToolsProtocol):
     def _take(self, data: bytes) -> None:
         """A piece in its turn: thousands that come at once must not hold up the others."""
         self._unread -= 1
+        self._intake.waiting -= len(data)
         if not self._refused and not self.transport.is_closing():
             self._parse(data)
         if self._held and not self._unread:

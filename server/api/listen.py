@@ -27,6 +27,7 @@ from server.api.acceptor import Acceptor
 from server.api.app import create_app
 from server.api.connection import Connection, ConnectionConfig, ConnectionLimits
 from server.api.face import Face
+from server.api.intake import Inlet
 from server.api.output import discard_output, say
 from server.api.signals import handling_signals
 from server.api.tls import tls_context
@@ -79,9 +80,10 @@ class Server(uvicorn.Server):
         self.servers = cast("list[asyncio.Server]", acceptors)  # uvicorn closes them, and waits for their end
         self.started = True
 
-    def _connection(self) -> asyncio.Protocol:
+    def _connection(self) -> asyncio.BaseProtocol:
         state = self.lifespan.state
-        return Connection(self._connections, self.server_state, state, self._loop)
+        connection = Connection(self._connections, self.server_state, state, self._loop)
+        return Inlet(connection, self._connections.intake)
 
     async def on_tick(self, counter: int) -> bool:
         now = asyncio.get_running_loop().time()
