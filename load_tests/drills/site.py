@@ -182,6 +182,11 @@ class Site:
         await self.http.post("/v1/adapters", json={"name": "absent", "source": "file:/absent"})
         await asyncio.gather(*(self.http.get("/v1/usage") for _ in range(16)))  # all connections to SQLite
 
+    def memory_mib(self) -> int:
+        """PSS of the face and its children."""
+        family = [self.face, *self.face.children(recursive=True)]
+        return int(sum(process.memory_full_info().pss for process in family)) // _MIB
+
     async def books(self) -> Books:
         """When all has ended, or after half a minute as it is."""
         with contextlib.suppress(TimeoutError):
@@ -189,15 +194,14 @@ class Site:
         await asyncio.sleep(1.0)  # one heartbeat, and connections that close
         metrics = await self.metrics()
         face = self.face
-        family = [face, *face.children(recursive=True)]
         return Books(
             running=int(metrics["vllm:num_requests_running"]),
             waiting=int(metrics["vllm:num_requests_waiting"]),
             kv_blocks_held=round(metrics["vllm:kv_cache_usage_perc"] * 1e6),
             staged=len(os.listdir(self.data_dir / "staging")),
             open_files=tuple(_open_files(face.pid)),
-            children=len(family) - 1,
-            memory_mib=sum(process.memory_full_info().pss for process in family) // _MIB,
+            children=len(face.children(recursive=True)),
+            memory_mib=self.memory_mib(),
         )
 
 

@@ -183,11 +183,45 @@ async def browser_pages(site: Site) -> str:
     return seen
 
 
-@case(51, "n=64, logprobs=20, 1,500 tokens, not streamed", "refused by a cap; encoded in pieces", limit_s=600)
+@case(
+    51,
+    "n=64, logprobs=20, 1,500 tokens, never read; the same not streamed",
+    "refused by a cap; cut at a bound; encoded in pieces",
+    limit_s=600,
+)
 async def large_answers(site: Site) -> str:
     many = {"prompt": "x", "n": 64, "ignore_eos": True, "temperature": 1, "logprobs": 20}
     beyond = await site.complete(**many, max_tokens=1500)
     expect(beyond.status_code == 400, f"beyond the cap: {beyond.status_code}")
     fits = await site.complete(**many, max_tokens=None)
     expect(fits.status_code == 200, f"as many as fit: {fits.status_code} {fits.text[:200]}")
-    return f"beyond the cap 400, as many as fit {len(fits.content) // 2**10} KiB"
+    unread = await _unread_logprobs(site)
+    return f"beyond the cap 400, as many as fit {len(fits.content) // 2**10} KiB; {unread}"
+
+
+async def _unread_logprobs(site: Site) -> str:
+    """The same amount in streams that nobody reads: refused in one request, held within bounds in 64."""
+    asked = {"model": site.base, "prompt": "x", "ignore_eos": True, "temperature": 1, "stream": True}
+    asked |= {"logprobs": 20, "max_tokens": 1500}
+    beyond = await site.complete(**asked, n=64)
+    expect(beyond.status_code == 400, f"a stream beyond the cap: {beyond.status_code}")
+    before, told = (await site.books()).memory_mib, await _generated(site)
+    async with connections(site, 64) as opened:
+        for _, writer in opened:
+            writer.write(site.posted(asked))
+        for reader, writer in opened:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            expect(b" 200 " in head[:20], f"no stream: {head[:80]!r}")
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # of the socket transport
+        most = 0
+
+        async def over() -> bool:
+            nonlocal most
+            most = max(most, await asyncio.to_thread(site.memory_mib))
+            return await site.idle()
+
+        await site.until(over, "the engine to be idle", 280)
+    tokens = await _generated(site) - told
+    seen = f"64 unread streams: {tokens:.0f} of {64 * 1500} tokens, {most - before} MiB more at the most"
+    expect(most - before < 64 * 8, seen)
+    return seen

@@ -16,6 +16,8 @@ from load_tests.drills.cases.adapters import scaled
 from load_tests.drills.cases.requests import refused
 from load_tests.drills.site import Site
 
+_LOADED_AT_ONCE = 32
+
 
 async def streams(site: Site, count: int, tokens: int = 400) -> list[asyncio.Task[httpx.Response]]:
     """Running requests: each gives a long answer, not streamed."""
@@ -169,8 +171,39 @@ async def _streamed(site: Site) -> str:
     return answer.text
 
 
-@case(60, "SIGHUP; second SIGTERM", "drain; clean exit", own_server=True)
+async def _while_unresponsive(site: Site) -> str:
+    """The engine stands still for a while, less than it may: what is asked then, and afterwards."""
+    engine = site.engine
+    engine.send_signal(signal.SIGSTOP)
+    try:
+
+        async def not_ready() -> bool:
+            return not await site.ready()
+
+        await site.until(not_ready, "not ready", 8)
+        calls = [site.complete(), site.complete("sentiment"), site.http.post("/v1/adapters/sentiment/load")]
+        calls += [site.complete(stream=True)]
+        answers = await asyncio.wait_for(asyncio.gather(*calls), 5)
+    finally:
+        engine.send_signal(signal.SIGCONT)
+    for answer in answers:
+        refused(answer, 503)
+        expect("retry-after" in answer.headers, f"no Retry-After: {dict(answer.headers)}")
+    await back(site)
+    expect((await site.complete()).status_code == 200, "no answer afterwards")
+    return f"unresponsive: {len(answers)} times 503"
+
+
+@case(
+    60,
+    "uploads while draining; requests while unresponsive; SIGHUP; second SIGTERM",
+    "503; drain; clean exit",
+    "--watchdog-s",
+    "2",
+    own_server=True,
+)
 async def other_signals(site: Site) -> str:
+    unresponsive = await _while_unresponsive(site)
     running = await streams(site, 1, tokens=1500)
     site.face.send_signal(signal.SIGHUP)
     await asyncio.sleep(0.5)
@@ -184,7 +217,10 @@ async def other_signals(site: Site) -> str:
     log = site.server.log_text()
     expect("Traceback" not in log, "a traceback in the log")
     expect(code == 143, f"exit {code}")
-    return f"draining: {seen}, upload 503; second signal: exit {code} after {time.monotonic() - began:.1f} s"
+    return (
+        f"{unresponsive}; draining: {seen}, upload 503; second signal: exit {code} after "
+        f"{time.monotonic() - began:.1f} s"
+    )
 
 
 def small_disk(model: Path, folder: Path) -> Path:
@@ -220,18 +256,39 @@ async def _fill_disk(site: Site) -> str:
     return f"{len(statuses) - 1} times 201, then 507; serves; delete {gone.status_code}"
 
 
-@case(26, "SIGKILL in mid-upload", "restart sweeps staging; the old version serves", own_server=True)
+@case(
+    26,
+    "SIGKILL in mid-upload or mid-load",
+    "restart sweeps staging; the old version serves",
+    "--host-cache-bytes",
+    "0",
+    own_server=True,
+)
 async def killed_in_mid_upload(site: Site) -> str:
-    await site.upload("kept", site.adapter_files())
+    files = site.adapter_files()
+    await site.upload("kept", files)
+    loading = [f"loading-{k}" for k in range(_LOADED_AT_ONCE)]
+    for k, name in enumerate(loading):
+        expect((await site.upload(name, scaled(files, 1 + k / 100))).status_code == 201, "no upload")
     before = (await site.complete("kept")).json()["choices"][0]["text"]
     writer = await site.half_an_upload("kept", sent=200_000)
     await asyncio.sleep(0.5)
+    loads = [asyncio.create_task(site.http.post(f"/v1/adapters/{name}/load")) for name in loading]
+    await asyncio.wait(loads, return_when=asyncio.FIRST_COMPLETED)
+    unanswered = sum(not load.done() for load in loads)
     site.face.kill()
     writer.transport.abort()
+    await asyncio.gather(*loads, return_exceptions=True)
+    expect(unanswered, "every load was over before the kill")
     await asyncio.to_thread(site.server.process.wait, 10)
     await asyncio.sleep(1)  # the engine sees that its parent is gone, the port is free
     await asyncio.to_thread(site.server.__enter__)
     after = (await site.complete("kept")).json()["choices"][0]["text"]
     staged = len(os.listdir(site.data_dir / "staging"))
     expect(after == before and not staged, f"staged {staged}, same answer: {after == before}")
-    return "staging empty, the old version answers"
+    loaded = [(await site.http.post(f"/v1/adapters/{name}/load")).status_code for name in loading]
+    expect(set(loaded) == {200}, f"loads afterwards: {loaded}")
+    return (
+        f"killed with {unanswered} of {len(loads)} loads and an upload on their way: staging empty, the old "
+        "version answers, all load"
+    )

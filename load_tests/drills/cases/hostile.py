@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,17 +41,19 @@ async def tar_bombs(site: Site) -> str:
     return "; ".join(seen)
 
 
-def of_rank(site: Site, rank: int) -> dict[str, bytes]:
-    """The sound adapter's first module alone, at another rank."""
+def of_rank(site: Site, rank: int, number: int = 0) -> dict[str, bytes]:
+    """The sound adapter's first module alone, at another rank, and with other weights for each number."""
     files = changed_config(site, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={})
     tensors = load(files[_WEIGHTS])
     module = sorted(tensors)[0].rpartition(".lora_")[0]
     inputs = tensors[f"{module}.lora_A.weight"].shape[1]
     outputs = tensors[f"{module}.lora_B.weight"].shape[0]
+    first = np.zeros((rank, inputs), np.float16)
+    first[0, :2] = divmod(number, 1000)
     return files | {
         _WEIGHTS: save(
             {
-                f"{module}.lora_A.weight": np.zeros((rank, inputs), np.float16),
+                f"{module}.lora_A.weight": first,
                 f"{module}.lora_B.weight": np.zeros((outputs, rank), np.float16),
             }
         )
@@ -95,7 +99,17 @@ async def million_keys(site: Site) -> str:
     return "six times refused, and six each of the most tensors and values that a header of 4 MiB has"
 
 
-@case(49, "a PUT that dribbles", "least rate, total time; DELETE wins")
+@case(
+    49,
+    "a PUT that dribbles",
+    "least rate, total time; DELETE wins",
+    "--read-timeout-s",
+    "1",
+    "--min-rate-bytes",
+    "64KiB",
+    "--upload-timeout-s",
+    "6",
+)
 async def dribbling_put(site: Site) -> str:
     await site.upload("dribbled", site.adapter_files())
     writer = await site.half_an_upload("dribbled")
@@ -105,7 +119,33 @@ async def dribbling_put(site: Site) -> str:
     writer.transport.abort()
     expect(second.status_code == 200, f"another PUT meanwhile: {second.status_code} {second.text[:100]}")
     expect(gone.status_code in (200, 202), f"a DELETE meanwhile: {gone.status_code} {gone.text[:100]}")
-    return f"another PUT {second.status_code}, DELETE {gone.status_code}"
+    slow, long = await asyncio.gather(_put_at(site, 1), _put_at(site, 128 * 1024))
+    await nothing_left(site, "paced")
+    expect(slow[0] < 5, f"a byte a second: ended after {slow[0]:.1f} s")
+    expect(4 < long[0] < 12, f"at twice the least rate: ended after {long[0]:.1f} s")
+    for _, said in (slow, long):
+        expect(b" 408 " in said[:20], f"{said[:60]!r}")
+    return (
+        f"another PUT {second.status_code}, DELETE {gone.status_code}; a byte a second: 408 after "
+        f"{slow[0]:.1f} s, at twice the least rate: 408 after {long[0]:.1f} s"
+    )
+
+
+async def _put_at(site: Site, rate: int) -> tuple[float, bytes]:
+    """An upload of so many bytes a second without end: after how many seconds it was answered, and what."""
+    reader, writer = await site.connect()
+    headers = "content-length: 100000000", "content-type: multipart/form-data; boundary=b"
+    part = 'content-disposition: form-data; name="files"; filename="adapter_model.safetensors"'
+    writer.write(site.head("PUT /v1/adapters/paced", *headers) + f"\r\n--b\r\n{part}\r\n\r\n".encode())
+    began = time.monotonic()
+    answer = asyncio.create_task(reader.readline())
+    with contextlib.suppress(ConnectionError):
+        while not answer.done() and time.monotonic() - began < 20:
+            writer.write(bytes(max(rate // 10, 1)))
+            await asyncio.wait([answer], timeout=0.1 if rate > 1 else 1.0)
+    seconds = time.monotonic() - began
+    writer.transport.abort()
+    return seconds, await answer if answer.done() else b"nothing"
 
 
 @case(52, "(?R) in target_modules; 40,000 tiny patterns", "400")
