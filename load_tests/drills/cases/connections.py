@@ -217,6 +217,7 @@ async def _unread_logprobs(site: Site) -> str:
 
         async def over() -> bool:
             nonlocal most
+            await asyncio.sleep(1)  # to count pages holds the processes up
             most = max(most, await asyncio.to_thread(site.memory_mib))
             return await site.idle()
 
