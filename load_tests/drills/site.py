@@ -193,6 +193,7 @@ class Site:
             await self.until(self.idle, "the server to be idle")
         await asyncio.sleep(1.0)  # one heartbeat, and connections that close
         metrics = await self.metrics()
+        await asyncio.sleep(0.2)  # the connection of this call closes, too
         face = self.face
         return Books(
             running=int(metrics["vllm:num_requests_running"]),
