@@ -11,7 +11,7 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-_TAKEN_AT_ONCE = 16  # connections, in one turn; each costs some 100 microseconds
+_TAKEN_AT_ONCE = 16  # connections, in one turn of the loop
 _PAUSE_S = 1.0  # when the process or the machine has no descriptor or memory for another
 
 

@@ -34,9 +34,7 @@ _LINGER_BYTES = 2**20  # and so much
 _MOST_EARNED_S = 60.0  # that what came of a body faster than it must gives to the rest of it
 _LATE_ANSWER_S = 5.0  # after the end of a body's time, for the error to go out
 _REFUSED_AT_ONCE = 128  # connections over the limit that are told so; more of them are only closed
-_READ_AT_ONCE = (
-    8  # pieces of what clients send, in a turn of the loop; one may be the rest of a body, which is then read
-)
+_READ_AT_ONCE = 8  # pieces of what clients send, in a turn of the loop; one may complete a body
 _PROBE = b"GET /health"
 _EVICTED_SHARE = 64  # of all connections, one in so many is closed when room is needed
 

@@ -39,10 +39,10 @@ class Inlet(asyncio.BufferedProtocol):
         self._intake = intake
         self._hand_on = protocol.data_received
         self.connection_made = protocol.connection_made  # type: ignore[method-assign]  # without another call
-        self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
-        self.eof_received = protocol.eof_received  # type: ignore[method-assign]
-        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
+        self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]  # as above
+        self.eof_received = protocol.eof_received  # type: ignore[method-assign]  # as above
+        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]  # as above
+        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]  # as above
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._intake.room

@@ -95,7 +95,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _check_connections(self, now: float, elapsed: float) -> None:
-        """A few closings at a time: a thousand clients that are late at once must not hold up the others."""
+        """A few closings or some hundred looks at a time: thousands of clients must not hold up others."""
         room = 1.0
         for connection in list(self.server_state.connections):
             closed = isinstance(connection, Connection) and connection.check(now, elapsed)

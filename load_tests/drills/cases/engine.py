@@ -34,6 +34,15 @@ async def streams(site: Site, count: int, tokens: int = 400) -> list[asyncio.Tas
     return tasks
 
 
+async def _not_ready(site: Site, most_s: float) -> None:
+    """Until it says so."""
+
+    async def over() -> bool:
+        return not await site.ready()
+
+    await site.until(over, "not ready", most_s)
+
+
 async def back(site: Site) -> float:
     """Seconds until it is ready again."""
     began = time.monotonic()
@@ -124,11 +133,7 @@ async def engine_dies(site: Site) -> str:
 async def engine_hangs(site: Site) -> str:
     site.engine.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-
-    async def not_ready() -> bool:
-        return not await site.ready()
-
-    await site.until(not_ready, "not ready", 5)
+    await _not_ready(site, 5)
     noticed = time.monotonic() - began
     answer = await asyncio.wait_for(site.complete(), 2)
     seen = refused(answer, 503)
@@ -176,11 +181,7 @@ async def _while_unresponsive(site: Site) -> str:
     engine = site.engine
     engine.send_signal(signal.SIGSTOP)
     try:
-
-        async def not_ready() -> bool:
-            return not await site.ready()
-
-        await site.until(not_ready, "not ready", 8)
+        await _not_ready(site, 8)
         calls = [site.complete(), site.complete("sentiment"), site.http.post("/v1/adapters/sentiment/load")]
         calls += [site.complete(stream=True)]
         answers = await asyncio.wait_for(asyncio.gather(*calls), 5)

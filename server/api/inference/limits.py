@@ -26,24 +26,18 @@ def check_limits(request: Request) -> None:
 def within_limits_of_requests(request: Request) -> Iterator[None]:
     """While one runs that costs no tokens of a model. Raises RateLimited."""
     check_limits(request)
-    quotas = face_of(request).quotas
-    if quotas is None:
-        yield
-        return
-    subjects = _subjects(request)
-    with quotas.enter(subjects, 0):
-        request.state.headers = quotas.headers(subjects)
+    with within_limits(request, None, 0):
         yield
 
 
 @contextmanager
-def within_limits(request: Request, leased: LeasedMix, prompt_tokens: int) -> Iterator[Grant]:
-    """While it runs. Raises RateLimited."""
+def within_limits(request: Request, leased: LeasedMix | None, prompt_tokens: int) -> Iterator[Grant]:
+    """While it runs. `leased`: None of what no model runs. Raises RateLimited."""
     quotas = face_of(request).quotas
     if quotas is None:
         yield Grant()
         return
-    adapters = [Subject("adapter", version.label) for version, _ in leased.members]
+    adapters = [Subject("adapter", version.label) for version, _ in leased.members] if leased else []
     subjects = [*_subjects(request), *adapters]
     request.state.headers = quotas.headers(subjects)
     with quotas.enter(subjects, prompt_tokens) as grant:
